@@ -1,0 +1,245 @@
+"""Text for calibration and evaluation: from a file, a data set or a tensor to windows of tokens.
+
+A source is one text. The documents of a JSONL file or of a data set are joined by a blank line,
+as in published perplexity figures, and the text is tokenized in one piece.
+
+Shapes: n tokens of a source, N windows, T tokens a window.
+"""
+
+import dataclasses
+import difflib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+MAX_CHARACTERS = 50_000_000
+TENSOR_SUFFIXES = (".pt", ".safetensors")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, and how much of it."""
+
+    text: str
+    """A text file, a .jsonl file with a "text" per line, a .pt or .safetensors file with token ids,
+    or a data set of the datasets library as name:split or name:config:split."""
+    windows: int = 64
+    """Number of windows taken from the text."""
+    length: int = 512
+    """Tokens in a window."""
+    seed: int | None = None
+    """Seed that chooses the windows; None takes the first ones in order."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        _check_windows(self.length, self.windows)
+
+
+def load_tokens(source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """Read a source and tokenize it, without special tokens.
+
+    Args:
+        source: As ``DataConfig.text``, or a tensor of token ids (any shape, flattened).
+        tokenizer: Tokenizer of the model; needed for text, and checks the range of token ids.
+
+    Returns:
+        Token ids (n,), int64, on the CPU.
+
+    Raises:
+        ValueError: The source is missing, empty, not text, or holds no such token ids.
+    """
+    if isinstance(source, Tensor):
+        return _check_tokens(source, "the tokens tensor", tokenizer)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a file of text or of token ids")
+    if path.is_file() and path.suffix in TENSOR_SUFFIXES:
+        return _check_tokens(_read_tensor(path), str(path), tokenizer)
+    if tokenizer is None:
+        raise ValueError(f"{source} is text and needs a tokenizer; got None")
+    if path.is_file():
+        text = _join(_read_jsonl(path)) if path.suffix == ".jsonl" else _read_text(path)
+    elif _is_dataset_name(str(source)):
+        text = _join(_read_dataset(str(source)))
+    else:
+        raise ValueError(_missing_file(path))
+    if not text.strip():
+        raise ValueError(f"{source} is empty; give a file or data set that holds text")
+    # verbose=False: a whole text is longer than the model's context, and a warning would say so
+    ids = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)
+    return torch.tensor(ids["input_ids"], dtype=torch.long)
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """BOS token of models that expect one at the start of every window (Gemma), else None.
+
+    A model expects it when its tokenizer adds it to a plain text.
+    """
+    ids = tokenizer("text")["input_ids"]
+    return ids[0] if ids and ids[0] == tokenizer.bos_token_id else None
+
+
+def make_windows(
+    tokens: Tensor,
+    length: int,
+    count: int | None = None,
+    bos_token_id: int | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """Cut tokens into distinct windows that do not overlap.
+
+    Args:
+        tokens: Token ids (n,).
+        length: Tokens of a window, T, BOS included.
+        count: Number of windows, N; None takes all that fit.
+        bos_token_id: Token to put first in every window, see ``bos_of``; None for none.
+        seed: Seed that chooses which windows, and their order; None takes the first, in order.
+
+    Returns:
+        Token ids (N, T), int64.
+
+    Raises:
+        ValueError: There are too few tokens; tells how many there are and how many are needed.
+    """
+    _check_windows(length, count)
+    body = length if bos_token_id is None else length - 1
+    available = len(tokens) // body
+    needed = (count or 1) * body
+    if len(tokens) < needed:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, but {count or 1} windows of {body} tokens need "
+            f"{needed}; give longer text, or ask for at most {available} windows of this length"
+        )
+    windows = tokens[: available * body].view(available, body).long()  # (available, body)
+    if seed is not None:
+        order = torch.randperm(available, generator=torch.Generator().manual_seed(seed))
+        windows = windows[order]
+    windows = windows[:count]
+    if bos_token_id is None:
+        return windows.clone()
+    bos = torch.full((len(windows), 1), bos_token_id, dtype=torch.long)
+    return torch.cat([bos, windows], dim=1)  # (N, T)
+
+
+def _check_windows(length: int, count: int | None) -> None:
+    """Check the shape of the windows asked for."""
+    if length < 2:
+        raise ValueError(f"window length is {length}; a window needs at least 2 tokens")
+    if count is not None and count < 1:
+        raise ValueError(f"the number of windows is {count}; allowed: 1 or more")
+
+
+def _read_text(path: Path) -> str:
+    """Read a text file as it is; refuse binary ones."""
+    raw = path.read_bytes()
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason}, byte {error.start})") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is a binary file (it holds NUL bytes); give UTF-8 text")
+    return text
+
+
+def _read_jsonl(path: Path) -> Iterator[str]:
+    """Yield the text of every line of a JSONL file."""
+    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
+        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+            found = sorted(document) if isinstance(document, dict) else type(document).__name__
+            raise ValueError(f'{path}, line {number} has no string under "text"; found: {found}')
+        yield document["text"]
+
+
+def _is_dataset_name(source: str) -> bool:
+    """Tell name:split and name:config:split from paths."""
+    return source.count(":") in (1, 2) and all(source.split(":")) and not Path(source).suffix
+
+
+def _read_dataset(source: str) -> Iterator[str]:
+    """Stream the texts of a data set of the datasets library."""
+    name, *config, split = source.split(":")
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(
+            f"{source} names a data set, but the datasets library is not installed: "
+            'pip install "nanoquant[data]", or give a text file'
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, *config, split=split, streaming=True)
+        for row in rows:
+            if not isinstance(row.get("text"), str):
+                raise ValueError(f'its rows have no string under "text"; found: {sorted(row)}')
+            yield row["text"]
+    except Exception as error:
+        raise ValueError(
+            f"could not read the data set {source}: {type(error).__name__}: {error}. Check the "
+            "name (name:split or name:config:split) and the network, or give a local text file"
+        ) from error
+
+
+def _join(documents: Iterable[str]) -> str:
+    """Join documents by a blank line, up to MAX_CHARACTERS."""
+    kept, size = [], 0
+    for document in documents:
+        if size + len(document) > MAX_CHARACTERS and kept:
+            logger.warning("read only the first %d documents (%d characters)", len(kept), size)
+            break
+        kept.append(document)
+        size += len(document) + 2
+    return "\n\n".join(kept)
+
+
+def _read_tensor(path: Path) -> Tensor:
+    """Read the only tensor of a .pt or .safetensors file."""
+    try:
+        if path.suffix == ".pt":
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            content = load_file(path)
+    except Exception as error:
+        raise ValueError(f"{path} is no readable tensor file: {error}") from error
+    tensors = list(content.values()) if isinstance(content, dict) else [content]
+    if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
+        raise ValueError(f"{path} must hold exactly one tensor of token ids; found {len(tensors)}")
+    return tensors[0]
+
+
+def _check_tokens(tokens: Tensor, where: str, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+    """Check the type and the range of token ids, and flatten them."""
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"{where} has dtype {tokens.dtype}; token ids are integers")
+    if tokens.numel() == 0:
+        raise ValueError(f"{where} is empty; give token ids")
+    tokens = tokens.reshape(-1).long().cpu()
+    low, high = int(tokens.min()), int(tokens.max())
+    limit = len(tokenizer) if tokenizer is not None else high + 1
+    if low < 0 or high >= limit:
+        raise ValueError(f"{where} holds ids {low} to {high}; the tokenizer has 0 to {limit - 1}")
+    return tokens
+
+
+def _missing_file(path: Path) -> str:
+    """Message for a missing file, with the names nearest to it in its folder."""
+    folder = path.parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
+    hint = f"; near names there: {', '.join(near)}" if near else ""
+    return (
+        f"found no file {path}{hint}. Give a text, .jsonl, .pt or .safetensors file, "
+        "or a data set as name:split or name:config:split"
+    )

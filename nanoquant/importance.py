@@ -1,0 +1,275 @@
+"""Importances of input and output channels, from one pass over calibration text (Phase 1).
+
+For a linear ``y = W x``, per token t, with ``g`` the gradient of the loss at ``y``:
+
+    i_j = mean_t x_tj^2        o_i = mean_t g_ti^2        D_in = sqrt(i), D_out = sqrt(o)  # Eq. (2)
+
+Tokens whose norm exceeds a running quantile are scaled down to it, and the moments are shrunk
+towards their mean (Eq. 3). Paper: NanoQuant, arXiv 2602.06694 v3. Deviation: the loss is the sum,
+not the mean, of the token losses, so that gradients do not underflow in bfloat16; the importances
+are normalised to mean 1 anyway.
+
+Shapes: N windows, T tokens a window, d_in and d_out of a linear, n tokens of one update.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from nanoquant.decoder import evaluation_mode, input_device
+
+LOSS_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportanceConfig:
+    """How calibration statistics become importances."""
+
+    shrinkage: float = 0.2
+    """Gamma of Eq. (3), 0 to 1: share of the mean in every moment (paper: 0.2; Gemma, Rnj 0.6)."""
+    clip_quantile: float | None = 0.999
+    """Quantile of token norms to which larger ones are clipped (paper: 0.999); 0 or None: off."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0 <= self.shrinkage <= 1:
+            raise ValueError(f"shrinkage is {self.shrinkage}; allowed: 0 to 1")
+        if not 0 <= (self.clip_quantile or 0) < 1:
+            raise ValueError(f"clip_quantile is {self.clip_quantile}; allowed: 0 to below 1, None")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Importance:
+    """Importances of the channels of one linear: second moments, float32, mean 1."""
+
+    input: Tensor
+    """Per input channel (d_in,), the normalised ``i``."""
+    output: Tensor
+    """Per output channel (d_out,), the normalised ``o``."""
+
+
+def clip_threshold(norms: Tensor, quantile: float) -> Tensor:
+    """Norm above which tokens are clipped: the k-th largest, k = max(1, int(n (1 - quantile))).
+
+    Args:
+        norms: Token norms (n,).
+        quantile: Share of the tokens, 0 to 1, to stay as they are.
+    """
+    k = max(1, int(norms.numel() * (1 - quantile)))
+    return norms.topk(k).values[-1]
+
+
+def clip_tokens(z: Tensor, tau: float) -> Tensor:
+    """Scale every token of z (n, d) whose Euclidean norm exceeds tau down to that norm."""
+    norms = z.norm(dim=1, keepdim=True)
+    return z * (tau / norms).clamp(max=1)
+
+
+def shrink(moment: Tensor, gamma: float) -> Tensor:
+    """Pull the moments (d,) towards their mean: (1 - gamma) m + gamma mean(m)."""
+    return (1 - gamma) * moment + gamma * moment.mean()  # Eq. (3)
+
+
+class SecondMoment:
+    """Mean over tokens of the squared entries of clipped token vectors.
+
+    The threshold tau is the running maximum of the thresholds of the updates; when it grows, the
+    earlier sum is multiplied by (tau_new / tau_old)^2.
+
+    Args:
+        quantile: Quantile of the token norms of one update that sets tau; 0 or None does not clip.
+    """
+
+    def __init__(self, quantile: float | None) -> None:
+        self.quantile = quantile
+        self.tau = 0.0
+        self.tokens = 0
+        self._sum: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, z: Tensor) -> None:
+        """Add the tokens z (n, d).
+
+        Raises:
+            ValueError: z holds a value that is not finite.
+        """
+        z = z.float()
+        norms = z.norm(dim=1)
+        largest = norms.max().item()
+        # NaN compares false with everything, and max() propagates it
+        if not largest < float("inf"):
+            raise ValueError("not finite (NaN or infinity)")
+        if self.quantile:
+            self._raise_threshold(clip_threshold(norms, self.quantile).item())
+            if largest > self.tau > 0:
+                z = clip_tokens(z, self.tau)
+        total = z.square().sum(0)
+        self._sum = total if self._sum is None else self._sum + total
+        self.tokens += len(z)
+
+    def value(self) -> Tensor:
+        """Mean over the tokens (d,), float32.
+
+        Raises:
+            ValueError: No token has been added.
+        """
+        if self._sum is None:
+            raise ValueError("no statistics")
+        return self._sum / self.tokens
+
+    def _raise_threshold(self, tau: float) -> None:
+        """Let the threshold grow, never shrink, and bring the earlier sum to its scale."""
+        if tau > self.tau:
+            if self._sum is not None and self.tau > 0:
+                self._sum *= (tau / self.tau) ** 2
+            self.tau = tau
+
+
+class ImportanceCollector:
+    """Context manager that observes linears while the caller runs forward and backward passes.
+
+    Args:
+        linears: Linears (``nn.Linear`` or ``Conv1D``) by full name.
+        config: Clipping and shrinkage.
+
+    Example:
+        >>> with ImportanceCollector(decoder.linear_modules(), ImportanceConfig()) as collector:
+        ...     model(input_ids=ids, labels=ids).loss.backward()
+        >>> importances = collector.importances()
+    """
+
+    def __init__(self, linears: dict[str, nn.Module], config: ImportanceConfig) -> None:
+        self.linears = linears
+        self.config = config
+        self.inputs = {name: SecondMoment(config.clip_quantile) for name in linears}
+        self.gradients = {name: SecondMoment(config.clip_quantile) for name in linears}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> "ImportanceCollector":
+        """Add the hooks."""
+        for name, module in self.linears.items():
+            hook = functools.partial(self._after_forward, name)
+            self._handles.append(module.register_forward_hook(hook))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def importances(self) -> dict[str, Importance]:
+        """Clipped, shrunk and normalised importances of every linear, by full name.
+
+        Raises:
+            ValueError: A linear has no statistics, or all of its inputs or gradients are zero.
+        """
+        return {
+            name: Importance(
+                input=self._finish(self.inputs[name], name, "input activations"),
+                output=self._finish(self.gradients[name], name, "output gradients"),
+            )
+            for name in self.linears
+        }
+
+    def _after_forward(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+        """Add the input of a linear, and wait for the gradient of its output."""
+        self._add(self.inputs[name], args[0].detach(), name, "input activations")
+        if output.requires_grad:
+            add = functools.partial(self._add, self.gradients[name])
+            output.register_hook(functools.partial(add, name=name, what="output gradients"))
+
+    @staticmethod
+    def _add(moment: SecondMoment, z: Tensor, name: str, what: str) -> None:
+        """Add token vectors (..., d) of a linear, and name them if they are not finite."""
+        try:
+            moment.update(z.reshape(-1, z.shape[-1]))
+        except ValueError as error:
+            raise ValueError(f"{what} of {name} are {error}") from None
+
+    def _finish(self, moment: SecondMoment, name: str, what: str) -> Tensor:
+        """Shrink and normalise one moment to mean 1."""
+        if moment.tokens == 0:
+            raise ValueError(
+                f"{name} has no statistics of its {what}: run the model forward and backward on "
+                "calibration text while the collector is active"
+            )
+        value = shrink(moment.value(), self.config.shrinkage)
+        mean = value.mean()
+        if mean == 0:
+            raise ValueError(
+                f"{what} of {name} are all zero; the layer does not act on the loss of this text, "
+                "so it has no importances: leave it out or use other text"
+            )
+        return value / mean
+
+
+def collect_importances(
+    model: nn.Module,
+    linears: dict[str, nn.Module],
+    windows: Tensor,
+    config: ImportanceConfig,
+    batch_size: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Importance]:
+    """Run one forward and backward pass over the text and return the importances.
+
+    No weight receives a gradient; flags, modes and hooks of the model are as before on return.
+
+    Args:
+        model: Dense causal language model, in float32 or bfloat16.
+        linears: Linears to observe, by full name.
+        windows: Token ids (N, T), T at least 2.
+        config: Clipping and shrinkage.
+        batch_size: Windows a pass; also the unit over which the clipping quantile is taken.
+        progress: Called with (windows done, windows in all) after every pass.
+
+    Raises:
+        ValueError: Activations or gradients are not finite or all zero; names the linear.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    embedding = model.get_input_embeddings()
+    start = embedding.register_forward_hook(lambda _, args, output: output.requires_grad_())
+    collector = ImportanceCollector(linears, config)
+    windows = windows.to(input_device(model))
+    try:
+        model.requires_grad_(False)
+        with evaluation_mode(model), torch.enable_grad(), collector:
+            for first in range(0, len(windows), batch_size):
+                batch = windows[first : first + batch_size]
+                logits = model(input_ids=batch, use_cache=False).logits
+                logits.backward(cross_entropy_gradient(logits.detach(), batch))
+                if progress:
+                    progress(first + len(batch), len(windows))
+    finally:
+        start.remove()
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+    return collector.importances()
+
+
+@torch.no_grad()
+def cross_entropy_gradient(logits: Tensor, ids: Tensor) -> Tensor:
+    """Gradient, at the logits, of the summed next-token cross entropy: softmax - one_hot.
+
+    Written out so that no float32 copy of all logits is ever held.
+
+    Args:
+        logits: (B, T, vocabulary); position t predicts token t + 1.
+        ids: Token ids (B, T).
+
+    Returns:
+        (B, T, vocabulary) in the dtype of the logits; zero at the last position.
+    """
+    gradient = torch.zeros_like(logits)
+    for row, target, out in zip(logits[:, :-1], ids[:, 1:], gradient[:, :-1], strict=True):
+        for first in range(0, len(row), LOSS_CHUNK):
+            chunk = slice(first, first + LOSS_CHUNK)
+            p = row[chunk].float().softmax(-1)  # (chunk, vocabulary)
+            p[torch.arange(len(p), device=p.device), target[chunk].to(p.device)] -= 1
+            out[chunk] = p
+    return gradient
