@@ -1,0 +1,124 @@
+"""BinaryLowRankLinear: a linear layer whose weight is s1 (U V^T) s2 with U and V in {-1, +1}."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanoquant.binary import BinaryFactors, StraightThroughSign, sign
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of matrix products: autocast's where it is on, else that of the input."""
+    if torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+class BinaryLowRankLinear(nn.Module):
+    r"""Linear layer :math:`y = s_1 \odot (U (V^\top (s_2 \odot x))) + b` (NanoQuant, arXiv 2602.06694, Eq. 1).
+
+    Latent state: ``U`` and ``V`` are float32 parameters; the forward pass uses their signs and the backward
+    pass goes straight through (Eq. 10). Frozen state, after :meth:`freeze`: ``U`` and ``V`` are int8 buffers
+    of signs, and only scales and bias may train. Matrix products run in the input's dtype or in autocast's.
+
+    Args:
+        in_features: d_in.
+        out_features: d_out.
+        rank: number of sign columns r.
+        bias: whether a bias (d_out,) is added.
+        device: where the parameters live.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if min(in_features, out_features, rank) < 1:
+            raise ValueError(
+                f"in_features, out_features and rank must be at least 1, got {in_features}, {out_features}, {rank}"
+            )
+        self.in_features, self.out_features, self.rank = in_features, out_features, rank
+        self.U = nn.Parameter(torch.empty(out_features, rank, device=device))
+        self.V = nn.Parameter(torch.empty(in_features, rank, device=device))
+        self.s1 = nn.Parameter(torch.empty(out_features, device=device))
+        self.s2 = nn.Parameter(torch.empty(in_features, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Random latents, and scales that keep the variance of the input."""
+        nn.init.normal_(self.U)
+        nn.init.normal_(self.V)
+        nn.init.constant_(self.s1, self.rank**-0.5)
+        nn.init.constant_(self.s2, self.in_features**-0.5)
+
+    @classmethod
+    def from_factors(cls, factors: BinaryFactors, bias: Tensor | None = None) -> BinaryLowRankLinear:
+        """Build a latent layer from factors of one matrix; tensors are copied as float32."""
+        layer = cls(
+            factors.V.shape[0], factors.U.shape[0], factors.rank, bias is not None, factors.U.device
+        )
+        with torch.no_grad():
+            for name in ("U", "V", "s1", "s2"):
+                getattr(layer, name).copy_(getattr(factors, name))
+            if bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    @property
+    def frozen(self) -> bool:
+        """True once the signs are fixed."""
+        return not isinstance(self.U, nn.Parameter)
+
+    @property
+    def bits(self) -> int:
+        """Bits that the packed layer stores for signs and 16-bit scales, without the bias."""
+        return (self.rank + 16) * (self.in_features + self.out_features)
+
+    def freeze(self) -> BinaryLowRankLinear:
+        """Fix the signs: latents become int8 buffers in {-1, +1}; scales and bias stay parameters."""
+        if not self.frozen:
+            for name in ("U", "V"):
+                signs = sign(getattr(self, name).detach()).to(torch.int8)
+                delattr(self, name)
+                self.register_buffer(name, signs)
+        return self
+
+    def thaw(self) -> BinaryLowRankLinear:
+        """Make the signs trainable again: latents of magnitude 1."""
+        if self.frozen:
+            for name in ("U", "V"):
+                latent = getattr(self, name).float()
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(latent))
+        return self
+
+    def factors(self) -> BinaryFactors:
+        """Float32 copies of latents (or signs) and scales, detached."""
+        return BinaryFactors(*(getattr(self, name).detach().float().clone() for name in ("U", "V", "s1", "s2")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to ``x`` (..., d_in), giving (..., d_out) in the compute dtype."""
+        dtype = _compute_dtype(x)
+        U, V = (
+            factor.to(dtype) if self.frozen else StraightThroughSign.apply(factor, dtype)
+            for factor in (self.U, self.V)
+        )
+        z = (x.to(dtype) * self.s2.to(dtype)) @ V  # (..., r)
+        y = F.linear(z, U) * self.s1.to(dtype)  # (..., d_out), Eq. (1)
+        return y if self.bias is None else y + self.bias.to(dtype)
+
+    def extra_repr(self) -> str:
+        """Shape, rank, bits per weight and state."""
+        bits = self.bits / (self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, "
+            f"bias={self.bias is not None}, bits={bits:.3f}, {'frozen' if self.frozen else 'latent'}"
+        )

@@ -1,0 +1,94 @@
+"""Ranks meet the asked bits over the whole model, and bits come back from ranks."""
+
+import pytest
+
+from nanoquant.budget import (
+    BudgetConfig,
+    allocate_ranks,
+    body_bits,
+    largest_rank,
+    layer_bits,
+    real_rank,
+)
+
+SMALL_LLAMA = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
+SMALL_LLAMA |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
+LLAMA_7B = {"q": (4096, 4096), "up": (11008, 4096), "down": (4096, 11008)}
+
+
+def model_shapes(block, blocks):
+    return {f"{b}.{name}": shape for b in range(blocks) for name, shape in block.items()}
+
+
+@pytest.mark.parametrize("bits", [1.0, 0.8, 0.55])
+def test_a_small_llama_takes_at_most_and_almost_exactly_the_asked_bits(bits):
+    shapes = model_shapes(SMALL_LLAMA, 30)
+    ranks = allocate_ranks(shapes, BudgetConfig(bits=bits))
+    used = body_bits(shapes, ranks, 16)
+    assert 0.985 * bits <= used <= bits
+    assert used == sum((r + 16) * sum(shapes[n]) for n, r in ranks.items()) / sum(
+        a * b for a, b in shapes.values()
+    )
+
+
+@pytest.mark.parametrize("bits", [0.4, 0.55, 1.0, 1.37, 1.5])
+@pytest.mark.parametrize("step", [1, 8, 32, 64])
+def test_ranks_are_multiples_within_the_shape_and_the_budget_holds(bits, step):
+    shapes = model_shapes(SMALL_LLAMA, 2)
+    ranks = allocate_ranks(shapes, BudgetConfig(bits=bits, rank_multiple=step))
+    assert ranks.keys() == shapes.keys()
+    for name, rank in ranks.items():
+        assert rank % step == 0 and step <= rank <= min(shapes[name])
+    assert body_bits(shapes, ranks, 16) <= bits
+
+
+def test_the_rank_of_the_papers_table_is_the_real_rank_rounded_down():
+    floors = {name: int(real_rank(*shape, 1.0, 16)) // 32 * 32 for name, shape in LLAMA_7B.items()}
+    assert floors == {"q": 2016, "up": 2944, "down": 2944}
+    ranks = allocate_ranks(model_shapes(LLAMA_7B, 32), BudgetConfig(bits=1.0))
+    names = {name: name.split(".")[1] for name in ranks}
+    assert all(floors[names[n]] <= rank <= floors[names[n]] + 32 for n, rank in ranks.items())
+
+
+def test_bits_and_rank_are_inverse():
+    assert layer_bits(1536, 576, 96, 16) == 96 * 2112 + 16 * 2112
+    assert real_rank(1536, 576, layer_bits(1536, 576, 96, 16) / (1536 * 576), 16) == pytest.approx(96)
+
+
+def test_what_rounding_leaves_goes_where_it_took_the_largest_share():
+    shapes = {"narrow": (64, 4096), "wide": (4096, 4096)}
+    ranks = allocate_ranks(shapes, BudgetConfig(bits=1.0))
+    assert ranks["narrow"] == 64  # 47 is wanted; rounding it to 32 would take a third
+    assert body_bits(shapes, ranks, 16) <= 1.0
+
+
+def test_a_layer_smaller_than_the_multiple_gets_its_own_size_as_rank():
+    assert largest_rank(20, 100, 32) == 20
+    assert largest_rank(100, 70, 32) == 64
+    ranks = allocate_ranks({"tiny": (20, 100), "big": (512, 512)}, BudgetConfig(bits=1.0))
+    assert ranks["tiny"] == 20
+
+
+def test_equal_layers_get_equal_ranks_but_for_the_remainder():
+    shapes = {str(i): (512, 512) for i in range(7)}
+    ranks = set(allocate_ranks(shapes, BudgetConfig(bits=1.0)).values())
+    assert max(ranks) - min(ranks) <= 32
+
+
+@pytest.mark.parametrize("bits", [0.05, 50.0], ids=["below_rank_32", "above_full_rank"])
+def test_bits_that_the_shapes_cannot_meet_are_refused_with_both_limits(bits):
+    with pytest.raises(ValueError, match=r"rank 32 takes 0\.\d+ bits.*full rank 1\.\d+"):
+        allocate_ranks(SMALL_LLAMA, BudgetConfig(bits=bits))
+
+
+@pytest.mark.parametrize("bits", [0, -1.0, float("nan")])
+def test_bits_that_are_not_above_zero_are_refused(bits):
+    with pytest.raises(ValueError, match="bits must be above 0"):
+        BudgetConfig(bits=bits)
+
+
+def test_other_fields_are_checked():
+    with pytest.raises(ValueError, match="rank_multiple"):
+        BudgetConfig(rank_multiple=0)
+    with pytest.raises(ValueError, match="scale_bits must be 16"):
+        BudgetConfig(scale_bits=8)
