@@ -1,0 +1,212 @@
+"""Hugging Face checkpoints: packing a model, saving it as a folder, loading it, and its sizes.
+
+The folder is plain: safetensors with the tensors of every :class:`PackedBinaryLinear`, and
+``config.json`` whose ``quantization_config`` lists the quantized modules.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from nanoquant.checkpoint_files import (
+    QUANT_METHOD,
+    check_output_folder,
+    copy_other_files,
+    resolve_folder,
+    verify_folder,
+)
+from nanoquant.hf_quantizer import (
+    PARTS,
+    NanoQuantHfConfig,
+    NanoQuantHfQuantizer,
+    check_tensors,
+    packed_modules,
+    swap_modules,
+)
+from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.sizes import Sizes, measure_sizes
+
+logger = logging.getLogger(__name__)
+
+
+def pack_model(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """Replace every latent or frozen layer by a packed one, in place.
+
+    Args:
+        model: holds :class:`BinaryLowRankLinear` layers, or linears whose weight is a
+            ``PackedBinaryTensor``. The model itself must not be such a layer.
+        scale_dtype: dtype of the stored scales of latent layers; packed weights keep theirs.
+
+    Returns:
+        The same model. If it is a transformers model, its own ``save_pretrained`` now writes a
+        checkpoint too.
+
+    Raises:
+        ValueError: a value is not finite; the layer is named.
+    """
+    for name, layer in list(model.named_modules()):
+        if not (isinstance(layer, BinaryLowRankLinear) or is_packed_weight(layer)):
+            continue
+        bias = layer.bias
+        if bias is not None:
+            bias = bias.detach().to(getattr(model, "dtype", bias.dtype))
+        try:
+            if isinstance(layer, BinaryLowRankLinear):
+                packed = PackedBinaryLinear.from_factors(layer.factors(), bias, scale_dtype)
+            else:
+                packed = PackedBinaryLinear.from_weight(layer.weight, bias)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        model.set_submodule(name, packed.train(layer.training))
+    if isinstance(model, PreTrainedModel) and packed_modules(model):
+        mark_quantized(model)
+    return model
+
+
+def is_packed_weight(module: nn.Module) -> bool:
+    """Whether this is a linear whose weight is a PackedBinaryTensor."""
+    return isinstance(module, nn.Linear) and hasattr(module.weight, "u_signs")
+
+
+def mark_quantized(model: PreTrainedModel, recipe: dict[str, Any] | None = None) -> None:
+    """Tell transformers that the model is quantized; untie packed heads from dense embeddings."""
+    config = NanoQuantHfConfig(recipe=recipe)
+    model.config.quantization_config = config
+    model.hf_quantizer = NanoQuantHfQuantizer(config, pre_quantized=True)
+    model.is_quantized, model.quantization_method = True, QUANT_METHOD
+    packed = {f"{name}.weight" for name in packed_modules(model)}
+    for pair in list(model.all_tied_weights_keys.items()):
+        if packed & set(pair):
+            del model.all_tied_weights_keys[pair[0]]
+            model.config.tie_word_embeddings = False
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Raise ValueError unless the model is packed, finite, and of the dtype a reload gives it."""
+    for name, module in model.named_modules():
+        if isinstance(module, BinaryLowRankLinear) or is_packed_weight(module):
+            raise ValueError(f"{name} is not packed yet; call pack_model(model) before saving")
+    if not packed_modules(model):
+        raise ValueError("no layer of the model is quantized; quantize and pack it before saving")
+    scales = {f"{name}.{part}" for name in packed_modules(model) for part in PARTS}
+    keep = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
+            continue
+        if not parameter.is_meta and not parameter.isfinite().all():
+            raise ValueError(f"{name} holds a value that is not finite; nothing was written")
+        free = name in scales or any(part in name for part in keep)
+        if parameter.dtype != model.dtype and not free:
+            raise ValueError(
+                f"{name} is {parameter.dtype} but the model is {model.dtype}; a loaded model has "
+                "one dtype, so cast it first"
+            )
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    folder: str | Path,
+    source: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = "5GB",
+    recipe: dict[str, Any] | None = None,
+) -> Path:
+    """Write a packed model as a Hugging Face folder that needs nothing else to be loaded.
+
+    Args:
+        model: a packed model, see :func:`pack_model`.
+        folder: new or empty folder. Files appear there when all are written, ``config.json`` last.
+        source: folder or Hub name of the dense model, whose files other than weights are copied.
+        tokenizer: saved as well; its files take precedence over the source's.
+        max_shard_size: largest shard, in bytes or as "5GB".
+        recipe: how the model was made, any JSON object; kept in ``config.json``. None keeps what is
+            there.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: the folder is not empty, the model is not packed, a value is not finite (named),
+            a tensor is of another dtype than the model, or the source can't be found.
+    """
+    folder = check_output_folder(folder)
+    check_model(model)
+    source_folder = None if source is None else resolve_folder(source, weights=False)
+    if recipe is None:
+        recipe = getattr(getattr(model.config, "quantization_config", None), "recipe", None)
+    mark_quantized(model, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        if source_folder is not None:
+            copy_other_files(source_folder, Path(partial))
+        for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == "config.json"):
+            file.rename(folder / file.name)
+    logger.info("wrote %s", folder)
+    return folder
+
+
+def load(
+    folder: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device_map: str | dict[str, Any] | None = None,
+) -> PreTrainedModel:
+    """Load a checkpoint: no dense weight is ever in memory, no code or pickle of the folder is run.
+
+    Args:
+        folder: a folder, or "owner/name" on the Hugging Face Hub.
+        dtype: dtype of what is not quantized; None means as stored. Scales always keep their stored
+            dtype.
+        device_map: where to put the model, as in transformers; None means the CPU.
+
+    Raises:
+        ValueError: the folder is not a complete nanoquant checkpoint of a known format; the message
+            says why.
+    """
+    folder = resolve_folder(folder)
+    verify_folder(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto" if dtype is None else dtype,
+        device_map=device_map,
+        trust_remote_code=False,
+        use_safetensors=True,
+    )
+
+
+def read_sizes(model: nn.Module | str | Path) -> Sizes:
+    """Sizes of a model, or of a checkpoint folder without loading its weights.
+
+    Raises:
+        ValueError: the folder is not a complete nanoquant checkpoint.
+    """
+    if isinstance(model, nn.Module):
+        return measure_sizes(model)
+    folder = resolve_folder(model)
+    stored = verify_folder(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    swap_modules(skeleton, config.quantization_config["modules"], stored)
+    check_tensors(skeleton, stored)
+    sizes = measure_sizes(skeleton)
+    stored_bytes = sum(
+        tensor.bytes for tensor in stored.values()
+    )  # the file has the last word on dtypes
+    return dataclasses.replace(
+        sizes,
+        model_bits_per_parameter=8 * stored_bytes / sizes.parameters,
+        bytes_on_disk=stored_bytes,
+        bytes_resident=sizes.bytes_resident - sizes.bytes_on_disk + stored_bytes,
+    )

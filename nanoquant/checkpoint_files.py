@@ -1,0 +1,240 @@
+"""Files of a checkpoint folder: finding, reading headers, and the checks that need no model."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+QUANT_METHOD = "nanoquant"
+FORMAT_VERSION = 1
+CHECKPOINT_KEY = "nanoquant_checkpoint"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+WEIGHT_SUFFIXES = (
+    ".safetensors .bin .pt .pth .ckpt .pkl .pickle .gguf .ggml .h5 .msgpack .onnx .onnx_data .ot "
+    ".npz .tflite .mlmodel"
+).split()
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor of a safetensors file; dtype as safetensors spells it, "BF16"."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Tensors and metadata of one safetensors file, from its header alone.
+
+    Raises:
+        ValueError: the file is missing, is not a safetensors file, or is shorter or longer than its
+            header says.
+    """
+    if not file.is_file():
+        raise ValueError(f"{file} is missing; copy the whole checkpoint again")
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or 8 + length > size:
+            raise ValueError(
+                f"{file} is truncated or not a safetensors file: it has {size} bytes, but its "
+                f"header alone asks for {8 + length}; copy it again"
+            )
+        try:
+            header = json.loads(stream.read(length))
+            metadata = header.pop("__metadata__", {})
+            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
+            tensors = {
+                name: StoredTensor(
+                    file,
+                    entry["dtype"],
+                    tuple(entry["shape"]),
+                    entry["data_offsets"][1] - entry["data_offsets"][0],
+                )
+                for name, entry in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is not a safetensors file: its header can't be read ({error})"
+            ) from error
+    if size != 8 + length + end:
+        raise ValueError(
+            f"{file} is damaged: expected {8 + length + end} bytes, found {size}; copy it again"
+        )
+    return tensors, metadata
+
+
+def read_headers(files: list[Path], checkpoint_id: str | None) -> dict[str, StoredTensor]:
+    """All tensors of the shards of one checkpoint.
+
+    Raises:
+        ValueError: as :func:`read_header`; or a shard carries another checkpoint's id; or two hold
+            one tensor.
+    """
+    stored: dict[str, StoredTensor] = {}
+    for file in files:
+        tensors, metadata = read_header(file)
+        found = metadata.get(CHECKPOINT_KEY)
+        if None not in (found, checkpoint_id) and found != checkpoint_id:
+            raise ValueError(
+                f"{file} belongs to another checkpoint: its id is {found}, but config.json says "
+                f"{checkpoint_id}"
+            )
+        for name in tensors.keys() & stored.keys():
+            raise ValueError(f"tensor {name} is in both {stored[name].file.name} and {file.name}")
+        stored |= tensors
+    return stored
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds an object, or ValueError naming the file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(content).__name__}")
+    return content
+
+
+def check_format(quantization_config: dict[str, Any] | None, where: str) -> None:
+    """Raise ValueError unless this is a nanoquant configuration of a format that is known here."""
+    method = (quantization_config or {}).get("quant_method")
+    if method != QUANT_METHOD:
+        found = "no quantization_config" if method is None else f"quant_method {method!r}"
+        raise ValueError(f"{where} is not a nanoquant checkpoint: its config.json has {found}")
+    version = quantization_config.get("format_version")
+    if not isinstance(version, int) or version < 1:
+        raise ValueError(
+            f"{where} has format_version {version!r}; it must be a whole number from 1"
+        )
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format_version {version}, but this nanoquant reads up to "
+            f"{FORMAT_VERSION}; upgrade nanoquant"
+        )
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: the single file, or those of the index, checked against it.
+
+    Raises:
+        ValueError: no weights; a shard is missing, lies outside the folder, or holds other tensors
+            than the index says.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        if not (folder / SINGLE_FILE).is_file():
+            raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        return [folder / SINGLE_FILE]
+    weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX_FILE} has no weight_map")
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
+            raise ValueError(
+                f"{INDEX_FILE} names {name!r}; a shard must be a .safetensors file in the folder"
+            )
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of {len(names)} shards: {', '.join(missing)}"
+        )
+    for name in names:
+        listed = {tensor for tensor, shard in weight_map.items() if shard == name}
+        different = sorted(listed ^ read_header(folder / name)[0].keys())
+        if different:
+            raise ValueError(
+                f"{folder / name} does not hold the tensors that {INDEX_FILE} lists for it, so it "
+                f"belongs to another checkpoint or is damaged; {len(different)} differ, "
+                f"{different[0]} is one of them"
+            )
+    return [folder / name for name in names]
+
+
+def verify_folder(folder: Path) -> dict[str, StoredTensor]:
+    """Check a checkpoint folder as far as that goes without building the model.
+
+    Returns:
+        Its stored tensors by name.
+
+    Raises:
+        ValueError: what is wrong, with the name of the file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json, so it is not a checkpoint")
+    quantization_config = read_json(folder / "config.json").get("quantization_config")
+    check_format(quantization_config, str(folder))
+    return read_headers(shard_files(folder), quantization_config.get("checkpoint_id"))
+
+
+def resolve_folder(name: str | Path, weights: bool = True) -> Path:
+    """A local folder for ``name``: the folder itself, or a Hub repository's cached snapshot.
+
+    Args:
+        name: a folder, or "owner/name" on the Hugging Face Hub.
+        weights: whether a snapshot must hold safetensors files; other weight formats are never
+            fetched.
+
+    Raises:
+        ValueError: no such folder, and not a repository that can be fetched.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.parent.is_dir():
+        siblings = (
+            [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+        )
+        near = difflib.get_close_matches(path.name, siblings)
+        hint = f"; near names there: {', '.join(near)}" if near else ""
+        raise ValueError(f"there is no folder {str(name)!r}{hint}")
+    from huggingface_hub import snapshot_download
+
+    skipped = [
+        f"*{suffix}" for suffix in WEIGHT_SUFFIXES if not (weights and suffix == ".safetensors")
+    ]
+    try:
+        return Path(snapshot_download(str(name), ignore_patterns=skipped))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{str(name)!r} is not a folder here, and the Hugging Face Hub did not give it: {error}"
+        ) from error
+
+
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy every file of ``source`` that is not weights to ``target``, replacing nothing.
+
+    Left out: files ending in one of ``WEIGHT_SUFFIXES``, indexes of weight shards, and hidden
+    folders (.git).
+    """
+    for file in sorted(source.rglob("*")):
+        relative = file.relative_to(source)
+        hidden = any(part.startswith(".") for part in relative.parts[:-1])
+        weights = file.suffix.lower() in WEIGHT_SUFFIXES or file.name.endswith(".index.json")
+        if hidden or weights or not file.is_file() or (target / relative).exists():
+            continue
+        (target / relative).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target / relative)
+
+
+def check_output_folder(folder: str | Path) -> Path:
+    """The folder as a path; ValueError if it exists and is not empty, so nothing is overwritten."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output {str(folder)!r} is a file; give a new or empty folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(
+            f"the output folder {str(folder)!r} is not empty; give a new or empty folder"
+        )
+    return folder

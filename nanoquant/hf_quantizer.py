@@ -1,0 +1,238 @@
+"""The quantizer by which transformers loads and saves packed models; registered at import.
+
+Between building the model on the meta device and reading weights it swaps the listed linears for
+packed ones, so no dense weight ever exists, and it compares every stored tensor with the model
+before one is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from nanoquant.checkpoint_files import (
+    CHECKPOINT_KEY,
+    FORMAT_VERSION,
+    QUANT_METHOD,
+    StoredTensor,
+    check_format,
+    read_headers,
+    verify_folder,
+)
+from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.sizes import packed_parts
+
+PARTS = ("u_signs", "v_signs", "s1", "s2")
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+
+
+@register_quantization_config(QUANT_METHOD)
+class NanoQuantHfConfig(QuantizationConfigMixin):
+    """The ``quantization_config`` of ``config.json``.
+
+    Args:
+        modules: full module name to {"rank": r}, for every quantized linear.
+        format_version: version of the stored layout; a newer one than this library's is refused.
+        recipe: how the model was made, any JSON object; nothing reads it.
+        checkpoint_id: digest of the tensors, repeated in every shard, so that shards are not mixed
+            up.
+        quant_method: always "nanoquant".
+    """
+
+    def __init__(
+        self,
+        modules: dict[str, dict[str, int]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        recipe: dict[str, Any] | None = None,
+        checkpoint_id: str | None = None,
+        quant_method: str = QUANT_METHOD,
+    ) -> None:
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.modules = dict(modules or {})
+        self.recipe = dict(recipe or {})
+        self.checkpoint_id = checkpoint_id
+        check_format(self.__dict__, "the checkpoint")
+        for name, entry in self.modules.items():
+            rank = entry.get("rank") if isinstance(entry, dict) else None
+            if not isinstance(rank, int) or rank < 1:
+                raise ValueError(
+                    f"the checkpoint lists {name} with {entry!r}; it needs a rank >= 1"
+                )
+
+
+@register_quantizer(QUANT_METHOD)
+class NanoQuantHfQuantizer(HfQuantizer):
+    """Puts packed modules in place before transformers reads weights, so none is ever dense."""
+
+    requires_calibration = True
+    quantization_config: NanoQuantHfConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: object
+    ) -> None:
+        """Check the files, swap the listed modules, check every stored tensor against the model."""
+        stored = self._read_files(model, [Path(file) for file in checkpoint_files or []])
+        swap_modules(model, self.quantization_config.modules, stored)
+        check_tensors(model, stored)
+
+    def _read_files(self, model: PreTrainedModel, files: list[Path]) -> dict[str, StoredTensor]:
+        """Headers of the files that transformers is about to read."""
+        if not files or any(file.suffix != ".safetensors" for file in files):
+            raise ValueError(
+                f"a nanoquant checkpoint loads from safetensors files only, got {files or 'none'}"
+            )
+        folder = Path(model.config.name_or_path)
+        if not (folder / "config.json").is_file():
+            return read_headers(files, self.quantization_config.checkpoint_id)
+        stored = verify_folder(folder)
+        outside = {f.resolve() for f in files} - {t.file.resolve() for t in stored.values()}
+        if outside:
+            raise ValueError(
+                f"transformers would read files that are not this checkpoint's: {sorted(outside)}"
+            )
+        return stored
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: object
+    ) -> PreTrainedModel:
+        """Freeze the packed tensors and make sure that nothing was left without a value."""
+        for module in packed_modules(model).values():
+            module.requires_grad_(False)
+        offloaded = len(set(getattr(model, "hf_device_map", {}).values())) > 1
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        empty = [name for name, tensor in tensors if tensor.is_meta]
+        if empty and not offloaded:
+            raise ValueError(f"these tensors got no value from the checkpoint: {shorten(empty)}")
+        return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
+        """Bring the configuration up to date; ``save_pretrained`` calls this first."""
+        config = self.quantization_config
+        config.modules = {name: {"rank": m.rank} for name, m in packed_modules(model).items()}
+        config.checkpoint_id = digest(model)
+        return None, {CHECKPOINT_KEY: config.checkpoint_id}
+
+    def _dequantize(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """Put dense linears in place of the packed ones, for ``model.dequantize()``."""
+        for name, packed in packed_modules(model).items():
+            bias = packed.bias
+            linear = nn.Linear(packed.in_features, packed.out_features, bias is not None, "meta")
+            linear.weight = nn.Parameter(packed.dequantize().to(dtype), requires_grad=False)
+            linear.bias = bias
+            model.set_submodule(name, linear.train(packed.training))
+        return model
+
+    def is_serializable(self) -> bool:
+        """Packed models can be saved again."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Signs are bytes, so transformers' trainer must not try."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operator has a fake kernel."""
+        return True
+
+
+def shorten(names: list[str]) -> str:
+    """The first names of a list and how many more there are."""
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedBinaryLinear]:
+    """The packed layers of a model by full name."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedBinaryLinear)}
+
+
+def swap_modules(
+    model: nn.Module, modules: dict[str, dict[str, int]], stored: dict[str, StoredTensor]
+) -> None:
+    """Replace the listed linears by packed ones on the meta device, scales in the stored dtype."""
+    present = dict(model.named_modules())
+    for name, entry in modules.items():
+        dense = present.get(name)
+        if isinstance(dense, nn.Linear):
+            d_in, d_out = dense.in_features, dense.out_features
+        elif isinstance(dense, Conv1D):
+            d_in, d_out = dense.weight.shape
+        else:
+            found = "nothing" if dense is None else type(dense).__name__
+            raise ValueError(
+                f"the checkpoint lists {name} as a quantized linear, but the model has {found}"
+            )
+        missing = [f"{name}.{part}" for part in PARTS if f"{name}.{part}" not in stored]
+        if missing:
+            raise ValueError(
+                f"the checkpoint lists {name} as quantized, but lacks {shorten(missing)}"
+            )
+        dtypes = [stored[f"{name}.{scale}"].dtype for scale in ("s1", "s2")]
+        if dtypes[0] not in FLOATS or dtypes[0] != dtypes[1]:
+            raise ValueError(f"scales of {name} are {dtypes}; both must be one of {list(FLOATS)}")
+        bias = dense.bias is not None
+        bias_dtype = dense.bias.dtype if bias else None
+        packed = PackedBinaryLinear(
+            d_in, d_out, entry["rank"], bias, "meta", FLOATS[dtypes[0]], bias_dtype
+        )
+        packed._is_hf_initialized = True  # transformers would look for a weight to initialize
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if not any(True for _ in (*parent.parameters(False), *parent.buffers(False))):
+            parent._is_hf_initialized = True  # GPT-2 initializes the weights of children
+        model.set_submodule(name, packed.train(dense.training))
+
+
+def check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> None:
+    """Raise ValueError naming tensors that are missing, foreign, or of a wrong shape or kind."""
+    expected = model.state_dict()
+    tied = {name for pair in model.all_tied_weights_keys.items() for name in pair}
+    unsaved = tied | set(model._keys_to_ignore_on_save or ())
+    missing = sorted(expected.keys() - stored.keys() - unsaved)
+    missing += sorted(
+        name
+        for pair in model.all_tied_weights_keys.items()
+        if not stored.keys() & set(pair)
+        for name in pair
+    )
+    if missing:
+        raise ValueError(
+            f"the checkpoint lacks {len(missing)} tensors of the model: {shorten(missing)}"
+        )
+    foreign = sorted(stored.keys() - expected.keys())
+    if foreign:
+        raise ValueError(
+            f"{stored[foreign[0]].file} holds tensors that the model does not have "
+            f"({len(foreign)} in all): {shorten(foreign)}; is it a shard of another model?"
+        )
+    for name, tensor in stored.items():
+        want = expected[name]
+        signs = want.dtype == torch.uint8
+        if tensor.shape != tuple(want.shape) or signs != (tensor.dtype == "U8"):
+            raise ValueError(
+                f"{name} in {tensor.file} is {tensor.dtype} of shape {tensor.shape}, but the model "
+                f"asks for {'U8' if signs else want.dtype} of shape {tuple(want.shape)}"
+            )
+
+
+def digest(model: nn.Module) -> str:
+    """Hash of names, shapes, dtypes and bytes of all parameters; equal for equal models."""
+    state = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        for part in packed_parts(parameter.detach()):
+            state.update(f"{name} {tuple(part.shape)} {part.dtype}".encode())
+            if not part.is_meta:
+                state.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()

@@ -1,0 +1,88 @@
+"""The four sizes of a model, from its tensors: body bits, all bits, bytes on disk, resident."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from torch import Tensor, nn
+
+from nanoquant.packed_linear import PackedBinaryLinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """What a model costs; a tensor that several modules share counts once everywhere."""
+
+    body_bits_per_weight: float | None
+    """Stored bits of signs and scales per dense weight of quantized linears; None without them."""
+    model_bits_per_parameter: float
+    """Bits of all stored tensors, embeddings and norms too, per parameter of the dense model."""
+    bytes_on_disk: int
+    """Bytes of the tensors that a checkpoint stores, without the headers of its files."""
+    bytes_resident: int
+    """Bytes of all parameters and buffers, with the buffers that a checkpoint does not store."""
+    body_weights: int
+    """Dense weights of the quantized linears, without biases."""
+    parameters: int
+    """Parameters of the dense model."""
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Plain values by name, for JSON."""
+        return asdict(self)
+
+
+def packed_parts(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the data of ``tensor``: itself, or the inner ones of a wrapper."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the data of ``tensors``."""
+    return sum(
+        part.numel() * part.element_size() for tensor in tensors for part in packed_parts(tensor)
+    )
+
+
+def measure_sizes(model: nn.Module) -> Sizes:
+    """Measure a dense or quantized model; tensors on the meta device count as if they were there.
+
+    Args:
+        model: any module; quantized linears are :class:`PackedBinaryLinear` modules and modules
+            whose ``weight`` is a ``PackedBinaryTensor``. Latent layers count as what they hold,
+            float32 tensors: pack them first.
+    """
+    body_bits = body_weights = packed_numel = 0
+    for module in model.modules():
+        if isinstance(module, PackedBinaryLinear):
+            body_bits += module.bits
+            body_weights += module.in_features * module.out_features
+            packed_numel += sum(
+                p.numel() for p in module.parameters(recurse=False) if p is not module.bias
+            )
+        elif hasattr(weight := module._parameters.get("weight"), "u_signs"):
+            body_bits += weight.bits
+            body_weights += weight.numel()
+            packed_numel += weight.numel()
+    stored_names = model.state_dict().keys()
+    parameters = list(model.parameters())
+    buffers = dict(model.named_buffers())
+    stored = tensor_bytes(parameters) + tensor_bytes(
+        b for name, b in buffers.items() if name in stored_names
+    )
+    dense_count = sum(p.numel() for p in parameters) - packed_numel + body_weights
+    if dense_count == 0:
+        raise ValueError(
+            f"{type(model).__name__} has no parameters, so it has no bits per parameter"
+        )
+    return Sizes(
+        body_bits_per_weight=body_bits / body_weights if body_weights else None,
+        model_bits_per_parameter=8 * stored / dense_count,
+        bytes_on_disk=stored,
+        bytes_resident=tensor_bytes(parameters) + tensor_bytes(buffers.values()),
+        body_weights=body_weights,
+        parameters=dense_count,
+    )

@@ -1,0 +1,131 @@
+import json
+
+import pytest
+import torch
+import transformers
+from packed_models import pack_randomly
+from safetensors.torch import load_file, save_file
+from tiny_models import random_windows, tiny_gpt2, tiny_llama
+from torch import nn
+
+from nanoquant.checkpoint import load, save_pretrained
+from nanoquant.hf_quantizer import NanoQuantHfConfig, digest
+
+FILE = "model.safetensors"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return save_pretrained(pack_randomly(tiny_llama()), tmp_path / "checkpoint")
+
+
+def rewrite(folder, change):
+    """Change the tensors of the checkpoint, which then carries no id."""
+    tensors = load_file(folder / FILE)
+    change(tensors)
+    save_file(tensors, folder / FILE)
+
+
+def assert_refused(folder, message):
+    for read in (load, transformers.AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(ValueError, match=message):
+            read(folder)
+
+
+@pytest.mark.parametrize("part", ["u_signs", "v_signs", "s1", "s2"])
+def test_a_missing_part_of_a_quantized_layer_is_named(folder, part):
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    rewrite(folder, lambda tensors: tensors.pop(name))
+    assert_refused(folder, f"lacks {name}")
+
+
+def test_a_missing_tensor_of_the_rest_is_named(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    assert_refused(folder, "lacks 1 tensors of the model: model.norm.weight")
+
+
+def test_a_missing_embedding_is_named_though_it_is_tied(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    assert_refused(folder, "model.embed_tokens.weight")
+
+
+def test_a_foreign_tensor_is_named_with_its_file(folder):
+    rewrite(folder, lambda tensors: tensors.update(stray=torch.zeros(2)))
+    assert_refused(folder, f"{FILE} holds tensors .*1 in all.*stray")
+
+
+def test_a_tensor_of_another_shape_is_named(folder):
+    name = "model.layers.0.self_attn.q_proj.u_signs"
+    rewrite(folder, lambda t: t.update({name: torch.zeros(64, 5, dtype=torch.uint8)}))
+    assert_refused(folder, f"{name} in .*shape .64, 5., but the model asks for U8")
+
+
+def test_signs_that_are_not_bytes_are_named(folder):
+    name = "model.layers.0.self_attn.q_proj.u_signs"
+    rewrite(folder, lambda t: t.update({name: t[name].float()}))
+    assert_refused(folder, f"{name} in .* is F32")
+
+
+def test_scales_that_are_not_floats_are_named(folder):
+    name = "model.layers.0.self_attn.q_proj.s1"
+    rewrite(folder, lambda t: t.update({name: t[name].int()}))
+    assert_refused(folder, "scales of model.layers.0.self_attn.q_proj")
+
+
+def test_a_listed_module_that_is_no_linear_is_named(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["modules"]["model.norm"] = {"rank": 32}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert_refused(folder, "lists model.norm as a quantized linear, but the model has LlamaRMSNorm")
+
+
+@pytest.mark.parametrize("entry", [{}, {"rank": 0}, {"rank": "32"}, 32])
+def test_a_module_without_a_rank_is_named(entry):
+    with pytest.raises(ValueError, match="a.b"):
+        NanoQuantHfConfig({"a.b": entry})
+
+
+def test_pickled_weights_are_never_read(folder):
+    torch.save(load_file(folder / FILE), folder / "pytorch_model.bin")
+    (folder / FILE).unlink()
+    with pytest.raises(ValueError, match="safetensors files only"):
+        transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="neither model.safetensors"):
+        load(folder)
+
+
+def test_a_dense_model_cannot_be_quantized_by_from_pretrained(tmp_path):
+    tiny_llama().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="pre-quantized"):
+        transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=NanoQuantHfConfig()
+        )
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_dequantized_model_is_dense_and_computes_the_same(build, tmp_path):
+    packed = pack_randomly(build(), scale_dtype=torch.float32)
+    dense = load(save_pretrained(packed, tmp_path / "out")).dequantize()
+    linears = sum(isinstance(m, nn.Linear) for m in dense.modules())
+    assert linears > 4 and not any(hasattr(m, "u_signs") for m in dense.modules())
+    windows = random_windows(2, 16)
+    torch.testing.assert_close(dense(windows).logits, packed(windows).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_id_depends_on_every_value():
+    model = pack_randomly(tiny_llama())
+    before = digest(model)
+    assert digest(model) == before
+    model.model.layers[0].mlp.up_proj.u_signs.data[0, 0] ^= 1
+    assert digest(model) != before
+
+
+def test_a_trained_scale_is_saved_under_a_new_id(folder, tmp_path):
+    model = load(folder)
+    old = model.config.quantization_config.checkpoint_id
+    model.model.layers[0].mlp.up_proj.s1.data *= 2
+    model.save_pretrained(tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert again.config.quantization_config.checkpoint_id != old
+    scale = again.model.layers[0].mlp.up_proj.s1
+    assert torch.equal(scale, model.model.layers[0].mlp.up_proj.s1)
