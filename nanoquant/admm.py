@@ -40,7 +40,9 @@ class ADMMConfig:
                 f"{self.iterations}, {self.power_iterations}, {self.refit_sweeps}"
             )
         if not self.ridge > 0:
-            raise ValueError(f"ridge must be above 0 (the first iteration has no penalty), got {self.ridge}")
+            raise ValueError(
+                f"ridge must be above 0 (the first iteration has no penalty), got {self.ridge}"
+            )
 
 
 @dataclass
@@ -99,9 +101,13 @@ class ADMMInitializer(nn.Module):
         generator = generator or torch.Generator().manual_seed(0)
         D_out, D_in = o.sqrt(), i.sqrt()  # Eq. (2)
         Wt = D_out.unsqueeze(-1) * W * D_in.unsqueeze(-2)  # (..., d_out, d_in)
-        rms = Wt.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp_min(torch.finfo(W.dtype).tiny)
+        rms = (
+            Wt.square().mean(dim=(-2, -1), keepdim=True).sqrt().clamp_min(torch.finfo(W.dtype).tiny)
+        )
         Wt = Wt / rms
-        tall = W.shape[-2] >= W.shape[-1]  # the published code solves the transpose of wide matrices
+        tall = (
+            W.shape[-2] >= W.shape[-1]
+        )  # the published code solves the transpose of wide matrices
         left, right = self.solve(Wt if tall else Wt.mT, rank, generator)
         factors = self.read_off(left, right, D_out if tall else D_in, D_in if tall else D_out)
         if not tall:
@@ -111,7 +117,9 @@ class ADMMInitializer(nn.Module):
             factors = refit_scales(factors, W, i, o)
         return factors
 
-    def solve(self, Wt: Tensor, rank: int, generator: torch.Generator) -> tuple[ADMMState, ADMMState]:
+    def solve(
+        self, Wt: Tensor, rank: int, generator: torch.Generator
+    ) -> tuple[ADMMState, ADMMState]:
         """Run K iterations on W~ (..., m, n); returns the states of its left and right factor."""
         left = self.start(Wt.shape[:-1], rank, generator, Wt)
         right = self.start((*Wt.shape[:-2], Wt.shape[-1]), rank, generator, Wt)
@@ -122,7 +130,9 @@ class ADMMInitializer(nn.Module):
             left, right = self.update_proxy(P_left, left), self.update_proxy(P_right, right)
         return left, right
 
-    def start(self, shape: tuple[int, ...], rank: int, generator: torch.Generator, like: Tensor) -> ADMMState:
+    def start(
+        self, shape: tuple[int, ...], rank: int, generator: torch.Generator, like: Tensor
+    ) -> ADMMState:
         """Gaussian factor (..., m, r), its proxy, and their difference as dual."""
         P = torch.randn(*shape, rank, generator=generator, device="cpu").to(like)
         Z = svid(P, self.config.power_iterations)
@@ -145,12 +155,16 @@ class ADMMInitializer(nn.Module):
         Z = svid(P + state.L, self.config.power_iterations)
         return ADMMState(P, Z, state.L + P - Z)
 
-    def read_off(self, left: ADMMState, right: ADMMState, D_left: Tensor, D_right: Tensor) -> BinaryFactors:
+    def read_off(
+        self, left: ADMMState, right: ADMMState, D_left: Tensor, D_right: Tensor
+    ) -> BinaryFactors:
         """Undo the preconditioners, balance both factors, and take scales and latents (Eq. 7 to 9)."""
         _, norms = unit_columns(left.Z)
         Z_left = left.Z / D_left.unsqueeze(-1)
         Z_right = right.Z / D_right.unsqueeze(-1)
-        eta = (Z_right.norm(dim=(-2, -1), keepdim=True) / Z_left.norm(dim=(-2, -1), keepdim=True)).sqrt()  # Eq. (7)
+        eta = (
+            Z_right.norm(dim=(-2, -1), keepdim=True) / Z_left.norm(dim=(-2, -1), keepdim=True)
+        ).sqrt()  # Eq. (7)
         s_left = (eta * Z_left / norms).abs().mean(-1)  # Eq. (8)
         s_right = (Z_right / eta).abs().mean(-1)
         # P + L before the last dual step: the matrix whose signs the proxy took, so signs agree exactly.
@@ -158,7 +172,9 @@ class ADMMInitializer(nn.Module):
         latent_right = (right.L + right.Z) / (eta * D_right.unsqueeze(-1))
         return BinaryFactors(latent_left, latent_right, s_left, s_right)
 
-    def _checked(self, weight: Tensor, importance: Importance, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _checked(
+        self, weight: Tensor, importance: Importance, rank: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         W = weight.detach().float()
         i = importance.input.to(W.device, torch.float32)
         o = importance.output.to(W.device, torch.float32)
@@ -168,12 +184,16 @@ class ADMMInitializer(nn.Module):
                 f"shape {tuple(W.shape)}"
             )
         if not 1 <= rank <= min(W.shape[-2:]):
-            raise ValueError(f"rank must lie in 1..{min(W.shape[-2:])} for shape {tuple(W.shape)}, got {rank}")
+            raise ValueError(
+                f"rank must lie in 1..{min(W.shape[-2:])} for shape {tuple(W.shape)}, got {rank}"
+            )
         if not W.isfinite().all():
             raise ValueError(f"weight of shape {tuple(W.shape)} holds non-finite values")
         for name, moment in (("input", i), ("output", o)):
             if not (moment.isfinite() & (moment > 0)).all():
-                raise ValueError(f"{name} importances must be finite and above 0: collect them on more text")
+                raise ValueError(
+                    f"{name} importances must be finite and above 0: collect them on more text"
+                )
         return W, i, o
 
 
@@ -190,12 +210,16 @@ def refit_scales(factors: BinaryFactors, W: Tensor, i: Tensor, o: Tensor) -> Bin
     """
     S = sign(factors.U) @ sign(factors.V).mT  # (..., d_out, d_in)
     X = S * factors.s2.unsqueeze(-2)
-    s1 = _ratio((i.unsqueeze(-2) * X * W).sum(-1), (i.unsqueeze(-2) * X.square()).sum(-1), factors.s1)
+    s1 = _ratio(
+        (i.unsqueeze(-2) * X * W).sum(-1), (i.unsqueeze(-2) * X.square()).sum(-1), factors.s1
+    )
     X = S * s1.unsqueeze(-1)
-    s2 = _ratio((o.unsqueeze(-1) * X * W).sum(-2), (o.unsqueeze(-1) * X.square()).sum(-2), factors.s2)
+    s2 = _ratio(
+        (o.unsqueeze(-1) * X * W).sum(-2), (o.unsqueeze(-1) * X.square()).sum(-2), factors.s2
+    )
     return BinaryFactors(factors.U, factors.V, s1, s2)
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, otherwise: Tensor) -> Tensor:
-    """numerator / denominator where that is defined, the old scale elsewhere (a zero row of U V^T)."""
+    """Numerator / denominator where that is defined, the old scale elsewhere (a zero row of U V^T)."""
     return torch.where(denominator > 0, numerator / denominator.clamp_min(1e-30), otherwise)

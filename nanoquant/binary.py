@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def sign(x: Tensor) -> Tensor:
-    """Sign in {-1, +1} with sign(0) = +1, in the dtype of ``x``; adding 0.0 turns -0.0 into +0.0."""
+    """Signs in {-1, +1}, +1 for 0, in the dtype of ``x``; adding 0.0 turns -0.0 into +0.0."""
     return torch.copysign(torch.ones((), dtype=x.dtype, device=x.device), x + 0.0)
 
 
@@ -24,6 +24,10 @@ class StraightThroughSign(torch.autograd.Function):
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the signs of ``x`` in ``dtype``."""
         ctx.dtype = x.dtype
+        if (
+            dtype is torch.bfloat16
+        ):  # it has the range of float32, so the cheaper order keeps every sign
+            return sign(x.to(dtype))
         return sign(x).to(dtype)
 
     @staticmethod
@@ -43,7 +47,7 @@ def rank_one(P: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
         a (..., m) and b (..., n), b of unit norm.
     """
     tiny = torch.finfo(P.dtype).tiny
-    a = P.sum(-1)  # one step from the all-ones vector; positive, so never orthogonal to the leading pair
+    a = P.sum(-1)  # a step from all ones: positive, so never orthogonal to the leading pair
     for _ in range(iterations):
         a = a / a.norm(dim=-1, keepdim=True).clamp_min(tiny)
         b = (a.unsqueeze(-2) @ P).squeeze(-2)
@@ -87,7 +91,9 @@ class BinaryFactors:
 
     def unbind(self) -> list[BinaryFactors]:
         """Split a batch of factors along its first dimension."""
-        return [BinaryFactors(*parts) for parts in zip(self.U, self.V, self.s1, self.s2, strict=True)]
+        return [
+            BinaryFactors(*parts) for parts in zip(self.U, self.V, self.s1, self.s2, strict=True)
+        ]
 
 
 def relative_error(W: Tensor, approximation: Tensor, weight: Tensor | float = 1.0) -> Tensor:

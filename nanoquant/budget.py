@@ -24,11 +24,15 @@ class BudgetConfig:
 
     def __post_init__(self) -> None:
         if not self.bits > 0:
-            raise ValueError(f"bits must be above 0, got {self.bits}; usual values are 1.0, 0.8 and 0.55")
+            raise ValueError(
+                f"bits must be above 0, got {self.bits}; usual values are 1.0, 0.8 and 0.55"
+            )
         if self.rank_multiple < 1:
             raise ValueError(f"rank_multiple must be at least 1, got {self.rank_multiple}")
         if self.scale_bits != 16:
-            raise ValueError(f"scales are stored as bfloat16, so scale_bits must be 16, got {self.scale_bits}")
+            raise ValueError(
+                f"scales are stored as bfloat16, so scale_bits must be 16, got {self.scale_bits}"
+            )
 
 
 def layer_bits(d_out: int, d_in: int, rank: int, scale_bits: int) -> int:
@@ -47,7 +51,9 @@ def largest_rank(d_out: int, d_in: int, multiple: int) -> int:
     return max(smaller // multiple * multiple, min(smaller, multiple))
 
 
-def body_bits(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], scale_bits: int) -> float:
+def body_bits(
+    shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int], scale_bits: int
+) -> float:
     """Bits per weight of the quantized linears together (Eq. 60)."""
     used = sum(layer_bits(*shapes[name], rank, scale_bits) for name, rank in ranks.items())
     return used / sum(shapes[name][0] * shapes[name][1] for name in ranks)
@@ -77,7 +83,9 @@ def allocate_ranks(shapes: Mapping[str, tuple[int, int]], config: BudgetConfig) 
             f"full rank {high:.4f}; ask for a value between the two"
         )
     wanted = {name: real_rank(*shape, config.bits, scale_bits) for name, shape in shapes.items()}
-    ranks = {name: min(cap[name], max(least[name], int(wanted[name] // step) * step)) for name in shapes}
+    ranks = {
+        name: min(cap[name], max(least[name], int(wanted[name] // step) * step)) for name in shapes
+    }
     budget = int(config.bits * sum(d_out * d_in for d_out, d_in in shapes.values()))
     return _spend(shapes, ranks, wanted, least, cap, budget, config)
 

@@ -60,7 +60,9 @@ class BinaryLowRankLinear(nn.Module):
         nn.init.constant_(self.s2, self.in_features**-0.5)
 
     @classmethod
-    def from_factors(cls, factors: BinaryFactors, bias: Tensor | None = None) -> BinaryLowRankLinear:
+    def from_factors(
+        cls, factors: BinaryFactors, bias: Tensor | None = None
+    ) -> BinaryLowRankLinear:
         """Build a latent layer from factors of one matrix; tensors are copied as float32."""
         layer = cls(
             factors.V.shape[0], factors.U.shape[0], factors.rank, bias is not None, factors.U.device
@@ -92,7 +94,11 @@ class BinaryLowRankLinear(nn.Module):
         return self
 
     def thaw(self) -> BinaryLowRankLinear:
-        """Make the signs trainable again: latents of magnitude 1."""
+        """Make the signs trainable again, as latents of magnitude exactly 1.
+
+        How sure each sign was is lost with :meth:`freeze`: none flips before steps add up to 1. To train
+        signs later, keep the layer latent.
+        """
         if self.frozen:
             for name in ("U", "V"):
                 latent = getattr(self, name).float()
@@ -102,7 +108,9 @@ class BinaryLowRankLinear(nn.Module):
 
     def factors(self) -> BinaryFactors:
         """Float32 copies of latents (or signs) and scales, detached."""
-        return BinaryFactors(*(getattr(self, name).detach().float().clone() for name in ("U", "V", "s1", "s2")))
+        return BinaryFactors(
+            *(getattr(self, name).detach().float().clone() for name in ("U", "V", "s1", "s2"))
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (..., d_in), giving (..., d_out) in the compute dtype."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from nanoquant_kernels import binary_low_rank_linear, pack_signs, packed_width, unpack_signs
 from torch import Tensor, nn
 
 from nanoquant.binary import BinaryFactors
+from nanoquant_kernels import binary_low_rank_linear, pack_signs, packed_width, unpack_signs
 
 if TYPE_CHECKING:
     from nanoquant.packed_tensor import PackedBinaryTensor

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from nanoquant_kernels import binary_low_rank_linear
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from nanoquant.binary import BinaryFactors
 from nanoquant.packed_linear import dequantize, pack_factors
+from nanoquant_kernels import binary_low_rank_linear
 
 aten = torch.ops.aten
 

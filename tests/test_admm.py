@@ -189,12 +189,14 @@ def test_refit_never_increases_the_weighted_error():
         for _ in range(4):
             factors = refit_scales(factors, W, importance.input, importance.output)
             errors.append(weighted_error(W, factors, importance))
-        assert all(b <= a + 1e-6 for a, b in zip(errors, errors[1:]))
+        assert all(b <= a + 1e-6 for a, b in zip(errors, errors[1:], strict=False))
         assert errors[1] < errors[0]
 
 
 def test_refit_keeps_the_scale_of_a_row_that_the_signs_cancel():
-    factors = BinaryFactors(torch.ones(1, 2), torch.tensor([[1.0, -1.0]]), torch.ones(1), torch.ones(1))
+    factors = BinaryFactors(
+        torch.ones(1, 2), torch.tensor([[1.0, -1.0]]), torch.ones(1), torch.ones(1)
+    )
     refitted = refit_scales(factors, torch.ones(1, 1), torch.ones(1), torch.ones(1))
     assert float(refitted.s1) == float(refitted.s2) == 1
 

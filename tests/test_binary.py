@@ -84,7 +84,9 @@ def test_unbind_splits_a_batch_in_order():
     f = random_factors(batch=(3,))
     parts = f.unbind()
     assert len(parts) == 3
-    assert all(torch.equal(part.dense(), whole) for part, whole in zip(parts, f.dense()))
+    assert all(
+        torch.equal(part.dense(), whole) for part, whole in zip(parts, f.dense(), strict=True)
+    )
 
 
 def test_relative_error_is_weighted_and_one_for_the_zero_matrix():

@@ -52,7 +52,9 @@ def test_the_rank_of_the_papers_table_is_the_real_rank_rounded_down():
 
 def test_bits_and_rank_are_inverse():
     assert layer_bits(1536, 576, 96, 16) == 96 * 2112 + 16 * 2112
-    assert real_rank(1536, 576, layer_bits(1536, 576, 96, 16) / (1536 * 576), 16) == pytest.approx(96)
+    assert real_rank(1536, 576, layer_bits(1536, 576, 96, 16) / (1536 * 576), 16) == pytest.approx(
+        96
+    )
 
 
 def test_what_rounding_leaves_goes_where_it_took_the_largest_share():

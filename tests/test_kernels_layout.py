@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from nanoquant_kernels.layout import pack_signs, packed_width, unpack_signs
 
 

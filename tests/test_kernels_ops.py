@@ -1,7 +1,8 @@
 import pytest
 import torch
-from nanoquant_kernels import binary_low_rank_linear, pack_signs, reference, unpack_signs
 from torch.nn import functional as F
+
+from nanoquant_kernels import binary_low_rank_linear, pack_signs, reference, unpack_signs
 
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # a few roundings each
 CASES = [(24, 40, 16), (17, 23, 5), (8, 8, 8), (1, 9, 1)]  # d_out, d_in, rank

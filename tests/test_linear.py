@@ -14,7 +14,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 def random_layer(d_in=40, d_out=24, rank=17, bias=True):
     generator = torch.manual_seed(0)
-    U, V = torch.randn(d_out, rank, generator=generator), torch.randn(d_in, rank, generator=generator)
+    U, V = (
+        torch.randn(d_out, rank, generator=generator),
+        torch.randn(d_in, rank, generator=generator),
+    )
     s1, s2 = ((torch.rand(n, generator=generator) + 0.5).bfloat16().float() for n in (d_out, d_in))
     b = torch.randn(d_out, generator=generator) if bias else None
     return BinaryLowRankLinear.from_factors(BinaryFactors(U, V, s1, s2), b)
@@ -110,7 +113,10 @@ def test_a_new_layer_keeps_the_variance_of_its_input():
 
 def test_repr_tells_shape_rank_bits_and_state():
     text = repr(random_layer())
-    assert all(part in text for part in ("in_features=40", "out_features=24", "rank=17", "bits=2.2", "latent"))
+    assert all(
+        part in text
+        for part in ("in_features=40", "out_features=24", "rank=17", "bits=2.2", "latent")
+    )
 
 
 @pytest.mark.parametrize("sizes", [(0, 4, 4), (4, 0, 4), (4, 4, 0)], ids=str)

@@ -1,0 +1,5 @@
+"""``python -m nanoquant`` is the command line."""
+
+from nanoquant.cli import run
+
+run()

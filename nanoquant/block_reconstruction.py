@@ -1,0 +1,245 @@
+"""BlockReconstructor: one decoder block from dense to binary (Phase 2 of the method).
+
+Three phases for each round of linears: tune what is still dense, initialize the round's linears as binary
+factors, refine their latents and scales through the straight-through estimator (Eq. 10). The loss is the squared
+error at the block's output, weighted per channel, against the dense block on the dense prefix's activations.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanoquant.architectures import as_linear
+from nanoquant.binary import BinaryFactors, relative_error
+from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
+from nanoquant.importance import Importance
+from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.training import FitResult, OptimizerConfig, RunConfig
+
+Groups = tuple[tuple[str, ...], ...]
+Initializer = Callable[[Tensor, Importance, int, torch.Generator], BinaryFactors]
+
+
+def published_rounds(groups: Groups) -> Groups:
+    """One linear a round in the order of the published code: q, v, o, k, gate, up, down.
+
+    The first group of three (q, k, v) gives its second member back after the linear that follows it.
+    """
+    order = [name for group in groups for name in group]
+    if len(groups) > 1 and len(groups[0]) == 3:
+        k = order.pop(1)
+        order.insert(3, k)
+    return tuple((name,) for name in order)
+
+
+SCHEDULES: dict[str, Callable[[Groups], Groups]] = {
+    "published": published_rounds,
+    "grouped": lambda groups: groups,
+    "algorithm1": lambda groups: (tuple(name for group in groups for name in group),),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig:
+    """Phases of a block; rates and epochs of the paper unless a preset says otherwise."""
+
+    schedule: str = "published"
+    """published: a round per linear; grouped: per shared input; algorithm1: one round for the whole block."""
+    windows: int = 16
+    """Calibration windows that the block is tuned on."""
+    dense_epochs: int = 8
+    """Epochs of tuning the still dense weights before each round; 0 skips it."""
+    dense_lr: float = 1e-4
+    """Rate of the dense weights."""
+    dense_batch: int = 4
+    """Windows a step while tuning dense weights."""
+    refine_epochs: int = 8
+    """Epochs of refining latents and scales after each round; 0 skips it."""
+    latent_lr: float = 1e-5
+    """Rate of the latents."""
+    scale_lr: float = 1e-5
+    """Rate of scales and biases."""
+    refine_batch: int = 1
+    """Windows a step while refining."""
+    relative_rates: bool = False
+    """Latents are first scaled to mean magnitude 1, and scale_lr is a share of each layer's mean scale."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(epsilon=1e-12))
+    """AdamW settings of both tuning phases; the loss is relative, so its gradients are small."""
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        for name in ("dense_epochs", "refine_epochs"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        for name in ("windows", "dense_batch", "refine_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("dense_lr", "latent_lr", "scale_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether any phase needs activations."""
+        return bool(self.dense_epochs or self.refine_epochs)
+
+
+@dataclass
+class BlockReport:
+    """Errors of one block: importance-weighted error of each weight, and the block's loss phase by phase."""
+
+    weight_error: dict[str, float] = field(default_factory=dict)
+    loss: dict[str, float] = field(default_factory=dict)
+
+    def add(self, phase: str, result: FitResult, epochs: int) -> None:
+        """Keep the first loss of the first round and the mean of the last epoch of the last one."""
+        last = result.losses[-max(1, len(result.losses) // epochs) :]
+        self.loss.setdefault(f"before {phase}", result.losses[0])
+        self.loss[f"after {phase}"] = sum(last) / len(last)
+
+
+class BlockReconstructor(nn.Module):
+    """Replace a block's linears by frozen :class:`BinaryLowRankLinear` layers, round by round.
+
+    Args:
+        config: schedule, epochs, rates.
+        initializer: (weight, importance, rank, generator) to factors, batched; ``ADMMInitializer`` or another.
+        run: devices of the tuning loops.
+    """
+
+    def __init__(
+        self, config: BlockConfig, initializer: Initializer, run: RunConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.config, self.initializer, self.run = config, initializer, run or RunConfig()
+
+    def forward(
+        self,
+        block: nn.Module,
+        groups: Groups,
+        importances: Mapping[str, Importance],
+        ranks: Mapping[str, int],
+        data: BlockData | None = None,
+        *,
+        name: str = "block",
+        precision: str = "32-true",
+        freeze: bool = True,
+        loggers: list[Any] | None = None,
+    ) -> BlockReport:
+        """Quantize ``block`` in place.
+
+        Args:
+            block: decoder block with dense linears.
+            groups: names of its linears, those that share an input together, in order of execution.
+            importances: name to second moments.
+            ranks: name to rank.
+            data: activations to tune on; may be absent when the config tunes nothing.
+            name: for messages and logs.
+            precision: Lightning precision of the tuning loops.
+            freeze: fix the signs; False keeps the latents, which training signs later starts from.
+            loggers: Lightning loggers.
+
+        Raises:
+            ValueError: a linear has no importance or rank, or the config tunes and ``data`` is absent.
+        """
+        names = [linear for group in groups for linear in group]
+        for what, given in (("importance", importances), ("rank", ranks)):
+            missing = [linear for linear in names if linear not in given]
+            if missing:
+                raise ValueError(
+                    f"{name}: no {what} for {', '.join(missing)}; collect statistics for every linear"
+                )
+        if self.config.tunes and data is None:
+            raise ValueError(
+                f"{name}: the config tunes the block, so inputs and targets are needed"
+            )
+        dtype = next(block.parameters()).dtype
+        self._prepare(block, names)
+        report = BlockReport()
+        tuner = None
+        if self.config.tunes:
+            weight = importances[names[-1]].output
+            tuner = BlockTuner(
+                block, data, weight, self.config.optimizer, self.run, name, precision, loggers
+            )
+        for rank_round in SCHEDULES[self.config.schedule](groups):
+            if self.config.dense_epochs:
+                self.tune_dense(tuner, names, report)
+            report.weight_error |= self.initialize(block, rank_round, importances, ranks)
+            if self.config.refine_epochs:
+                self.refine(tuner, rank_round, report)
+            if freeze:
+                for linear in rank_round:
+                    block.get_submodule(linear).freeze()
+        _restore(block, names, dtype)
+        return report
+
+    def _prepare(self, block: nn.Module, names: list[str]) -> None:
+        """Conv1D to Linear, and float32 for everything while the block is worked on."""
+        for linear in names:
+            block.set_submodule(linear, as_linear(block.get_submodule(linear)))
+        block.float().requires_grad_(False)
+
+    def tune_dense(self, tuner: BlockTuner, names: list[str], report: BlockReport) -> None:
+        """Error propagation mitigation: tune all still dense weights (step 1)."""
+        modules = [tuner.block.get_submodule(linear) for linear in names]
+        weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
+        groups = [{"params": weights, "lr": self.config.dense_lr}]
+        result = tuner.fit("tune dense", groups, self.config.dense_epochs, self.config.dense_batch)
+        report.add("tune dense", result, self.config.dense_epochs)
+
+    def refine(self, tuner: BlockTuner, names: tuple[str, ...], report: BlockReport) -> None:
+        """Factor refinement: latents and scales of the round just initialized (step 3, Eq. 10)."""
+        layers = [tuner.block.get_submodule(linear) for linear in names]
+        latents = [latent for layer in layers for latent in (layer.U, layer.V)]
+        groups = [{"params": latents, "lr": self.config.latent_lr}]
+        for layer in layers:
+            groups += scale_groups(layer, self.config.scale_lr, self.config.relative_rates)
+        result = tuner.fit("refine", groups, self.config.refine_epochs, self.config.refine_batch)
+        report.add("refine", result, self.config.refine_epochs)
+
+    def initialize(
+        self,
+        block: nn.Module,
+        names: tuple[str, ...],
+        importances: Mapping[str, Importance],
+        ranks: Mapping[str, int],
+    ) -> dict[str, float]:
+        """Put factors in the place of dense linears, equal shapes in one batch; returns weight errors."""
+        batches: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+        for linear in names:
+            batches[(*block.get_submodule(linear).weight.shape, ranks[linear])].append(linear)
+        errors = {}
+        for (*_, rank), members in batches.items():
+            W = torch.stack([block.get_submodule(linear).weight.detach() for linear in members])
+            i = torch.stack([importances[linear].input for linear in members]).to(W)
+            o = torch.stack([importances[linear].output for linear in members]).to(W)
+            generator = torch.Generator().manual_seed(self.run.seed)
+            factors = self.initializer(W, Importance(input=i, output=o), rank, generator)
+            error = relative_error(W, factors.dense(), o.unsqueeze(-1) * i.unsqueeze(-2))
+            for linear, parts, value in zip(members, factors.unbind(), error.tolist(), strict=True):
+                if self.config.relative_rates:
+                    parts = parts.normalized()
+                dense = block.get_submodule(linear)
+                block.set_submodule(linear, BinaryLowRankLinear.from_factors(parts, dense.bias))
+                errors[linear] = value
+        return errors
+
+
+def _restore(block: nn.Module, names: list[str], dtype: torch.dtype) -> None:
+    """Back to the model's dtype, except the layers that were quantized."""
+    quantized = {
+        parameter for linear in names for parameter in block.get_submodule(linear).parameters()
+    }
+    for tensor in block.parameters():
+        if tensor not in quantized:
+            tensor.data = tensor.data.to(dtype)

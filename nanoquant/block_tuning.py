@@ -1,0 +1,122 @@
+"""Tuning one decoder block against targets: the objective, and the loop's data and bookkeeping.
+
+The loss is the squared error at the block's output, weighted per output channel. Who calls decides what trains.
+Shapes: N windows, T tokens a window, d hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from nanoquant.decoder import BlockCall, run_block
+from nanoquant.training import FitResult, OptimizerConfig, RunConfig, fit
+
+
+@dataclass(frozen=True)
+class BlockData:
+    """What a block is tuned on: inputs and targets (N, T, d), and the rest of its call."""
+
+    inputs: Tensor
+    targets: Tensor
+    call: BlockCall
+
+
+class BlockObjective(nn.Module):
+    """Weighted squared error at a block's output, relative to the weighted energy of the targets.
+
+    Args:
+        name: for messages and logs.
+        block: the decoder block, trained in place.
+        data: inputs, targets, call.
+        weight: importance of each output channel (d,), mean 1.
+        groups: what trains.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        block: nn.Module,
+        data: BlockData,
+        weight: Tensor,
+        groups: list[dict[str, Any]],
+    ) -> None:
+        super().__init__()
+        self.name, self.block, self.call, self.groups = name, block, data.call, groups
+        self.register_buffer(
+            "weight", weight / (weight * data.targets.float().square().mean((0, 1))).sum()
+        )
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The groups given to the constructor."""
+        return self.groups
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Loss of (inputs, targets), both (n, T, d)."""
+        inputs, targets = batch
+        error = run_block(self.block, inputs, self.call).float() - targets.float()
+        return (self.weight * error.square().mean(dim=(0, 1))).sum()
+
+
+def scale_groups(layer: nn.Module, lr: float, relative: bool) -> list[dict[str, Any]]:
+    """Optimizer groups of a layer's scales and bias; ``relative`` makes ``lr`` a share of the mean scale."""
+    tensors = [t for t in (layer.s1, layer.s2) if t is not None]
+    groups = [
+        {"params": [t], "lr": lr * (float(t.detach().abs().mean()) if relative else 1.0)}
+        for t in tensors
+    ]
+    if layer.bias is not None:
+        groups.append({"params": [layer.bias], "lr": lr})
+    return groups
+
+
+@dataclass(frozen=True)
+class BlockTuner:
+    """Trains chosen parameters of one block; everything that stays the same between its phases."""
+
+    block: nn.Module
+    data: BlockData
+    weight: Tensor
+    optimizer: OptimizerConfig
+    run: RunConfig
+    name: str
+    precision: str
+    loggers: list[Any] | None = None
+
+    def __post_init__(self) -> None:
+        channels = self.data.targets.shape[-1]
+        if self.weight.shape != (channels,):
+            raise ValueError(
+                f"{self.name}: the weight of the loss has shape {tuple(self.weight.shape)}, but the block has "
+                f"{channels} output channels"
+            )
+
+    def fit(self, phase: str, groups: list[dict[str, Any]], epochs: int, batch: int) -> FitResult:
+        """Train ``groups`` for ``epochs``, ``batch`` windows a step; nothing else gets gradients."""
+        self.block.requires_grad_(False)
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        weight = self.weight.to(self.data.targets.device)
+        objective = BlockObjective(f"{self.name} {phase}", self.block, self.data, weight, groups)
+        loader = DataLoader(
+            TensorDataset(self.data.inputs, self.data.targets),
+            batch_size=batch,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.run.seed),
+        )
+        result = fit(
+            objective,
+            loader,
+            self.optimizer,
+            epochs=epochs,
+            run=self.run,
+            precision=self.precision,
+            loggers=self.loggers,
+        )
+        self.block.requires_grad_(False)
+        return result

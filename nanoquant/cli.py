@@ -1,0 +1,128 @@
+"""The command line: ``nanoquant quantize | evaluate | generate | inspect``.
+
+Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from nanoquant.console import quiet, say
+
+USAGE = """usage: nanoquant COMMAND ...
+
+Language models at one bit per weight and below: binary low-rank factors of every linear.
+
+commands:
+  quantize MODEL OUT --text FILE    quantize a model, save a checkpoint, measure it in a fresh process
+  evaluate MODEL --text FILE        perplexity of a dense or quantized model
+  generate MODEL --prompt TEXT      continue a text
+  inspect FOLDER                    sizes, ranks and recipe of a checkpoint
+
+"nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
+NANOQUANT_DEBUG=1 shows the traceback of an error.
+"""
+MOST_CHARACTERS = 1000
+
+
+def run() -> NoReturn:
+    """Entry point of the console script; a termination signal ends it as an interruption does."""
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(main())
+
+
+def _terminated(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line, by default those of the process.
+
+    Returns:
+        The exit code: 0, 2 for bad input (one line on stderr says what), 130 when interrupted.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    quiet()
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            say(USAGE.rstrip())
+            return 0 if arguments else 2
+        if arguments[0] == "--version":
+            from nanoquant import __version__
+
+            say(f"nanoquant {__version__}")
+            return 0
+        command = COMMANDS.get(arguments[0])
+        if command is None:
+            allowed = ", ".join(COMMANDS)
+            raise ValueError(f"there is no command {arguments[0]!r}; commands are {allowed}")
+        command(arguments[1:])
+    except KeyboardInterrupt:
+        return _stopped()
+    except SystemExit as stop:
+        # Lightning answers an interruption by leaving with code 1
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            return _stopped()
+        return stop.code if isinstance(stop.code, int) else 0
+    except Exception as error:
+        if os.environ.get("NANOQUANT_DEBUG") or not _is_input_error(error):
+            raise
+        sys.stderr.write(f"nanoquant: error: {_one_line(error)}\n")
+        return 2
+    return 0
+
+
+def _stopped() -> int:
+    sys.stderr.write("nanoquant: interrupted\n")
+    return 130
+
+
+def _is_input_error(error: Exception) -> bool:
+    """Whether the message is for the user; any other error is a fault of ours and shows all."""
+    kinds = (ValueError, OSError, FloatingPointError, MemoryError)
+    return isinstance(error, kinds) or type(error).__name__ in ("ArgumentError", "OutOfMemoryError")
+
+
+def _one_line(error: Exception) -> str:
+    """The message of an error in one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} ..."
+
+
+def _quantize(arguments: list[str]) -> None:
+    from nanoquant.parsers import parse_quantize
+
+    job, config = parse_quantize(arguments)
+    from nanoquant.job import run_job
+
+    run_job(job, config)
+
+
+def _other(name: str, what: str) -> Callable[[list[str]], None]:
+    """The command whose function in commands.py has the flags as its arguments."""
+
+    def command(arguments: list[str]) -> None:
+        from nanoquant import commands
+        from nanoquant.parsers import command_parser, parse
+
+        function = getattr(commands, f"{name}_command")
+        function(**vars(parse(command_parser(name, function, what), arguments)))
+
+    return command
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "quantize": _quantize,
+    "evaluate": _other("evaluate", "Measure perplexity and sizes of a dense or quantized model."),
+    "generate": _other("generate", "Continue a text with a dense or quantized model."),
+    "inspect": _other(
+        "inspect", "Show sizes, ranks and recipe of a checkpoint without its weights."
+    ),
+}

@@ -1,0 +1,230 @@
+"""The commands ``evaluate``, ``generate`` and ``inspect``; ``quantize`` is in job.py."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from nanoquant.budget import layer_bits
+from nanoquant.checkpoint import read_sizes
+from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
+from nanoquant.console import (
+    ConsoleProgress,
+    check_json_path,
+    say,
+    show_logs,
+    table,
+    write_json,
+)
+from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
+from nanoquant.evaluate import perplexity
+from nanoquant.generate import generate
+from nanoquant.sizes import Sizes, measure_sizes
+from nanoquant.sources import device_of, find_model, load_model, load_tokenizer, weight_bytes
+
+
+def evaluate_command(
+    model: str,
+    text: str | None = None,
+    windows: int = DataConfig.windows,
+    length: int = DataConfig.length,
+    seed: int | None = None,
+    sample: str | None = None,
+    sample_tokens: int = 60,
+    device: str = "auto",
+    json: str | None = None,
+) -> None:
+    """Print perplexity, sizes and a sample of a dense or quantized model.
+
+    Args:
+        model: folder or Hub name.
+        text: held-out text: a text, .jsonl, .pt or .safetensors file, or a data set as name:config:split.
+        windows: number of windows.
+        length: tokens of a window.
+        seed: seed that chooses the windows; null takes the first ones in order.
+        sample: prompt to continue, greedily.
+        sample_tokens: most new tokens of the sample.
+        device: auto takes a GPU if there is one; cpu or cuda.
+        json: file for every printed figure.
+
+    Raises:
+        ValueError: nothing to do, or the folder or the text is not usable.
+    """
+    if text is None and sample is None:
+        raise ValueError("nothing to measure: give --text, --sample or both")
+    check_json_path(json)
+    show_logs(verbose=False)
+    folder, target = find_model(model), device_of(device)
+    tokenizer = load_tokenizer(folder)
+    tokens = None
+    if text is not None:
+        data = DataConfig(text=text, windows=windows, length=length, seed=seed)
+        tokens = make_windows(
+            load_tokens(text, tokenizer), data.length, data.windows, bos_of(tokenizer), data.seed
+        )
+    progress = ConsoleProgress(
+        ["load", *(["perplexity"] if text else []), *(["sample"] if sample else [])]
+    )
+    with progress.phase("load", 1):
+        loaded = load_model(folder, target)
+    figures: dict[str, Any] = {"model": model, "text": text, "perplexity": None, "sample": None}
+    if tokens is not None:
+        with progress.phase("perplexity", len(tokens)):
+            figures |= _perplexity(loaded, tokens, progress)
+        say(
+            "perplexity {perplexity:.4f} on {tokens:,} tokens of {windows} windows".format(
+                **figures
+            )
+        )
+    if sample is not None:
+        with progress.phase("sample", 1):
+            figures["sample"] = generate(loaded, tokenizer, sample, sample_tokens)
+        say(f"sample: {sample}{figures['sample']}")
+    sizes, file_bytes = measure_sizes(loaded), weight_bytes(folder)
+    say(sizes_table(sizes, file_bytes))
+    figures |= {"sizes": sizes.to_dict(), "file_bytes": file_bytes, "seconds": progress.seconds}
+    write_json(json, figures)
+
+
+def _perplexity(
+    model: PreTrainedModel, windows: Tensor, progress: ConsoleProgress
+) -> dict[str, Any]:
+    """Perplexity on windows (N, T), and what it was taken over."""
+    result = perplexity(model, windows, progress=lambda done, total: progress.advance(1))
+    return {
+        "perplexity": result.value,
+        "nll_per_token": result.nll.sum().item() / result.tokens,
+        "tokens": result.tokens,
+        "windows": result.windows,
+        "length": windows.shape[1],
+    }
+
+
+def generate_command(
+    model: str,
+    prompt: str,
+    max_new_tokens: int = 60,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    device: str = "auto",
+) -> None:
+    """Print the continuation of a prompt.
+
+    Args:
+        model: folder or Hub name.
+        prompt: text to continue, or the user's turn with chat.
+        max_new_tokens: most tokens to generate.
+        temperature: 0 takes the most probable token each time, above 0 samples.
+        seed: seed of the sampling.
+        chat: wrap the prompt in the tokenizer's chat template.
+        device: auto takes a GPU if there is one; cpu or cuda.
+
+    Raises:
+        ValueError: the folder, the prompt or a number is not usable.
+    """
+    show_logs(verbose=False)
+    folder, target = find_model(model), device_of(device)
+    tokenizer = load_tokenizer(folder)
+    loaded = load_model(folder, target)
+    say(generate(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, chat))
+
+
+def inspect_command(model: str, json: str | None = None) -> None:
+    """Print sizes, ranks and recipe of a checkpoint without reading its weights.
+
+    Args:
+        model: folder or Hub name of a quantized model.
+        json: file for every printed figure.
+
+    Raises:
+        ValueError: the folder is not a complete checkpoint.
+    """
+    check_json_path(json)
+    folder = resolve_folder(model)
+    sizes, kinds = read_sizes(folder), layer_kinds(folder)
+    settings = read_json(folder / "config.json")["quantization_config"]
+    say(sizes_table(sizes, weight_bytes(folder)))
+    say()
+    rows = [[kind, *map(str, values.values())] for kind, values in kinds.items()]
+    say(table(rows, header=["layer", *next(iter(kinds.values()))] if kinds else ()))
+    say()
+    recipe = settings.get("recipe") or {}
+    for line in recipe_lines(recipe):
+        say(line)
+    figures = {"sizes": sizes.to_dict(), "file_bytes": weight_bytes(folder), "layers": kinds}
+    write_json(json, figures | {"recipe": recipe, "format_version": settings["format_version"]})
+
+
+def sizes_table(sizes: Sizes, file_bytes: int) -> str:
+    """The four sizes; those that do not apply are left out."""
+    rows = []
+    if sizes.body_bits_per_weight is not None:
+        rows.append(["bits per weight, body", f"{sizes.body_bits_per_weight:.4f}"])
+        rows.append(["weights in quantized linears", f"{sizes.body_weights:,}"])
+    rows += [
+        ["bits per weight, whole model", f"{sizes.model_bits_per_parameter:.4f}"],
+        ["bytes on disk", f"{file_bytes:,}"],
+        ["bytes resident", f"{sizes.bytes_resident:,}"],
+        ["parameters", f"{sizes.parameters:,}"],
+    ]
+    return table(rows)
+
+
+def layer_kinds(folder: Path) -> dict[str, dict[str, Any]]:
+    """Shape, ranks and bits of the quantized linears, by the last parts of their names.
+
+    Returns:
+        "self_attn.q_proj" to its count, shape ("out x in"), smallest, mean and largest rank, and
+        bits per weight.
+    """
+    stored = verify_folder(folder)
+    modules = read_json(folder / "config.json")["quantization_config"]["modules"]
+    groups: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for name, entry in modules.items():
+        shape = stored[f"{name}.s1"].shape[0], stored[f"{name}.s2"].shape[0]
+        kind = ".".join(part for part in name.split(".")[1:] if not part.isdigit())
+        groups[kind.removeprefix("layers.")].append((*shape, entry["rank"]))
+    return {kind: _summary(layers) for kind, layers in groups.items()}
+
+
+def _summary(layers: list[tuple[int, int, int]]) -> dict[str, Any]:
+    """Count, shape, ranks and bits of layers (d_out, d_in, rank) of one kind."""
+    ranks = [rank for *_, rank in layers]
+    shapes = sorted({f"{d_out} x {d_in}" for d_out, d_in, _ in layers})
+    bits = sum(layer_bits(*layer, scale_bits=16) for layer in layers)
+    return {
+        "count": len(layers),
+        "shape": ", ".join(shapes),
+        "least rank": min(ranks),
+        "mean rank": round(math.fsum(ranks) / len(ranks), 1),
+        "largest rank": max(ranks),
+        "bits": round(bits / sum(d_out * d_in for d_out, d_in, _ in layers), 4),
+    }
+
+
+def recipe_lines(recipe: dict[str, Any]) -> list[str]:
+    """A recipe as "name: value" lines, one for each stage of the configuration."""
+    lines = []
+    for name, value in recipe.items():
+        if not isinstance(value, dict):
+            lines.append(f"{name}: {value}")
+            continue
+        plain = {key: item for key, item in value.items() if not isinstance(item, dict)}
+        nested = {f"{name}.{key}": item for key, item in value.items() if isinstance(item, dict)}
+        if plain:
+            lines.append(
+                f"{name}: " + ", ".join(f"{key}={_short(item)}" for key, item in plain.items())
+            )
+        lines += recipe_lines(nested)
+    return lines
+
+
+def _short(value: Any) -> str:  # noqa: ANN401
+    """The value without digits that nobody reads."""
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)

@@ -1,0 +1,182 @@
+"""NanoQuantConfig: the stage configs of the pipeline in one frozen object, and its presets.
+
+Defaults live with the code that reads them; here they are only composed, and presets only change them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torchao.core.config import AOBaseConfig
+
+from nanoquant.admm import ADMMConfig
+from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.budget import BudgetConfig
+from nanoquant.importance import ImportanceConfig
+from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.training import OptimizerConfig, RunConfig
+
+STEPS = ("", "prepare", "convert")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """How much text the importances are taken from."""
+
+    windows: int = 32
+    """Windows of the forward and backward pass; all different."""
+    length: int = 512
+    """Tokens of a window, in every phase."""
+    batch: int = 4
+    """Windows a pass, and what the clipping quantile is taken over: 2000 tokens or more let it act."""
+
+    def __post_init__(self) -> None:
+        if min(self.windows, self.batch) < 1 or self.length < 2:
+            raise ValueError(
+                f"windows and batch must be at least 1 and length at least 2, got {self.windows}, "
+                f"{self.batch} and {self.length}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NanoQuantConfig(AOBaseConfig):
+    """Everything that decides what a quantization does.
+
+    :func:`nanoquant_config` builds it from a preset.
+    """
+
+    preset: str = "fast"
+    """Name of the preset that the other fields started from."""
+    blocks: str = ""
+    """Slice of decoder blocks to quantize, such as 0:10; empty means all, the rest stays dense."""
+    step: str = ""
+    """For torchao's quantize_: prepare observes, convert factorizes with what was observed, empty needs no data."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """Bits and ranks."""
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    """Amount of text."""
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    """Clipping and shrinkage of the statistics."""
+    admm: ADMMConfig = field(default_factory=ADMMConfig)
+    """The initializer."""
+    block: BlockConfig = field(default_factory=BlockConfig)
+    """Block reconstruction."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Model reconstruction."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Devices, precision, seed."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.step not in STEPS:
+            raise ValueError(f"step must be prepare, convert or empty, got {self.step!r}")
+        self._slice()
+
+    def block_range(self, count: int) -> range:
+        """The chosen blocks of a model with ``count`` of them.
+
+        Raises:
+            ValueError: ``blocks`` is no slice, or chooses nothing.
+        """
+        chosen = range(count)[self._slice()]
+        if not chosen:
+            raise ValueError(f"blocks={self.blocks} chooses none of the {count} decoder blocks")
+        return chosen
+
+    def _slice(self) -> slice:
+        """What ``blocks`` says, as a slice."""
+        parts = self.blocks.split(":") if self.blocks else ["", ""]
+        try:
+            start, stop = (int(part) if part else None for part in parts)
+        except ValueError:
+            raise ValueError(f"blocks must look like 0:10, got {self.blocks!r}") from None
+        return slice(start, stop)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _fast() -> NanoQuantConfig:
+    """Initialization, then signs, scales and norms together against the teacher: best per minute at small size."""
+    return NanoQuantConfig(
+        preset="fast",
+        admm=ADMMConfig(iterations=60),
+        block=BlockConfig(dense_epochs=0, refine_epochs=0),
+    )
+
+
+def _balanced() -> NanoQuantConfig:
+    """The same phases with more iterations and nearly three times the text."""
+    return NanoQuantConfig(
+        preset="balanced",
+        calibration=CalibrationConfig(windows=64),
+        admm=ADMMConfig(iterations=100),
+        block=BlockConfig(dense_epochs=0, refine_epochs=0),
+        model=ModelConfig(windows=880, latent_lr=5e-3),
+    )
+
+
+def _paper() -> NanoQuantConfig:
+    """The published code's schedule and rates, with 16 windows of 512 and 4 epochs a stage."""
+    return NanoQuantConfig(
+        preset="paper",
+        calibration=CalibrationConfig(windows=16, length=512),
+        admm=ADMMConfig(iterations=400, refit_sweeps=0),
+        block=BlockConfig(
+            schedule="published",
+            windows=16,
+            dense_epochs=4,
+            refine_epochs=4,
+            dense_lr=1e-4,
+            latent_lr=1e-5,
+            scale_lr=1e-5,
+            relative_rates=False,
+        ),
+        model=ModelConfig(
+            train="scales",
+            windows=16,
+            epochs=4,
+            scale_lr=1e-6,
+            relative_rates=False,
+            optimizer=OptimizerConfig(floor=0.0),
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], NanoQuantConfig]] = {
+    "fast": _fast,
+    "balanced": _balanced,
+    "paper": _paper,
+}
+
+
+def nanoquant_config(
+    bits: float | None = None,
+    preset: str = "fast",
+    **fields: Any,  # noqa: ANN401
+) -> NanoQuantConfig:
+    """Build a configuration from a preset.
+
+    Example::
+
+        nanoquant_config(bits=0.8, preset="balanced", run=RunConfig(seed=1))
+
+    Args:
+        bits: bits per weight over the quantized linears; none keeps the default.
+        preset: fast, balanced or paper.
+        **fields: fields of :class:`NanoQuantConfig` to replace.
+
+    Raises:
+        ValueError: unknown preset, or a value out of its range.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    config = dataclasses.replace(PRESETS[preset](), **fields)
+    if bits is not None:
+        config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, bits=bits))
+    return config

@@ -1,0 +1,175 @@
+"""Perplexity of a model, and its divergence from another, on windows of tokens.
+
+Both stream: besides the logits of one batch in the model's own dtype, at most a chunk of them
+exists in float32. Sums over windows are float64.
+
+Shapes: N windows, T tokens a window, B windows a batch, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nanoquant.decoder import evaluation_mode, input_device
+
+CHUNK_ELEMENTS = 16 * 2**20
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perplexity:
+    """Perplexity on a set of windows, with what a paired comparison needs."""
+
+    value: float
+    """exp of the mean negative log-likelihood per predicted token."""
+    tokens: int
+    """Number of predicted tokens, N (T - 1)."""
+    windows: int
+    """Number of windows, N."""
+    nll: Tensor
+    """Negative log-likelihood of every window in nats, summed over its tokens (N,), float64."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Divergence:
+    """How far the next-token distributions of a student are from those of a teacher."""
+
+    kl: float
+    """Mean KL(teacher || student) per token, in nats."""
+    agreement: float
+    """Share of the tokens, 0 to 1, where both rank the same next token first."""
+    tokens: int
+    """Number of positions compared, N T."""
+    windows: Tensor
+    """Mean KL per token of every window (N,), float64."""
+
+
+def negative_log_likelihood(
+    model: nn.Module, windows: Tensor, batch_size: int = 1, progress: Progress | None = None
+) -> tuple[Tensor, int]:
+    """Negative log-likelihood of every window under the model.
+
+    Args:
+        model: Causal language model.
+        windows: Token ids (N, T); tokens 1 to T - 1 of each are predicted.
+        batch_size: Windows a forward pass.
+        progress: Called with (windows done, windows in all) after every pass.
+
+    Returns:
+        Sums over the tokens of every window (N,), float64, in nats, and the number of predicted
+        tokens of all windows together.
+
+    Raises:
+        ValueError: The windows are too short, or the logits are not finite.
+    """
+    _check(windows)
+    sums = []
+    for batch in _batches(windows, batch_size, progress):
+        logits = _logits(model, batch)
+        for row, ids in zip(logits, batch.to(logits.device), strict=True):
+            nll = [
+                _log_sum_exp(chunk, len(sums)) - chunk.gather(1, target[:, None])[:, 0]
+                for chunk, target in _chunks(row[:-1], ids[1:])
+            ]
+            sums.append(torch.cat(nll).double().sum().cpu())
+    return torch.stack(sums), windows[:, 1:].numel()
+
+
+def perplexity(
+    model: nn.Module, windows: Tensor, batch_size: int = 1, progress: Progress | None = None
+) -> Perplexity:
+    """Perplexity of the model on windows (N, T); arguments as ``negative_log_likelihood``."""
+    nll, tokens = negative_log_likelihood(model, windows, batch_size, progress)
+    mean = nll.sum().item() / tokens
+    # above exp(709) a float64 overflows
+    value = math.exp(mean) if mean < 709 else math.inf
+    return Perplexity(value=value, tokens=tokens, windows=len(windows), nll=nll)
+
+
+def kl_divergence(
+    student: nn.Module,
+    teacher: nn.Module,
+    windows: Tensor,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Divergence:
+    """Mean KL(teacher || student) over every position of the windows, and top-1 agreement.
+
+    Args:
+        student: Causal language model.
+        teacher: Causal language model with the same vocabulary.
+        windows: Token ids (N, T).
+        batch_size: Windows a forward pass.
+        progress: Called with (windows done, windows in all) after every pass.
+
+    Raises:
+        ValueError: Logits are not finite, or the vocabularies differ.
+    """
+    _check(windows)
+    sums, agree = [], 0
+    for batch in _batches(windows, batch_size, progress):
+        student_logits, teacher_logits = _logits(student, batch), _logits(teacher, batch)
+        if student_logits.shape != teacher_logits.shape:
+            raise ValueError(
+                f"student and teacher have vocabularies of {student_logits.shape[-1]} and "
+                f"{teacher_logits.shape[-1]} tokens; they must be the same"
+            )
+        for s_row, t_row in zip(student_logits, teacher_logits, strict=True):
+            total = torch.zeros((), dtype=torch.float64)
+            for s, t in _chunks(s_row, t_row.to(s_row.device)):
+                t = t.float()
+                log_q = s - _log_sum_exp(s, len(sums), "student")[:, None]
+                log_p = t - _log_sum_exp(t, len(sums), "teacher")[:, None]
+                kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (chunk,)
+                total += kl.double().sum().cpu()
+                agree += int((s.argmax(-1) == t.argmax(-1)).sum())
+            sums.append(total)
+    totals = torch.stack(sums)
+    return Divergence(
+        kl=totals.sum().item() / windows.numel(),
+        agreement=agree / windows.numel(),
+        tokens=windows.numel(),
+        windows=totals / windows.shape[1],
+    )
+
+
+def _check(windows: Tensor) -> None:
+    """Check the shape of the windows."""
+    if windows.ndim != 2 or len(windows) < 1 or windows.shape[1] < 2:
+        raise ValueError(f"windows have shape {tuple(windows.shape)}; allowed: (N >= 1, T >= 2)")
+
+
+def _batches(windows: Tensor, batch_size: int, progress: Progress | None) -> Iterator[Tensor]:
+    """Yield batches of windows, and report each once it has been used."""
+    done = 0
+    for batch in windows.split(batch_size):
+        yield batch
+        done += len(batch)
+        if progress:
+            progress(done, len(windows))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+    """Logits (B, T, V) in the dtype of the model."""
+    with evaluation_mode(model):
+        return model(input_ids=batch.to(input_device(model)), use_cache=False).logits
+
+
+def _chunks(logits: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield rows of logits (T, V) as float32 chunks, with the same rows of another tensor."""
+    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
+    for chunk, same in zip(logits.split(rows), other.split(rows), strict=True):
+        yield chunk.float(), same
+
+
+def _log_sum_exp(logits: Tensor, window: int, who: str = "model") -> Tensor:
+    """Logarithm of the normaliser of every row (chunk,); not finite if a logit is NaN or +inf."""
+    result = logits.logsumexp(-1)
+    if not result.isfinite().all():
+        raise ValueError(f"the logits of the {who} are not finite in window {window}")
+    return result

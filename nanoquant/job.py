@@ -1,0 +1,228 @@
+"""The job of ``nanoquant quantize``: dense figures, quantization, checkpoint, figures of the checkpoint.
+
+Everything that can be refused is refused before the first long step. The checkpoint is measured in a
+fresh process that knows nothing but its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nanoquant.architectures import find_decoder
+from nanoquant.checkpoint import read_sizes, save_pretrained
+from nanoquant.checkpoint_files import check_output_folder
+from nanoquant.config import NanoQuantConfig
+from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs, write_json
+from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
+from nanoquant.evaluate import perplexity
+from nanoquant.figures import Figures, JobResult, result_table, versions
+from nanoquant.generate import generate
+from nanoquant.quantize import QuantizationReport, check_finite, choose_ranks, quantize, split_text
+from nanoquant.sizes import measure_sizes
+from nanoquant.sources import (
+    check_dense,
+    device_of,
+    find_model,
+    load_model,
+    load_tokenizer,
+    weight_bytes,
+)
+
+LOGGERS = ("none", "csv", "wandb")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """What is read, written and measured."""
+
+    source: str
+    """Folder or Hub name of the dense model."""
+    output: str
+    """New or empty folder for the checkpoint."""
+    text: str
+    """Calibration text: a text, .jsonl, .pt or .safetensors file, or a data set as name:config:split."""
+    eval_text: str | None = None
+    """Held-out text for perplexity, of the same kinds; null: not measured."""
+    eval_windows: int = DataConfig.windows
+    """Windows of the held-out text."""
+    eval_length: int = DataConfig.length
+    """Tokens of such a window."""
+    sample: str | None = None
+    """Prompt that both models continue; null: no sample."""
+    sample_tokens: int = 60
+    """Most new tokens of a sample."""
+    json: str | None = None
+    """File for every printed figure."""
+    logger: str = "none"
+    """Where Lightning logs the losses: none, csv or wandb (offline without a key)."""
+    log_dir: str = "logs"
+    """Folder of the logs."""
+    verbose: bool = False
+    """Show a log line per block."""
+
+    def __post_init__(self) -> None:
+        if self.logger not in LOGGERS:
+            raise ValueError(f"logger must be one of {', '.join(LOGGERS)}, got {self.logger!r}")
+        if self.sample is not None and not self.sample.strip():
+            raise ValueError("the sample's prompt is empty; give some text, or no sample")
+        if self.sample_tokens < 1:
+            raise ValueError(f"sample_tokens must be at least 1, got {self.sample_tokens}")
+
+    @property
+    def evaluation(self) -> DataConfig | None:
+        """Text and windows of the perplexity; None without a text."""
+        if self.eval_text is None:
+            return None
+        return DataConfig(text=self.eval_text, windows=self.eval_windows, length=self.eval_length)
+
+    @property
+    def measures(self) -> bool:
+        """Whether a model has to run for the figures."""
+        return self.evaluation is not None or self.sample is not None
+
+
+def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
+    """Quantize a model, measure it before and after, and print one table.
+
+    Raises:
+        ValueError: any input does not allow it; nothing has been written then.
+    """
+    show_logs(job.verbose)
+    check_output_folder(job.output)
+    check_json_path(job.json)
+    device = device_of(config.run.accelerator)
+    folder = find_model(job.source)
+    check_dense(folder)
+    tokenizer = load_tokenizer(folder)
+    tokens = load_tokens(job.text, tokenizer)
+    split_text(tokens, tokenizer, config)
+    windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
+    progress = ConsoleProgress(phase_names(job, config))
+    with progress.phase("load", 1):
+        model = load_model(folder, device)
+        check_finite(model)
+        decoder = find_decoder(model)
+        choose_ranks(decoder, config.block_range(len(decoder.blocks)), config)
+    dense = measure(model, tokenizer, windows, job, progress, weight_bytes(folder))
+    loggers = make_loggers(job)
+    report = quantize(model, tokens, config, tokenizer, progress=progress, loggers=loggers)
+    with progress.phase("save", 1):
+        recipe = recipe_of(job, report)
+        save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
+    del model, decoder
+    with progress.phase("measure in a fresh process", 0):
+        quantized = measure_in_fresh_process(job, device)
+    seconds = dict(progress.seconds)
+    result = JobResult(asdict(job), dense, quantized, report.to_dict(), seconds, versions())
+    say(result_table(result))
+    write_json(job.json, result.to_dict())
+    return result
+
+
+def phase_names(job: JobConfig, config: NanoQuantConfig) -> list[str]:
+    """The phases to come, in order."""
+    names = ["load"]
+    names += ["measure dense"] if job.measures else []
+    names += ["calibrate", "blocks"]
+    names += ["model"] if config.model.train != "none" else []
+    return [*names, "pack", "save", "measure in a fresh process"]
+
+
+def evaluation_windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """Windows (N, T) of a held-out text."""
+    tokens = load_tokens(data.text, tokenizer)
+    return make_windows(tokens, data.length, data.windows, bos_of(tokenizer), data.seed)
+
+
+def measure(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: Tensor | None,
+    job: JobConfig,
+    progress: ConsoleProgress,
+    file_bytes: int,
+) -> Figures:
+    """Figures of the dense model in this process."""
+    figures = Figures(file_bytes, measure_sizes(model).to_dict())
+    if not job.measures:
+        return figures
+    with progress.phase("measure dense", 0 if windows is None else len(windows)):
+        if windows is not None:
+            step = partial(_advance, progress)
+            figures.perplexity = perplexity(model, windows, progress=step).value
+        if job.sample is not None:
+            figures.sample = generate(model, tokenizer, job.sample, job.sample_tokens)
+    return figures
+
+
+def _advance(progress: ConsoleProgress, done: int, total: int) -> None:
+    progress.advance(1)
+
+
+def measure_in_fresh_process(job: JobConfig, device: torch.device) -> Figures:
+    """Figures of the checkpoint, by ``nanoquant evaluate`` in a process of its own.
+
+    Raises:
+        ValueError: that process failed; it has said why.
+    """
+    folder = Path(job.output)
+    figures = Figures(weight_bytes(folder), read_sizes(folder).to_dict())
+    flags = []
+    if job.evaluation is not None:
+        data = job.evaluation
+        flags += ["--text", data.text, "--windows", str(data.windows), "--length", str(data.length)]
+    if job.sample is not None:
+        flags += [f"--sample={job.sample}", "--sample-tokens", str(job.sample_tokens)]
+    if not flags:
+        return figures
+    with TemporaryDirectory() as temporary:
+        file = Path(temporary, "figures.json")
+        command = [sys.executable, "-m", "nanoquant", "evaluate", str(folder), *flags]
+        command += ["--device", device.type, "--json", str(file)]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise ValueError(
+                f"the checkpoint {folder} is written, but measuring it in a fresh process failed "
+                f"with exit code {done.returncode}"
+            )
+        found = json.loads(file.read_text(encoding="utf-8"))
+    figures.perplexity, figures.sample = found["perplexity"], found["sample"]
+    return figures
+
+
+def recipe_of(job: JobConfig, report: QuantizationReport) -> dict[str, Any]:
+    """How the checkpoint was made, for its config.json."""
+    return {
+        "source": job.source,
+        "text": job.text,
+        "bits": report.bits,
+        "config": report.config,
+        "seconds": report.seconds,
+        "versions": versions(),
+    }
+
+
+def make_loggers(job: JobConfig) -> list[Any]:
+    """Lightning loggers of a job; Weights & Biases stays offline without a key."""
+    if job.logger == "none":
+        return []
+    from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+    name = Path(job.output).name
+    if job.logger == "csv":
+        return [CSVLogger(job.log_dir, name=name)]
+    Path(job.log_dir).mkdir(parents=True, exist_ok=True)
+    offline = "WANDB_API_KEY" not in os.environ
+    return [WandbLogger(name=name, save_dir=job.log_dir, project="nanoquant", offline=offline)]

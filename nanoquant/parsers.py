@@ -1,0 +1,136 @@
+"""Parsers of the commands, made from dataclasses and signatures, so that a default is stated once.
+
+Help comes from the docstrings under dataclass fields and from the ``Args`` of functions. Dashes and
+underscores in the names of flags are the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jsonargparse
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from nanoquant.config import PRESETS, NanoQuantConfig
+from nanoquant.job import JobConfig
+
+
+def command_parser(command: str, function: Callable[..., None], what: str) -> ArgumentParser:
+    """Parser of a command whose first argument is a folder and whose flags are a function's own."""
+    parser = _empty(command, "MODEL [flags]", what)
+    parser.add_argument("model", metavar="MODEL", help="Folder, or Hub name, of the model.")
+    parser.add_function_arguments(function, None, skip={"model"})
+    return parser
+
+
+def quantize_parser(preset: str | None = None) -> ArgumentParser:
+    """Parser of ``quantize`` whose defaults are those of a preset."""
+    what = "Quantize a dense causal language model, save it, measure it in a fresh process."
+    parser = _empty("quantize", "MODEL OUT --text TEXT [flags]", what)
+    add = parser.add_argument
+    add("source", metavar="MODEL", help="Folder, or Hub name, of the dense model in safetensors.")
+    add("output", metavar="OUT", help="New or empty folder for the checkpoint.")
+    add(
+        "--config",
+        action="config",
+        metavar="FILE",
+        help="YAML with any of the flags; later flags win.",
+    )
+    add(
+        "--bits",
+        type=float,
+        help="Bits per weight over all quantized linears; short for --budget.bits.",
+    )
+    parser.add_class_arguments(JobConfig, None, skip={"source", "output"})
+    parser.add_class_arguments(NanoQuantConfig, None, skip={"step"})
+    if preset is not None:
+        values = PRESETS[preset]().to_dict()
+        del values["step"]
+        parser.set_defaults(_flat(values))
+    return parser
+
+
+def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """Parse, and name the nearest flags when one is unknown.
+
+    Raises:
+        ValueError: an argument is missing, unknown or of the wrong type.
+    """
+    try:
+        return parser.parse_args(_spell_out(parser, arguments))
+    except ArgumentError as error:
+        message = str(error)
+        known = [flag for action in parser._actions for flag in action.option_strings]
+        for flag in re.findall(r"--[\w.]+", message) if "nrecognized" in message else []:
+            near = difflib.get_close_matches(flag, known, n=3)
+            message += f"; flags near {flag}: {', '.join(near)}" if near else ""
+        raise ValueError(f"{message}; see {parser.prog} --help") from None
+
+
+def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
+    """Settings of ``quantize``: those of the preset, then of YAML and flags in their order.
+
+    Raises:
+        ValueError: unknown preset or flag, or a value out of its range.
+    """
+    preset = parse(quantize_parser(), arguments).preset
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    parser = quantize_parser(preset)
+    given = parse(parser, arguments)
+    if given.bits is not None:
+        usual = parser.get_default("budget.bits")
+        if given.budget.bits not in (usual, given.bits):
+            raise ValueError(
+                f"bits {given.bits} and budget.bits {given.budget.bits} disagree; give one"
+            )
+        given.budget.bits = given.bits
+    built = parser.instantiate_classes(given)
+    return _pick(JobConfig, built), _pick(NanoQuantConfig, built)
+
+
+def _empty(command: str, usage: str, what: str) -> ArgumentParser:
+    """A parser without flags that reads the docstrings under dataclass fields."""
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    prog = f"nanoquant {command}"
+    return ArgumentParser(
+        prog=prog,
+        usage=f"{prog} {usage}",
+        description=what,
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+
+
+def _pick(kind: type, values: Namespace) -> Any:  # noqa: ANN401
+    """An instance of a dataclass from the values that are its fields."""
+    names = [item.name for item in dataclasses.fields(kind) if item.name in values]
+    return kind(**{name: values[name] for name in names})
+
+
+def _spell_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
+    """Arguments with underscores in the names of flags, and true after a switch without a value."""
+    switches = {
+        f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"
+    }
+    spelled = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        flag = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+        switched = flag in switches and not equals and following not in ("true", "false")
+        spelled.append(f"{flag}=true" if switched else flag + equals + value)
+    return spelled
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names."""
+    flat = {}
+    for name, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
+    return flat

@@ -1,0 +1,283 @@
+"""quantize: the whole method on a transformers model, in the order of the paper's Algorithm 1."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nanoquant.activations import Activations
+from nanoquant.admm import ADMMInitializer
+from nanoquant.architectures import (
+    Decoder,
+    as_linear,
+    find_decoder,
+)
+from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Initializer
+from nanoquant.budget import allocate_ranks, body_bits
+from nanoquant.checkpoint import pack_model
+from nanoquant.config import NanoQuantConfig, nanoquant_config
+from nanoquant.data import bos_of, load_tokens, make_windows
+from nanoquant.importance import Importance, collect_importances
+from nanoquant.model_reconstruction import ModelReconstructor, ModelReport, norm_parameters
+from nanoquant.progress import Progress
+from nanoquant.sizes import Sizes, measure_sizes
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class QuantizationReport:
+    """What a run did: ranks, errors per block, divergence of the model, sizes, seconds per phase."""
+
+    config: dict[str, Any]
+    ranks: dict[str, int]
+    bits: float
+    blocks: dict[int, BlockReport] = field(default_factory=dict)
+    model: ModelReport = field(default_factory=ModelReport)
+    sizes: Sizes | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows (N, T) of the three uses; held-out ones come from the end and are used nowhere else."""
+
+    calibration: Tensor
+    training: Tensor
+    held_out: Tensor
+
+
+def split_text(
+    data: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: NanoQuantConfig
+) -> Text:
+    """Cut the calibration text into distinct windows.
+
+    Args:
+        data: a source as in :func:`load_tokens`, or token ids.
+        tokenizer: needed for text.
+        config: how many windows of which length, and the seed that chooses them.
+
+    Raises:
+        ValueError: the text is too short; tells how many tokens there are and how many are needed.
+    """
+    tokens = load_tokens(data, tokenizer)
+    bos = None if tokenizer is None else bos_of(tokenizer)
+    length, model = config.calibration.length, config.model
+    held = model.held_out if model.train != "none" else 0
+    trained = model.windows if model.train != "none" else 0
+    tuned = config.block.windows if config.block.tunes else 0
+    needed = max(config.calibration.windows, tuned, trained)
+    available = len(tokens) // (length - (bos is not None))
+    if available < needed + held:
+        raise ValueError(
+            f"the text has {len(tokens)} tokens, enough for {available} windows of {length}; needed are "
+            f"{(needed + held) * length}: {needed} windows for calibration.windows={config.calibration.windows}, "
+            f"block.windows={tuned}, model.windows={trained}, and model.held_out={held}; give longer text or fewer"
+        )
+    windows = make_windows(tokens, length, bos_token_id=bos)
+    kept, held_out = windows[: available - held], windows[available - held :]
+    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(config.run.seed))
+    kept = kept[order]
+    return Text(kept[: max(config.calibration.windows, tuned)], kept[:trained], held_out)
+
+
+def quantize(
+    model: PreTrainedModel,
+    data: str | Path | Tensor,
+    config: NanoQuantConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    initializer: Initializer | None = None,
+    progress: Progress | None = None,
+    loggers: list[Any] | None = None,
+) -> QuantizationReport:
+    """Quantize a causal language model in place: calibrate, reconstruct blocks, reconstruct the model, pack.
+
+    Example::
+
+        quantize(model, "text.txt", nanoquant_config(bits=0.8), tokenizer)
+        nanoquant.save_pretrained(model, "out", tokenizer=tokenizer)
+
+    Args:
+        model: dense, in bfloat16 or float32; afterwards its linears are packed.
+        data: calibration text or token ids, see :func:`load_tokens`.
+        config: bits, preset and everything else.
+        tokenizer: of the model; needed unless ``data`` is a tensor.
+        initializer: in the place of ``ADMMInitializer(config.admm)``.
+        progress: told about phases.
+        loggers: Lightning loggers for the losses.
+
+    Raises:
+        ValueError: the model, the text or the budget does not allow it; says what to change.
+    """
+    config, progress = config or nanoquant_config(), progress or Progress()
+    if config.step:
+        raise ValueError(
+            f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
+        )
+    text = split_text(data, tokenizer, config)
+    decoder = find_decoder(model)
+    chosen = config.block_range(len(decoder.blocks))
+    check_finite(model)
+    ranks = choose_ranks(decoder, chosen, config)
+    report = QuantizationReport(
+        config.to_dict(),
+        ranks,
+        body_bits(decoder_shapes(decoder, chosen), ranks, config.budget.scale_bits),
+    )
+    model.requires_grad_(False)
+    teacher = copy.deepcopy(model) if config.model.train != "none" else None
+    importances = calibrate(model, decoder, chosen, text, config, progress)
+    reconstructor = BlockReconstructor(
+        config.block, initializer or ADMMInitializer(config.admm), config.run
+    )
+    report.blocks = reconstruct_blocks(
+        model, decoder, chosen, reconstructor, importances, ranks, text, config, progress, loggers
+    )
+    if teacher is not None:
+        report.model = reconstruct_model(model, teacher, text, config, progress, loggers)
+        del teacher
+    with progress.phase("pack", 1):
+        pack_model(model)
+        progress.advance(1)
+    report.sizes, report.seconds = measure_sizes(model), progress.seconds
+    return report
+
+
+def decoder_shapes(decoder: Decoder, chosen: range) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of every linear of the chosen blocks, by full name."""
+    modules = decoder.linear_modules()
+    names = [decoder.full_name(b, name) for b in chosen for name in decoder.linears[b]]
+    return {name: tuple(as_linear(modules[name]).weight.shape) for name in names}
+
+
+def choose_ranks(decoder: Decoder, chosen: range, config: NanoQuantConfig) -> dict[str, int]:
+    """Rank of every linear of the chosen blocks, by full name."""
+    return allocate_ranks(decoder_shapes(decoder, chosen), config.budget)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse a model with non-finite weights.
+
+    Raises:
+        ValueError: names the tensors.
+    """
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"non-finite weights in {', '.join(broken)}: the source checkpoint is damaged"
+        )
+
+
+def precision_of(model: PreTrainedModel, config: NanoQuantConfig) -> str:
+    """Lightning precision: the config's, or mixed for a 16-bit model and full for float32."""
+    if config.run.precision is not None:
+        return config.run.precision
+    return {torch.bfloat16: "bf16-mixed", torch.float16: "bf16-mixed"}.get(model.dtype, "32-true")
+
+
+def calibrate(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    chosen: range,
+    text: Text,
+    config: NanoQuantConfig,
+    progress: Progress,
+) -> dict[str, Importance]:
+    """Phase 1: importances of the linears of the chosen blocks, by full name."""
+    modules = decoder.linear_modules()
+    names = [decoder.full_name(b, name) for b in chosen for name in decoder.linears[b]]
+    windows = text.calibration[: config.calibration.windows]
+    with progress.phase("calibrate", len(windows)):
+        return collect_importances(
+            model,
+            {name: modules[name] for name in names},
+            windows,
+            config.importance,
+            config.calibration.batch,
+            progress=lambda done, total: progress.advance(config.calibration.batch),
+        )
+
+
+def reconstruct_blocks(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    chosen: range,
+    reconstructor: BlockReconstructor,
+    importances: dict[str, Importance],
+    ranks: dict[str, int],
+    text: Text,
+    config: NanoQuantConfig,
+    progress: Progress,
+    loggers: list[Any] | None,
+) -> dict[int, BlockReport]:
+    """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix."""
+    reports = {}
+    activations = (
+        Activations(model, decoder, text.calibration[: config.block.windows])
+        if config.block.tunes
+        else None
+    )
+    with progress.phase("blocks", len(chosen)):
+        for b, block in enumerate(decoder.blocks):
+            data = None if activations is None else activations.targets_of(b, block)
+            if b in chosen:
+                full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
+                reports[b] = reconstructor(
+                    block,
+                    decoder.groups[b],
+                    {name: importances[full[name]] for name in full},
+                    {name: ranks[full[name]] for name in full},
+                    data,
+                    name=f"block {b}",
+                    precision=precision_of(model, config),
+                    freeze=config.model.train != "signs",
+                    loggers=loggers,
+                )
+                progress.advance(1, note=_worst(reports[b]))
+            if data is not None:
+                activations.advance(block, data)
+    return reports
+
+
+def _worst(report: BlockReport) -> str:
+    name, error = max(report.weight_error.items(), key=lambda item: item[1])
+    return f"largest weight error {error:.3f} ({name})"
+
+
+def reconstruct_model(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    text: Text,
+    config: NanoQuantConfig,
+    progress: Progress,
+    loggers: list[Any] | None,
+) -> ModelReport:
+    """Phase 3: logits of the whole model against the dense teacher's."""
+    settings = config.model
+    steps = settings.epochs * -(-len(text.training) // settings.batch)
+    norms = [(p, p.dtype) for p in norm_parameters(model)]
+    with progress.phase("model", steps):
+        report = ModelReconstructor(settings, config.run)(
+            model,
+            teacher,
+            text.training,
+            text.held_out,
+            precision=precision_of(model, config),
+            on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
+            loggers=loggers,
+        )
+    for parameter, dtype in norms:
+        parameter.data = parameter.data.to(dtype)
+    return report

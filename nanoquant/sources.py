@@ -1,0 +1,113 @@
+"""Dense and quantized models and their tokenizers, from folders that users name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from nanoquant.checkpoint import load
+from nanoquant.checkpoint_files import (
+    QUANT_METHOD,
+    read_json,
+    resolve_folder,
+    shard_files,
+)
+
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model"
+).split()
+GPU_NAMES = ("auto", "gpu", "cuda")
+
+
+def find_model(name: str) -> Path:
+    """The folder of a model, complete as far as a look at its files tells.
+
+    Args:
+        name: a folder, or "owner/name" on the Hugging Face Hub.
+
+    Raises:
+        ValueError: there is no such folder, or it lacks config, tokenizer or safetensors weights.
+    """
+    folder = resolve_folder(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} has no config.json; give the folder of a Hugging Face causal language model"
+        )
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ValueError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's own there"
+        )
+    shard_files(folder)
+    return folder
+
+
+def quantization_method(folder: Path) -> str | None:
+    """The ``quant_method`` of a folder's config.json; None for a dense model."""
+    found = read_json(folder / "config.json").get("quantization_config") or {}
+    return found.get("quant_method")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; none of its code is run."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise ValueError(f"the tokenizer of {folder} can't be read: {error}") from error
+
+
+def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
+    """A quantized or dense model in the dtype it is stored in, in evaluation mode.
+
+    Raises:
+        ValueError: the checkpoint is damaged or incomplete; names what is missing.
+    """
+    if quantization_method(folder) == QUANT_METHOD:
+        return load(folder).to(device).eval()
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype="auto",
+        trust_remote_code=False,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
+    if lacking:
+        raise ValueError(
+            f"{folder} lacks {len(lacking)} tensors of {type(model).__name__}, or has them in "
+            f"another shape: {', '.join(lacking[:5])}; it is incomplete or of another model"
+        )
+    return model.to(device).eval()
+
+
+def check_dense(folder: Path) -> None:
+    """Raise ValueError if the model is quantized already."""
+    method = quantization_method(folder)
+    if method is not None:
+        raise ValueError(
+            f"{folder} is quantized already (quant_method {method!r}); quantize the dense model"
+        )
+
+
+def device_of(accelerator: str) -> torch.device:
+    """Device for a Lightning accelerator name: a GPU if it may be one and there is one.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    available = torch.cuda.is_available()
+    if accelerator in GPU_NAMES[1:] and not available:
+        raise ValueError(f"accelerator {accelerator!r} was asked for, but torch finds no GPU")
+    return torch.device("cuda" if accelerator in GPU_NAMES and available else "cpu")
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the weight files of a folder, headers included."""
+    return sum(file.stat().st_size for file in shard_files(folder))

@@ -1,0 +1,266 @@
+"""The only optimization loop: one LightningModule around any objective, and one ``fit``.
+
+An objective is an ``nn.Module`` whose ``forward(batch)`` gives a scalar loss and whose ``parameter_groups()``
+names what trains and at which rate. Blocks and whole models differ in their objective, in nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW and its cosine schedule; rates belong to the objective's parameter groups."""
+
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.99
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, per step and unit rate."""
+    clip_norm: float = 0.0
+    """Largest norm of all gradients together; 0 leaves them as they are."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    floor: float = 1e-4
+    """Last rate of the cosine as a share of the first."""
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
+            raise ValueError(
+                f"beta1 and beta2 must lie in [0, 1), got {self.beta1} and {self.beta2}"
+            )
+        if min(self.epsilon, self.weight_decay, self.clip_norm, self.warmup, self.floor) < 0:
+            raise ValueError(
+                "epsilon, weight_decay, clip_norm, warmup and floor must not be negative"
+            )
+
+    def rate(self, step: int, steps: int) -> float:
+        """Share of the full rate at ``step`` of ``steps``: warm-up, then a cosine down to the floor."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
+        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how Lightning runs the loops."""
+
+    accelerator: str = "auto"
+    """Lightning accelerator: auto, cpu, gpu, ..."""
+    devices: int | str = 1
+    """Number of devices."""
+    precision: str | None = None
+    """Lightning precision; none chooses bf16-mixed for a bfloat16 or float16 model and 32-true otherwise."""
+    seed: int = 0
+    """Seed of every random draw; each stage derives its own from it."""
+
+
+class Objective(Protocol):
+    """What ``fit`` trains."""
+
+    name: str
+
+    def __call__(self, batch: Any) -> Tensor:  # noqa: ANN401
+        """Scalar loss of one batch."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Optimizer groups with their own ``lr``."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """As of ``nn.Module``."""
+
+
+@dataclass
+class FitResult:
+    """Loss of each step, in order, and how many steps were undone."""
+
+    losses: list[float] = field(default_factory=list)
+    undone: int = 0
+
+
+class Reconstruction(L.LightningModule):
+    """Trains an objective; a step that leads to a non-finite loss is undone and its layer named.
+
+    Args:
+        objective: loss and parameter groups.
+        config: optimizer settings.
+        steps: number of optimizer steps, for the schedule.
+        on_step: called with (step, loss) after each step; returning True ends the fit.
+    """
+
+    snapshot_every = 16
+    most_undone = 3
+
+    def __init__(
+        self,
+        objective: Objective,
+        config: OptimizerConfig,
+        steps: int,
+        on_step: Callable[[int, float], bool | None] | None = None,
+    ) -> None:
+        super().__init__()
+        self.objective, self.config, self.steps, self.on_step = objective, config, steps, on_step
+        self.result = FitResult()
+        self.good: list[Tensor] = []
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, fused where torch offers it, and the schedule of the config."""
+        config = self.config
+        optimizer = torch.optim.AdamW(
+            self.objective.parameter_groups(),
+            betas=(config.beta1, config.beta2),
+            eps=config.epsilon,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: config.rate(step, self.steps)
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Dropout stays off: targets come from a model in evaluation mode."""
+        self.eval()
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:  # noqa: ANN401
+        """Loss of the objective; None, which skips the step, when it is not finite."""
+        loss = self.objective(batch)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            self.undo(f"loss is {value}")
+            return None
+        if index % self.snapshot_every == 0:
+            self.good = [p.detach().clone() for p in self.trained()]
+        self.result.losses.append(value)
+        self.log(f"{self.objective.name}/loss", value)
+        if self.on_step is not None and self.on_step(self.global_step, value):
+            self.trainer.should_stop = True
+        return loss
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients; drop them, so that nothing moves, when one is not finite."""
+        trained = self.trained()
+        gradients = [p.grad for p in trained if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if not norm.isfinite():
+            self.undo("a gradient is not finite")
+            for parameter in trained:
+                parameter.grad = None
+        elif 0 < self.config.clip_norm < norm:
+            nn.utils.clip_grads_with_norm_(trained, self.config.clip_norm, norm)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters of all groups."""
+        return [
+            p
+            for group in self.optimizers(use_pl_optimizer=False).param_groups
+            for p in group["params"]
+        ]
+
+    def undo(self, what: str) -> None:
+        """Return to the last good values; give up after ``most_undone`` times."""
+        culprit = next(
+            (name for name, p in self.objective.named_parameters() if _broken(p)), "no parameter"
+        )
+        message = f"{self.objective.name}: {what} at step {self.global_step} ({culprit} holds non-finite values)"
+        self.result.undone += 1
+        if self.result.undone > self.most_undone or not self.good:
+            raise FloatingPointError(
+                f"{message}; lower its learning rate, or look at its input activations"
+            )
+        logger.warning("%s; the steps since the last good state are undone", message)
+        with torch.no_grad():
+            for parameter, value in zip(self.trained(), self.good, strict=True):
+                parameter.copy_(value)
+
+
+def _broken(parameter: nn.Parameter) -> bool:
+    tensors = (parameter,) if parameter.grad is None else (parameter, parameter.grad)
+    return not all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
+def fit(
+    objective: Objective,
+    batches: DataLoader,
+    config: OptimizerConfig,
+    *,
+    epochs: int,
+    run: RunConfig,
+    precision: str,
+    on_step: Callable[[int, float], bool | None] | None = None,
+    loggers: list[Any] | None = None,
+) -> FitResult:
+    """Train ``objective`` on ``batches`` for ``epochs`` with Lightning, on the device where it is.
+
+    Args:
+        objective: see :class:`Objective`; it is trained in place and left on the device it was on.
+        batches: gives what the objective takes; not a list, which Lightning reads as several loaders.
+        config: optimizer and schedule.
+        epochs: passes over ``batches``.
+        run: devices.
+        precision: Lightning precision string.
+        on_step: called with (step, loss); returning True ends the fit.
+        loggers: Lightning loggers that receive the loss under the objective's name.
+
+    Returns:
+        The losses.
+
+    Raises:
+        FloatingPointError: the loss stays non-finite although its steps were undone.
+    """
+    steps = epochs * len(batches)
+    device = next(p for _, p in objective.named_parameters()).device
+    module = Reconstruction(objective, config, steps, on_step)
+    with _quiet():
+        trainer = L.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu" if device.type == "cpu" else run.accelerator,
+            devices=run.devices,
+            precision=precision,
+            logger=loggers or False,
+            log_every_n_steps=1,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            enable_checkpointing=False,
+        )
+        trainer.fit(module, batches)
+    objective.to(device)  # Lightning leaves it on the CPU
+    return module.result
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence Lightning's hints about workers and devices, which a user of ours can't act on."""
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"lightning(\.|$)")
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        try:
+            yield
+        finally:
+            log.setLevel(level)

@@ -1,0 +1,114 @@
+"""What README.md and CONTRIBUTING.md say is so: files, order, commands, examples, tutorials."""
+
+import importlib
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_import_order import ORDER
+from tiny_models import tiny_llama, tiny_tokenizer
+
+import nanoquant
+from nanoquant import parsers
+from nanoquant.admm import ADMMConfig
+from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.budget import BudgetConfig
+from nanoquant.config import CalibrationConfig, nanoquant_config
+from nanoquant.model_reconstruction import ModelConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+
+
+def test_readme_lists_every_file_in_the_order_of_imports():
+    listed = re.findall(r"`nanoquant/(\w+)\.py`", README)
+    assert listed == [stem for stem in ORDER if not stem.startswith("__")]
+
+
+def test_kernels_folder_shadows_no_package():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_packages_are_listed_where_they_are():
+    settings = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    folders = dict(
+        re.findall(
+            r'^(\w+) = "([\w/]+)"$',
+            settings.split("package-dir]")[1].split("[tool")[0],
+            re.MULTILINE,
+        )
+    )
+    listed = re.findall(r'"(\w+)"', re.search(r"^packages = (.*)$", settings, re.MULTILINE)[1])
+    assert sorted(listed) == sorted(folders) == ["nanoquant", "nanoquant_kernels"]
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders.values())
+
+
+@pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])
+def test_every_path_named_exists(text):
+    paths = re.findall(r"`(?:python )?([\w./-]+/[\w./-]*|\w+\.(?:md|toml|py))`", text)
+    ignored = {"__init__.py"}
+    assert (
+        paths
+        and [path for path in paths if path not in ignored and not (ROOT / path).exists()] == []
+    )
+
+
+def test_readme_fits_two_screens_and_contributing_one_hundred_lines():
+    assert len(README.splitlines()) <= 110 and len(CONTRIBUTING.splitlines()) <= 100
+
+
+def test_make_targets_named_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+    assert set(re.findall(r"make (\w+)", README + CONTRIBUTING)) <= targets
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_readme_commands_parse():
+    lines = re.findall(r"^nanoquant (\w+) (.*)$", README, re.MULTILINE)
+    assert [command for command, _ in lines] == ["quantize", "evaluate", "generate", "inspect"]
+    for command, arguments in lines:
+        if command == "quantize":
+            parsers.parse_quantize(shlex.split(arguments))
+        else:
+            function = getattr(importlib.import_module("nanoquant.commands"), f"{command}_command")
+            parsers.parse(parsers.command_parser(command, function, ""), shlex.split(arguments))
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "MODEL")
+    tiny_tokenizer().save_pretrained(tmp_path / "MODEL")
+    (tmp_path / "text.txt").write_text("the river runs over stone and light falls on it\n" * 50)
+    small = {
+        "budget": BudgetConfig(rank_multiple=8),
+        "calibration": CalibrationConfig(windows=2, length=32),
+        "admm": ADMMConfig(iterations=5),
+        "block": BlockConfig(windows=2, dense_epochs=0, refine_epochs=0),
+        "model": ModelConfig(windows=2, held_out=1),
+    }
+    monkeypatch.setattr(
+        nanoquant, "nanoquant_config", lambda **flags: nanoquant_config(**flags, **small)
+    )
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    values = {}
+    exec(example, values)  # the text of our own README
+    assert values["report"].sizes == nanoquant.read_sizes(values["model"])
+
+
+@pytest.mark.parametrize("file", (ROOT / "tutorials").glob("*.py"), ids=lambda file: file.name)
+def test_tutorial_runs_and_prints_nothing_to_stderr(file):
+    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"python tutorials/{file.name}" in file.read_text() and done.stdout
+
+
+def test_every_tutorial_is_named_in_the_readme():
+    assert [
+        f.name for f in (ROOT / "tutorials").glob("*.py") if f"`tutorials/{f.name}`" not in README
+    ] == []

@@ -1,0 +1,108 @@
+import math
+
+import pytest
+import torch
+from tiny_models import random_windows, tiny_gemma2, tiny_llama
+from torch.nn import functional as F
+
+from nanoquant import evaluate
+from nanoquant.evaluate import kl_divergence, negative_log_likelihood, perplexity
+
+
+@pytest.fixture
+def windows():
+    return random_windows(5, 24)
+
+
+def reference_nll(model, windows):
+    with torch.no_grad():
+        logits = model(input_ids=windows, use_cache=False).logits[:, :-1].double()
+    losses = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none")
+    return losses.view(len(windows), -1).sum(1)
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma2])
+def test_likelihood_equals_cross_entropy(build, windows):
+    model = build()
+    nll, count = negative_log_likelihood(model, windows, batch_size=2)
+    assert count == 5 * 23 and nll.dtype == torch.float64
+    torch.testing.assert_close(nll, reference_nll(model, windows), rtol=1e-5, atol=0)
+
+
+def test_perplexity_is_exp_of_the_mean(windows):
+    model = tiny_llama()
+    result = perplexity(model, windows)
+    mean = reference_nll(model, windows).sum().item() / result.tokens
+    assert result.value == pytest.approx(math.exp(mean), rel=1e-5)
+    assert (result.tokens, result.windows, len(result.nll)) == (115, 5, 5)
+
+
+def test_chunks_and_batches_do_not_change_the_result(windows, monkeypatch):
+    student, teacher = tiny_llama(), tiny_llama(layers=3)
+    whole = perplexity(student, windows), kl_divergence(student, teacher, windows)
+    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 128 * 5)
+    parts = perplexity(student, windows, 3), kl_divergence(student, teacher, windows, 3)
+    torch.testing.assert_close(whole[0].nll, parts[0].nll, rtol=1e-5, atol=0)
+    torch.testing.assert_close(whole[1].windows, parts[1].windows, rtol=1e-4, atol=1e-6)
+    assert whole[1].agreement == parts[1].agreement
+
+
+def test_no_more_than_a_chunk_is_converted_to_float32(windows, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 128 * 5)
+    inner = evaluate._log_sum_exp
+    monkeypatch.setattr(
+        evaluate, "_log_sum_exp", lambda z, *a: (sizes.append(z.numel()), inner(z, *a))[1]
+    )
+    perplexity(tiny_llama(dtype=torch.bfloat16), windows, batch_size=5)
+    assert max(sizes) == 128 * 5
+
+
+def test_a_model_does_not_diverge_from_itself(windows):
+    model = tiny_llama()
+    result = kl_divergence(model, model, windows)
+    assert result.kl == 0 and result.agreement == 1 and result.tokens == 5 * 24
+
+
+def test_divergence_equals_its_definition(windows):
+    student, teacher = tiny_llama(), tiny_llama(layers=3)
+    with torch.no_grad():
+        q = student(input_ids=windows).logits.double().log_softmax(-1)
+        p = teacher(input_ids=windows).logits.double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    result = kl_divergence(student, teacher, windows, batch_size=2)
+    assert result.kl == pytest.approx(kl.mean().item(), rel=1e-4)
+    torch.testing.assert_close(result.windows, kl.mean(1), rtol=1e-4, atol=1e-6)
+    assert result.agreement == (q.argmax(-1) == p.argmax(-1)).double().mean().item()
+
+
+def test_different_vocabularies_are_refused(windows):
+    with pytest.raises(ValueError, match="vocabularies of 160 and 128"):
+        kl_divergence(tiny_llama(vocab_size=160), tiny_llama(), windows)
+
+
+def test_logits_that_are_not_finite_name_the_window(windows):
+    model = tiny_llama(tie=False)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[windows[2, 3]] = float("nan")
+    with pytest.raises(ValueError, match="logits of the model are not finite in window"):
+        perplexity(model, windows)
+    with pytest.raises(ValueError, match="logits of the teacher are not finite in window"):
+        kl_divergence(tiny_llama(), model, windows)
+
+
+def test_progress_counts_windows(windows):
+    calls = []
+    perplexity(tiny_llama(), windows, 2, lambda done, total: calls.append((done, total)))
+    assert calls == [(2, 5), (4, 5), (5, 5)]
+
+
+def test_windows_of_one_token_are_refused():
+    with pytest.raises(ValueError, match=r"shape \(3, 1\)"):
+        perplexity(tiny_llama(), random_windows(3, 1))
+
+
+def test_mode_and_gradients_are_left_alone(windows):
+    model = tiny_llama().train()
+    perplexity(model, windows)
+    assert model.training and all(p.grad is None for p in model.parameters())

@@ -1,0 +1,245 @@
+"""The whole-model phase follows the teacher, changes only what it says, and never makes it worse."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import random_windows, tiny_gpt2, tiny_llama
+from torch.nn import functional as F
+
+from nanoquant.admm import ADMMConfig, ADMMInitializer
+from nanoquant.architectures import as_linear, find_decoder
+from nanoquant.binary import sign
+from nanoquant.importance import Importance
+from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.model_reconstruction import (
+    ForwardKL,
+    ModelConfig,
+    ModelReconstructor,
+    logits_divergence,
+    norm_parameters,
+)
+from nanoquant.training import OptimizerConfig, RunConfig
+
+CPU = RunConfig(accelerator="cpu")
+SIGNS = ModelConfig(
+    train="signs", windows=24, epochs=3, batch=4, latent_lr=2e-2, scale_lr=1e-2, held_out=4,
+    evaluations=2, optimizer=OptimizerConfig(beta2=0.95, clip_norm=1.0),
+)  # fmt: skip
+SCALES = dataclasses.replace(SIGNS, train="scales")
+TRAINING, HELD_OUT = random_windows(24, 16), random_windows(4, 16, seed=9)
+
+
+def teacher_and_student(build=tiny_llama, rank=16):
+    """A tiny model, and the same one with initialized binary layers, in the latent state."""
+    teacher = build().requires_grad_(False)
+    student = copy.deepcopy(teacher)
+    solver = ADMMInitializer(ADMMConfig(iterations=20))
+    for name, module in find_decoder(student).linear_modules().items():
+        linear = as_linear(module)
+        d_out, d_in = linear.weight.shape
+        uniform = Importance(input=torch.ones(d_in), output=torch.ones(d_out))
+        layer = BinaryLowRankLinear.from_factors(solver(linear.weight, uniform, rank), linear.bias)
+        student.set_submodule(name, layer)
+    return teacher, student
+
+
+def reconstruct(config, build=tiny_llama, **kwargs):
+    teacher, student = teacher_and_student(build)
+    start = frozen_copy(student)
+    report = ModelReconstructor(config, CPU)(student, teacher, TRAINING, HELD_OUT, **kwargs)
+    return teacher, start, student, report
+
+
+def frozen_copy(student):
+    student = copy.deepcopy(student)
+    for layer in layers_of(student).values():
+        layer.freeze()
+    return student
+
+
+@torch.no_grad()
+def held_out_divergence(student, teacher):
+    return float(sum(logits_divergence(student, teacher, w) for w in HELD_OUT.split(1)) / 4)
+
+
+def layers_of(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, BinaryLowRankLinear)}
+
+
+def same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return {key for key in a if torch.equal(a[key], b[key])}
+
+
+@pytest.mark.parametrize("tokens", [5, 128, 300], ids=str)
+def test_forward_kl_is_the_divergence_and_its_gradient(tokens):
+    generator = torch.manual_seed(0)
+    teacher = 3 * torch.randn(tokens, 50, generator=generator)
+    student = 3 * torch.randn(tokens, 50, generator=generator)
+    x, reference = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value = ForwardKL.apply(x, teacher)
+    expected = F.kl_div(
+        reference.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    torch.testing.assert_close(value, expected)
+    (2 * value).backward()
+    (2 * expected).backward()
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_forward_kl_of_bfloat16_logits_sums_in_float32():
+    generator = torch.manual_seed(0)
+    teacher, student = (torch.randn(300, 50, generator=generator).bfloat16() for _ in range(2))
+    x = student.clone().requires_grad_()
+    value = ForwardKL.apply(x, teacher)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value.detach(), ForwardKL.apply(student.float(), teacher.float()))
+    value.backward()
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_divergence_of_a_model_from_itself_is_zero():
+    teacher, _ = teacher_and_student()
+    assert abs(float(logits_divergence(teacher, teacher, HELD_OUT))) < 1e-6
+
+
+def test_training_signs_lowers_held_out_divergence():
+    teacher, start, student, report = reconstruct(SIGNS)
+    before, after = held_out_divergence(start, teacher), held_out_divergence(student, teacher)
+    assert after < 0.8 * before
+    assert report.held_out[0] == pytest.approx(before, rel=1e-4)
+    assert report.held_out[report.best_step] == pytest.approx(after, rel=1e-4)
+    assert len(report.losses) == 18 and report.losses[-1] < report.losses[0]
+
+
+def test_training_signs_changes_signs_scales_and_norms_and_nothing_else():
+    _, start, student, _ = reconstruct(SIGNS)
+    changed = start.state_dict().keys() - same_state(start, student)
+    kinds = {name.rpartition(".")[2] if "proj" in name else "norm" for name in changed}
+    assert kinds == {"U", "V", "s1", "s2", "norm"}
+    assert all("proj" in name or "norm" in name for name in changed)
+
+
+def test_training_scales_keeps_signs_bitwise_and_lowers_the_divergence():
+    teacher, start, student, _ = reconstruct(SCALES)
+    changed = start.state_dict().keys() - same_state(start, student)
+    assert {name.rpartition(".")[2] for name in changed} == {"s1", "s2"}
+    assert held_out_divergence(student, teacher) < held_out_divergence(start, teacher)
+
+
+@pytest.mark.parametrize("config", [SCALES, SIGNS], ids=["scales", "signs"])
+def test_harmful_training_leaves_the_student_as_it_was(config):
+    bad = dataclasses.replace(config, latent_lr=50.0, scale_lr=50.0)
+    _, start, student, report = reconstruct(bad)
+    assert report.best_step == 0
+    assert min(value for step, value in report.held_out.items() if step) > report.held_out[0]
+    assert same_state(start, student) == start.state_dict().keys()
+
+
+@pytest.mark.parametrize("config", [SCALES, SIGNS], ids=["scales", "signs"])
+def test_the_student_ends_frozen_and_the_teacher_is_untouched(config):
+    teacher, _, student, _ = reconstruct(config)
+    assert all(layer.frozen for layer in layers_of(student).values())
+    assert not any(p.requires_grad for p in student.parameters())
+    assert same_state(teacher, tiny_llama()) == teacher.state_dict().keys()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_held_out_divergence_is_measured_at_the_start_in_between_and_at_the_end():
+    _, _, _, report = reconstruct(dataclasses.replace(SIGNS, evaluations=3))
+    assert sorted(report.held_out) == [0, 6, 12, 18]
+
+
+def test_none_skips_the_phase():
+    _, start, student, report = reconstruct(dataclasses.replace(SIGNS, train="none"))
+    assert not report.losses and not report.held_out
+    assert same_state(start, frozen_copy(student)) == start.state_dict().keys()
+
+
+def test_a_student_without_binary_layers_is_refused():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="no BinaryLowRankLinear"):
+        ModelReconstructor(SIGNS, CPU)(model, model, TRAINING, HELD_OUT)
+
+
+def test_gpt2_trains_biases_and_layer_norms_too():
+    teacher, start, student, _ = reconstruct(SIGNS, tiny_gpt2)
+    changed = start.state_dict().keys() - same_state(start, student)
+    assert "transformer.h.0.mlp.c_proj.bias" in changed and "transformer.ln_f.weight" in changed
+    assert "transformer.wte.weight" not in changed
+    assert held_out_divergence(student, teacher) < held_out_divergence(start, teacher)
+
+
+def test_a_frozen_student_can_be_trained_again():
+    teacher, student = teacher_and_student()
+    student = frozen_copy(student)
+    before = held_out_divergence(student, teacher)
+    report = ModelReconstructor(SIGNS, CPU)(student, teacher, TRAINING, HELD_OUT)
+    assert report.held_out[report.best_step] < before
+    assert all(layer.frozen for layer in layers_of(student).values())
+
+
+def test_tied_embeddings_stay_tied():
+    _, _, student, _ = reconstruct(SIGNS)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+
+
+def test_norm_parameters_are_found_by_class_and_hold_no_matrices():
+    model = tiny_llama()
+    names = {id(p): n for n, p in model.named_parameters()}
+    found = {names[id(p)] for p in norm_parameters(model)}
+    assert found == {n for n in names.values() if "norm" in n} and len(found) == 5
+
+
+def test_latents_start_at_mean_magnitude_one_with_the_signs_of_the_layer():
+    _, student = teacher_and_student()
+    layers = layers_of(student)
+    before = {name: sign(layer.U.detach()) for name, layer in layers.items()}
+    groups = ModelReconstructor(SIGNS, CPU).parameter_groups(student, layers)
+    for name, layer in layers.items():
+        assert torch.equal(sign(layer.U.detach()), before[name])
+        assert float(layer.U.detach().abs().mean()) == pytest.approx(1)
+    assert sum(group["lr"] == SIGNS.latent_lr for group in groups) == 1
+
+
+def test_relative_rates_are_shares_of_the_mean_scale():
+    _, student = teacher_and_student()
+    layer = next(iter(layers_of(student).values()))
+    groups = ModelReconstructor(SCALES, CPU).parameter_groups(student, {"layer": layer})
+    assert groups[0]["lr"] == pytest.approx(SCALES.scale_lr * float(layer.s1.detach().abs().mean()))
+    absolute = dataclasses.replace(SCALES, relative_rates=False)
+    groups = ModelReconstructor(absolute, CPU).parameter_groups(student, {"layer": layer})
+    assert {group["lr"] for group in groups} == {SCALES.scale_lr}
+
+
+def test_every_step_is_reported():
+    seen = []
+    report = reconstruct(SCALES, on_step=lambda step, loss: seen.append((step, loss)))[3]
+    assert [step for step, _ in seen] == list(range(18))
+    assert [loss for _, loss in seen] == report.losses
+
+
+def test_the_same_seed_gives_the_same_student():
+    students = [reconstruct(dataclasses.replace(SIGNS, epochs=1))[2] for _ in range(2)]
+    assert same_state(*students) == students[0].state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train": "all"},
+        {"windows": 0},
+        {"epochs": 0},
+        {"batch": 0},
+        {"held_out": 0},
+        {"evaluations": 0},
+        {"latent_lr": 0.0},
+        {"scale_lr": -1.0},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_by_name(changes):
+    with pytest.raises(ValueError, match=next(iter(changes))):
+        ModelConfig(**changes)

