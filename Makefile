@@ -1,0 +1,31 @@
+# make demo                             quantize a real 135M model in .venv and show what came of it
+# make demo PRESET=balanced BITS=0.8    the same with other settings; ARGS="..." passes any flag of nanoquant quantize
+# make test                             lint and tests
+
+PYTHON ?= python3
+PRESET ?= fast
+BITS ?= 1.0
+ARGS ?=
+
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test install
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python recipes/demo.py --preset $(PRESET) --bits $(BITS) $(ARGS)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV); the first time takes some minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --editable '.[dev,demo]'
+	@touch $@

@@ -1,0 +1,41 @@
+"""The main job on the demo model: quantize, save, load in a fresh process, print one table.
+
+python recipes/demo.py                                 about 20 minutes on 2 cores
+python recipes/demo.py --preset balanced --bits 0.8    any flag of "nanoquant quantize" works
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from get_demo_model import ROOT, demo_model
+
+from nanoquant.cli import main
+from nanoquant.console import quiet
+
+YAML = ROOT / "recipes" / "quantize_demo.yaml"
+RUNS = ROOT / "runs"
+
+
+def fresh_folder(name: str, runs: Path = RUNS) -> Path:
+    """A folder in runs/ that does not exist yet: name, name-2, name-3, ..."""
+    runs.mkdir(exist_ok=True)
+    number = 1
+    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return folder
+
+
+def demo(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", default="fast")
+    parser.add_argument("--bits", default="1.0")
+    known, _ = parser.parse_known_args(arguments)
+    quiet()
+    output = fresh_folder(f"demo-{known.preset}-{known.bits}-bit")
+    flags = ["--config", str(YAML), "--json", f"{output}.json", *arguments]
+    return main(["quantize", str(demo_model()), str(output), *flags])
+
+
+if __name__ == "__main__":
+    sys.exit(demo(sys.argv[1:]))
