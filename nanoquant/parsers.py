@@ -27,9 +27,12 @@ def command_parser(command: str, function: Callable[..., None], what: str) -> Ar
     return parser
 
 
-def quantize_parser(preset: str | None = None) -> ArgumentParser:
+def quantize_parser(preset: str = NanoQuantConfig.preset) -> ArgumentParser:
     """Parser of ``quantize`` whose defaults are those of a preset."""
-    what = "Quantize a dense causal language model, save it, measure it in a fresh process."
+    what = (
+        "Quantize a dense causal language model, save it, measure it in a fresh process. "
+        f"Defaults shown are those of the preset {preset}."
+    )
     parser = _empty("quantize", "MODEL OUT --text TEXT [flags]", what)
     add = parser.add_argument
     add("source", metavar="MODEL", help="Folder, or Hub name, of the dense model in safetensors.")
@@ -47,10 +50,9 @@ def quantize_parser(preset: str | None = None) -> ArgumentParser:
     )
     parser.add_class_arguments(JobConfig, None, skip={"source", "output"})
     parser.add_class_arguments(NanoQuantConfig, None, skip={"step"})
-    if preset is not None:
-        values = PRESETS[preset]().to_dict()
-        del values["step"]
-        parser.set_defaults(_flat(values))
+    values = PRESETS[preset]().to_dict()
+    del values["step"]
+    parser.set_defaults(_flat(values))
     return parser
 
 

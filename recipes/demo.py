@@ -17,11 +17,11 @@ YAML = ROOT / "recipes" / "quantize_demo.yaml"
 RUNS = ROOT / "runs"
 
 
-def fresh_folder(name: str, runs: Path = RUNS) -> Path:
+def fresh_folder(name: str) -> Path:
     """A folder in runs/ that does not exist yet: name, name-2, name-3, ..."""
-    runs.mkdir(exist_ok=True)
+    RUNS.mkdir(exist_ok=True)
     number = 1
-    while (folder := runs / (name if number == 1 else f"{name}-{number}")).exists():
+    while (folder := RUNS / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
     return folder
 

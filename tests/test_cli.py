@@ -54,7 +54,7 @@ def finished(place):
     command += ["--text", "text.txt", "--eval-text", "text.txt", "--eval-windows", "4"]
     command += ["--eval-length", "32", "--sample", "the river", "--sample-tokens", "5"]
     command += ["--json", "figures.json"]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done
 
