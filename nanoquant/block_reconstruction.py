@@ -20,7 +20,7 @@ from nanoquant.binary import BinaryFactors, relative_error
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.training import FitResult, OptimizerConfig, RunConfig
+from nanoquant.training import FitResult, OptimizerConfig
 
 Groups = tuple[tuple[str, ...], ...]
 Initializer = Callable[[Tensor, Importance, int, torch.Generator], BinaryFactors]
@@ -99,9 +99,11 @@ class BlockReport:
 
     weight_error: dict[str, float] = field(default_factory=dict)
     loss: dict[str, float] = field(default_factory=dict)
+    undone: int = 0
 
     def add(self, phase: str, result: FitResult, epochs: int) -> None:
         """Keep the first loss of the first round and the mean of the last epoch of the last one."""
+        self.undone += result.undone
         last = result.losses[-max(1, len(result.losses) // epochs) :]
         self.loss.setdefault(f"before {phase}", result.losses[0])
         self.loss[f"after {phase}"] = sum(last) / len(last)
@@ -113,14 +115,12 @@ class BlockReconstructor(nn.Module):
     Args:
         config: schedule, epochs, rates.
         initializer: (weight, importance, rank, generator) to factors, batched; ``ADMMInitializer`` or another.
-        run: devices of the tuning loops.
+        seed: of the start of the initializer and of the order of batches.
     """
 
-    def __init__(
-        self, config: BlockConfig, initializer: Initializer, run: RunConfig | None = None
-    ) -> None:
+    def __init__(self, config: BlockConfig, initializer: Initializer, seed: int = 0) -> None:
         super().__init__()
-        self.config, self.initializer, self.run = config, initializer, run or RunConfig()
+        self.config, self.initializer, self.seed = config, initializer, seed
 
     def forward(
         self,
@@ -162,25 +162,26 @@ class BlockReconstructor(nn.Module):
             raise ValueError(
                 f"{name}: the config tunes the block, so inputs and targets are needed"
             )
-        dtype = next(block.parameters()).dtype
+        dtypes = {name: tensor.dtype for name, tensor in _others(block, names)}
         self._prepare(block, names)
         report = BlockReport()
         tuner = None
         if self.config.tunes:
             weight = importances[names[-1]].output
             tuner = BlockTuner(
-                block, data, weight, self.config.optimizer, self.run, name, precision, loggers
+                block, data, weight, self.config.optimizer, self.seed, name, precision, loggers
             )
-        for rank_round in SCHEDULES[self.config.schedule](groups):
+        for round_names in SCHEDULES[self.config.schedule](groups):
             if self.config.dense_epochs:
                 self.tune_dense(tuner, names, report)
-            report.weight_error |= self.initialize(block, rank_round, importances, ranks)
+            report.weight_error |= self.initialize(block, round_names, importances, ranks)
             if self.config.refine_epochs:
-                self.refine(tuner, rank_round, report)
+                self.refine(tuner, round_names, report)
             if freeze:
-                for linear in rank_round:
+                for linear in round_names:
                     block.get_submodule(linear).freeze()
-        _restore(block, names, dtype)
+        for other, tensor in _others(block, names):
+            tensor.data = tensor.data.to(dtypes[other])
         return report
 
     def _prepare(self, block: nn.Module, names: list[str]) -> None:
@@ -223,7 +224,7 @@ class BlockReconstructor(nn.Module):
             W = torch.stack([block.get_submodule(linear).weight.detach() for linear in members])
             i = torch.stack([importances[linear].input for linear in members]).to(W)
             o = torch.stack([importances[linear].output for linear in members]).to(W)
-            generator = torch.Generator().manual_seed(self.run.seed)
+            generator = torch.Generator().manual_seed(self.seed)
             factors = self.initializer(W, Importance(input=i, output=o), rank, generator)
             error = relative_error(W, factors.dense(), o.unsqueeze(-1) * i.unsqueeze(-2))
             for linear, parts, value in zip(members, factors.unbind(), error.tolist(), strict=True):
@@ -235,11 +236,10 @@ class BlockReconstructor(nn.Module):
         return errors
 
 
-def _restore(block: nn.Module, names: list[str], dtype: torch.dtype) -> None:
-    """Back to the model's dtype, except the layers that were quantized."""
-    quantized = {
-        parameter for linear in names for parameter in block.get_submodule(linear).parameters()
-    }
-    for tensor in block.parameters():
-        if tensor not in quantized:
-            tensor.data = tensor.data.to(dtype)
+def _others(block: nn.Module, linears: list[str]) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers of a block outside the linears to quantize, by name."""
+    return [
+        (name, tensor)
+        for name, tensor in (*block.named_parameters(), *block.named_buffers())
+        if name.rpartition(".")[0] not in linears
+    ]

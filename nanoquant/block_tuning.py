@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanoquant.decoder import BlockCall, run_block
-from nanoquant.training import FitResult, OptimizerConfig, RunConfig, fit
+from nanoquant.training import FitResult, OptimizerConfig, fit
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,15 @@ class BlockObjective(nn.Module):
 
 
 def scale_groups(layer: nn.Module, lr: float, relative: bool) -> list[dict[str, Any]]:
-    """Optimizer groups of a layer's scales and bias; ``relative`` makes ``lr`` a share of the mean scale."""
-    tensors = [t for t in (layer.s1, layer.s2) if t is not None]
-    groups = [
-        {"params": [t], "lr": lr * (float(t.detach().abs().mean()) if relative else 1.0)}
-        for t in tensors
-    ]
-    if layer.bias is not None:
-        groups.append({"params": [layer.bias], "lr": lr})
-    return groups
+    """Optimizer groups of a layer's scales and bias, see :func:`vector_group`."""
+    tensors = (layer.s1, layer.s2, layer.bias)
+    return [vector_group(tensor, lr, relative) for tensor in tensors if tensor is not None]
+
+
+def vector_group(tensor: nn.Parameter, lr: float, relative: bool) -> dict[str, Any]:
+    """Optimizer group of one vector; ``relative`` makes ``lr`` a share of its mean magnitude, at least 1e-3."""
+    size = max(float(tensor.detach().abs().mean()), 1e-3) if relative else 1.0
+    return {"params": [tensor], "lr": lr * size}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class BlockTuner:
     data: BlockData
     weight: Tensor
     optimizer: OptimizerConfig
-    run: RunConfig
+    seed: int
     name: str
     precision: str
     loggers: list[Any] | None = None
@@ -107,14 +107,13 @@ class BlockTuner:
             TensorDataset(self.data.inputs, self.data.targets),
             batch_size=batch,
             shuffle=True,
-            generator=torch.Generator().manual_seed(self.run.seed),
+            generator=torch.Generator().manual_seed(self.seed),
         )
         result = fit(
             objective,
             loader,
             self.optimizer,
             epochs=epochs,
-            run=self.run,
             precision=self.precision,
             loggers=self.loggers,
         )

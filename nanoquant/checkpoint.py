@@ -78,7 +78,10 @@ def is_packed_weight(module: nn.Module) -> bool:
 
 
 def mark_quantized(model: PreTrainedModel, recipe: dict[str, Any] | None = None) -> None:
-    """Tell transformers that the model is quantized; untie packed heads from dense embeddings."""
+    """Tell transformers that the model is quantized; untie packed heads from dense embeddings.
+
+    A head that was tied and no longer is gets a warning: the checkpoint then stores both matrices.
+    """
     config = NanoQuantHfConfig(recipe=recipe)
     model.config.quantization_config = config
     model.hf_quantizer = NanoQuantHfQuantizer(config, pre_quantized=True)
@@ -88,6 +91,11 @@ def mark_quantized(model: PreTrainedModel, recipe: dict[str, Any] | None = None)
         if packed & set(pair):
             del model.all_tied_weights_keys[pair[0]]
             model.config.tie_word_embeddings = False
+            logger.warning(
+                "%s and %s are no longer tied, because only one of them is packed; the model stores "
+                "both now. Keep the head dense to keep it tied",
+                *pair,
+            )
 
 
 def check_model(model: PreTrainedModel) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 QUANT_METHOD = "nanoquant"
@@ -75,18 +77,25 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
 def read_headers(files: list[Path], checkpoint_id: str | None) -> dict[str, StoredTensor]:
     """All tensors of the shards of one checkpoint.
 
+    The id ties shards together and to their ``config.json``. It does not verify content: no hash is
+    taken while reading, so a changed byte within the data of a tensor goes unnoticed.
+
+    Args:
+        files: the shards.
+        checkpoint_id: the id in ``config.json``; None, for a configuration without one, accepts any.
+
     Raises:
-        ValueError: as :func:`read_header`; or a shard carries another checkpoint's id; or two hold
-            one tensor.
+        ValueError: as :func:`read_header`; or a shard carries another checkpoint's id, or none
+            though there is one to match; or two hold one tensor.
     """
     stored: dict[str, StoredTensor] = {}
     for file in files:
         tensors, metadata = read_header(file)
         found = metadata.get(CHECKPOINT_KEY)
-        if None not in (found, checkpoint_id) and found != checkpoint_id:
+        if checkpoint_id is not None and found != checkpoint_id:
             raise ValueError(
-                f"{file} belongs to another checkpoint: its id is {found}, but config.json says "
-                f"{checkpoint_id}"
+                f"{file} belongs to another checkpoint: its id is {found or 'missing'}, but "
+                f"config.json says {checkpoint_id}"
             )
         for name in tensors.keys() & stored.keys():
             raise ValueError(f"tensor {name} is in both {stored[name].file.name} and {file.name}")
@@ -229,12 +238,34 @@ def copy_other_files(source: Path, target: Path) -> None:
 
 
 def check_output_folder(folder: str | Path) -> Path:
-    """The folder as a path; ValueError if it exists and is not empty, so nothing is overwritten."""
+    """The folder as a path, if it can be made, or is there and empty, so nothing is overwritten.
+
+    Raises:
+        ValueError: it or a folder above it is a file or can't be written to, or it is not empty.
+    """
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"the output {str(folder)!r} is a file; give a new or empty folder")
-    if folder.is_dir() and any(folder.iterdir()):
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        what = "is" if nearest == folder else f"can't be made: {str(nearest)!r} is"
+        raise ValueError(f"the output {str(folder)!r} {what} a file; give a new or empty folder")
+    check_writable(nearest, f"the output folder {str(folder)!r}")
+    if nearest == folder and any(folder.iterdir()):
         raise ValueError(
             f"the output folder {str(folder)!r} is not empty; give a new or empty folder"
         )
     return folder
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Raise ValueError, beginning with ``what``, unless a new entry can be made in ``folder``.
+
+    It makes one and removes it: permission bits tell nothing of read-only file systems, nor to root.
+    """
+    try:
+        with TemporaryDirectory(prefix=".nanoquant-", dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{what} can't be written: {folder.absolute()} refuses it ({error.strerror}); "
+            "choose another place or free this one"
+        ) from error

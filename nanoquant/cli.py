@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, by default those of the process.
 
     Returns:
-        The exit code: 0, 2 for bad input (one line on stderr says what), 130 when interrupted.
+        The exit code: 0, 2 for bad input (one line on stderr says what), 130 when interrupted, 1 or
+        its own for a library that leaves the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     quiet()
@@ -70,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Lightning answers an interruption by leaving with code 1
         if isinstance(stop.__context__, KeyboardInterrupt):
             return _stopped()
-        return stop.code if isinstance(stop.code, int) else 0
+        if stop.code is None or isinstance(stop.code, int):
+            return stop.code or 0
+        sys.stderr.write(f"nanoquant: error: {stop.code}\n")
+        return 1
     except Exception as error:
         if os.environ.get("NANOQUANT_DEBUG") or not _is_input_error(error):
             raise

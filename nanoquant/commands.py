@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoquant.budget import layer_bits
 from nanoquant.checkpoint import read_sizes
 from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
 from nanoquant.console import (
@@ -23,7 +22,8 @@ from nanoquant.console import (
 )
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
 from nanoquant.evaluate import perplexity
-from nanoquant.generate import generate
+from nanoquant.generate import SAMPLE_TOKENS, check_prompt, generate
+from nanoquant.hf_quantizer import PARTS
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer, weight_bytes
 
@@ -35,7 +35,7 @@ def evaluate_command(
     length: int = DataConfig.length,
     seed: int | None = None,
     sample: str | None = None,
-    sample_tokens: int = 60,
+    sample_tokens: int = SAMPLE_TOKENS,
     device: str = "auto",
     json: str | None = None,
 ) -> None:
@@ -53,10 +53,12 @@ def evaluate_command(
         json: file for every printed figure.
 
     Raises:
-        ValueError: nothing to do, or the folder or the text is not usable.
+        ValueError: nothing to do, or the folder, the text or the prompt is not usable.
     """
     if text is None and sample is None:
         raise ValueError("nothing to measure: give --text, --sample or both")
+    if sample is not None:
+        check_prompt(sample, sample_tokens)
     check_json_path(json)
     show_logs(verbose=False)
     folder, target = find_model(model), device_of(device)
@@ -68,7 +70,7 @@ def evaluate_command(
             load_tokens(text, tokenizer), data.length, data.windows, bos_of(tokenizer), data.seed
         )
     progress = ConsoleProgress(
-        ["load", *(["perplexity"] if text else []), *(["sample"] if sample else [])]
+        ["load"] + ["perplexity"] * (text is not None) + ["sample"] * (sample is not None)
     )
     with progress.phase("load", 1):
         loaded = load_model(folder, target)
@@ -108,7 +110,7 @@ def _perplexity(
 def generate_command(
     model: str,
     prompt: str,
-    max_new_tokens: int = 60,
+    max_new_tokens: int = SAMPLE_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
@@ -128,6 +130,7 @@ def generate_command(
     Raises:
         ValueError: the folder, the prompt or a number is not usable.
     """
+    check_prompt(prompt, max_new_tokens)
     show_logs(verbose=False)
     folder, target = find_model(model), device_of(device)
     tokenizer = load_tokenizer(folder)
@@ -181,30 +184,32 @@ def layer_kinds(folder: Path) -> dict[str, dict[str, Any]]:
 
     Returns:
         "self_attn.q_proj" to its count, shape ("out x in"), smallest, mean and largest rank, and
-        bits per weight.
+        bits per weight as stored.
     """
     stored = verify_folder(folder)
     modules = read_json(folder / "config.json")["quantization_config"]["modules"]
-    groups: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    groups: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
     for name, entry in modules.items():
         shape = stored[f"{name}.s1"].shape[0], stored[f"{name}.s2"].shape[0]
-        kind = ".".join(part for part in name.split(".")[1:] if not part.isdigit())
-        groups[kind.removeprefix("layers.")].append((*shape, entry["rank"]))
+        bits = 8 * sum(stored[f"{name}.{part}"].bytes for part in PARTS)
+        parts = name.split(".")
+        kind = ".".join(part for part in parts[1:] or parts if not part.isdigit())
+        groups[kind.removeprefix("layers.")].append((*shape, entry["rank"], bits))
     return {kind: _summary(layers) for kind, layers in groups.items()}
 
 
-def _summary(layers: list[tuple[int, int, int]]) -> dict[str, Any]:
-    """Count, shape, ranks and bits of layers (d_out, d_in, rank) of one kind."""
-    ranks = [rank for *_, rank in layers]
-    shapes = sorted({f"{d_out} x {d_in}" for d_out, d_in, _ in layers})
-    bits = sum(layer_bits(*layer, scale_bits=16) for layer in layers)
+def _summary(layers: list[tuple[int, int, int, int]]) -> dict[str, Any]:
+    """Count, shape, ranks and bits of layers (d_out, d_in, rank, stored bits) of one kind."""
+    ranks = [rank for *_, rank, _ in layers]
+    shapes = sorted({f"{d_out} x {d_in}" for d_out, d_in, *_ in layers})
+    bits = sum(bits for *_, bits in layers)
     return {
         "count": len(layers),
         "shape": ", ".join(shapes),
         "least rank": min(ranks),
         "mean rank": round(math.fsum(ranks) / len(ranks), 1),
         "largest rank": max(ranks),
-        "bits": round(bits / sum(d_out * d_in for d_out, d_in, _ in layers), 4),
+        "bits": round(bits / sum(d_out * d_in for d_out, d_in, *_ in layers), 4),
     }
 
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanoquant.checkpoint_files import check_writable
 from nanoquant.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -164,7 +165,7 @@ def check_json_path(file: str | None) -> None:
     """Refuse a file for figures that could not be written at the end.
 
     Raises:
-        ValueError: its folder does not exist, or it is a folder.
+        ValueError: its folder does not exist or can't be written to, or it is a folder.
     """
     if file is None:
         return
@@ -173,6 +174,7 @@ def check_json_path(file: str | None) -> None:
         raise ValueError(f"--json {file} is a folder; give a file")
     if not path.parent.is_dir():
         raise ValueError(f"--json {file}: there is no folder {path.parent}; make it first")
+    check_writable(path.parent, f"--json {file}")
 
 
 def write_json(file: str | None, figures: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MAX_CHARACTERS = 50_000_000
 TENSOR_SUFFIXES = (".pt", ".safetensors")
+FILE_SUFFIXES = (".txt", ".jsonl", *TENSOR_SUFFIXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,8 +166,9 @@ def _read_jsonl(path: Path) -> Iterator[str]:
 
 
 def _is_dataset_name(source: str) -> bool:
-    """Tell name:split and name:config:split from paths."""
-    return source.count(":") in (1, 2) and all(source.split(":")) and not Path(source).suffix
+    """Tell name:split and name:config:split, which may hold dots, from paths of missing files."""
+    parts = source.split(":")
+    return len(parts) in (2, 3) and all(parts) and not source.endswith(FILE_SUFFIXES)
 
 
 def _read_dataset(source: str) -> Iterator[str]:
@@ -177,7 +179,7 @@ def _read_dataset(source: str) -> Iterator[str]:
     except ImportError:
         raise ValueError(
             f"{source} names a data set, but the datasets library is not installed: "
-            'pip install "nanoquant[data]", or give a text file'
+            "pip install datasets, or give a text file"
         ) from None
     try:
         rows = datasets.load_dataset(name, *config, split=split, streaming=True)

@@ -84,7 +84,7 @@ def result_table(result: JobResult) -> str:
     if result.job["sample"] is None:
         return text
     samples = (
-        f"{who}: {' '.join(figures.sample.split())}"
+        f"{who}: {'-' if figures.sample is None else ' '.join(figures.sample.split())}"
         for who, figures in (("dense", dense), ("quantized", quantized))
     )
     return "\n".join([text, "", f"prompt: {result.job['sample']}", *samples])

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     # PreTrainedModel costs seconds and pulls in torchao and Triton
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+SAMPLE_TOKENS = 60
+"""Most new tokens of a sample, unless asked otherwise."""
+
 
 def generate(
     model: "PreTrainedModel",
@@ -39,10 +42,7 @@ def generate(
     Raises:
         ValueError: The prompt is empty, a number is out of range, or there is no chat template.
     """
-    if not prompt.strip():
-        raise ValueError("the prompt is empty; give some text to continue")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
+    check_prompt(prompt, max_new_tokens)
     if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature is {temperature}; allowed: 0 (greedy) or above")
     ids = _encode(tokenizer, prompt, chat).to(input_device(model))
@@ -66,6 +66,18 @@ def generate(
         mask = torch.ones_like(ids)
         out = model.generate(ids, attention_mask=mask, generation_config=config)
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def check_prompt(prompt: str, max_new_tokens: int) -> None:
+    """Refuse what :func:`generate` can't continue; needs no model.
+
+    Raises:
+        ValueError: The prompt is empty, or no new token is asked for.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty; give some text to continue")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
 
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", prompt: str, chat: bool) -> torch.Tensor:

@@ -42,8 +42,8 @@ class NanoQuantHfConfig(QuantizationConfigMixin):
         modules: full module name to {"rank": r}, for every quantized linear.
         format_version: version of the stored layout; a newer one than this library's is refused.
         recipe: how the model was made, any JSON object; nothing reads it.
-        checkpoint_id: digest of the tensors, repeated in every shard, so that shards are not mixed
-            up.
+        checkpoint_id: digest of the tensors at saving, repeated in every shard. It ties shards
+            together so that they are not mixed up; it does not verify content when loading.
         quant_method: always "nanoquant".
     """
 

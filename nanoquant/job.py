@@ -6,6 +6,7 @@ fresh process that knows nothing but its folder.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -28,8 +29,8 @@ from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs, 
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
 from nanoquant.evaluate import perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
-from nanoquant.generate import generate
-from nanoquant.quantize import QuantizationReport, check_finite, choose_ranks, quantize, split_text
+from nanoquant.generate import SAMPLE_TOKENS, check_prompt, generate
+from nanoquant.quantize import QuantizationReport, check_finite, choose_ranks, quantize
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -39,6 +40,7 @@ from nanoquant.sources import (
     load_tokenizer,
     weight_bytes,
 )
+from nanoquant.text import split_text
 
 LOGGERS = ("none", "csv", "wandb")
 
@@ -61,7 +63,7 @@ class JobConfig:
     """Tokens of such a window."""
     sample: str | None = None
     """Prompt that both models continue; null: no sample."""
-    sample_tokens: int = 60
+    sample_tokens: int = SAMPLE_TOKENS
     """Most new tokens of a sample."""
     json: str | None = None
     """File for every printed figure."""
@@ -75,10 +77,10 @@ class JobConfig:
     def __post_init__(self) -> None:
         if self.logger not in LOGGERS:
             raise ValueError(f"logger must be one of {', '.join(LOGGERS)}, got {self.logger!r}")
-        if self.sample is not None and not self.sample.strip():
-            raise ValueError("the sample's prompt is empty; give some text, or no sample")
-        if self.sample_tokens < 1:
-            raise ValueError(f"sample_tokens must be at least 1, got {self.sample_tokens}")
+        if self.sample is not None:
+            check_prompt(self.sample, self.sample_tokens)
+        if self.json is not None and Path(self.json).absolute() == Path(self.output).absolute():
+            raise ValueError(f"--json {self.json} is the output folder; give a file")
 
     @property
     def evaluation(self) -> DataConfig | None:
@@ -97,7 +99,8 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     """Quantize a model, measure it before and after, and print one table.
 
     Raises:
-        ValueError: any input does not allow it; nothing has been written then.
+        ValueError: any input does not allow it, and nothing has been written; or the checkpoint is
+            written, but measuring it failed. Then the table and the JSON hold all other figures.
     """
     show_logs(job.verbose)
     check_output_folder(job.output)
@@ -121,13 +124,17 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     with progress.phase("save", 1):
         recipe = recipe_of(job, report)
         save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
-    del model, decoder
-    with progress.phase("measure in a fresh process", 0):
-        quantized = measure_in_fresh_process(job, device)
-    seconds = dict(progress.seconds)
-    result = JobResult(asdict(job), dense, quantized, report.to_dict(), seconds, versions())
-    say(result_table(result))
-    write_json(job.json, result.to_dict())
+    quantized = Figures(weight_bytes(Path(job.output)), read_sizes(job.output).to_dict())
+    del model, decoder, loggers
+    free_memory()
+    try:
+        with progress.phase("measure in a fresh process", 0):
+            measure_in_fresh_process(job, device, quantized)
+    finally:  # what is known is never lost
+        seconds = dict(progress.seconds)
+        result = JobResult(asdict(job), dense, quantized, report.to_dict(), seconds, versions())
+        say(result_table(result))
+        write_json(job.json, result.to_dict())
     return result
 
 
@@ -171,14 +178,20 @@ def _advance(progress: ConsoleProgress, done: int, total: int) -> None:
     progress.advance(1)
 
 
-def measure_in_fresh_process(job: JobConfig, device: torch.device) -> Figures:
-    """Figures of the checkpoint, by ``nanoquant evaluate`` in a process of its own.
+def free_memory() -> None:
+    """Give back what nothing refers to any more, so that another process can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def measure_in_fresh_process(job: JobConfig, device: torch.device, figures: Figures) -> None:
+    """Fill in the figures of the checkpoint, by ``nanoquant evaluate`` in a process of its own.
 
     Raises:
         ValueError: that process failed; it has said why.
     """
     folder = Path(job.output)
-    figures = Figures(weight_bytes(folder), read_sizes(folder).to_dict())
     flags = []
     if job.evaluation is not None:
         data = job.evaluation
@@ -186,7 +199,7 @@ def measure_in_fresh_process(job: JobConfig, device: torch.device) -> Figures:
     if job.sample is not None:
         flags += [f"--sample={job.sample}", "--sample-tokens", str(job.sample_tokens)]
     if not flags:
-        return figures
+        return
     with TemporaryDirectory() as temporary:
         file = Path(temporary, "figures.json")
         command = [sys.executable, "-m", "nanoquant", "evaluate", str(folder), *flags]
@@ -199,7 +212,6 @@ def measure_in_fresh_process(job: JobConfig, device: torch.device) -> Figures:
             )
         found = json.loads(file.read_text(encoding="utf-8"))
     figures.perplexity, figures.sample = found["perplexity"], found["sample"]
-    return figures
 
 
 def recipe_of(job: JobConfig, report: QuantizationReport) -> dict[str, Any]:

@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanoquant.binary import BinaryFactors, StraightThroughSign, sign
+from nanoquant.budget import layer_bits
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of matrix products: autocast's where it is on, else that of the input."""
-    if torch.is_autocast_enabled(x.device.type):
+    if not x.is_meta and torch.is_autocast_enabled(x.device.type):
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -81,8 +82,8 @@ class BinaryLowRankLinear(nn.Module):
 
     @property
     def bits(self) -> int:
-        """Bits that the packed layer stores for signs and 16-bit scales, without the bias."""
-        return (self.rank + 16) * (self.in_features + self.out_features)
+        """Bits that the packed layer stores for signs and scales, without the bias."""
+        return layer_bits(self.out_features, self.in_features, self.rank)
 
     def freeze(self) -> BinaryLowRankLinear:
         """Fix the signs: latents become int8 buffers in {-1, +1}; scales and bias stay parameters."""

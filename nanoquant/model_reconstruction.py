@@ -9,6 +9,7 @@ held-out windows wins; the untouched state is a candidate.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from nanoquant.block_tuning import scale_groups
+from nanoquant.block_tuning import scale_groups, vector_group
+from nanoquant.decoder import evaluation_mode
+from nanoquant.divergence import held_out_divergence, logits_divergence
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.training import OptimizerConfig, RunConfig, fit
+from nanoquant.training import OptimizerConfig, fit
 
 logger = logging.getLogger(__name__)
 
@@ -30,13 +33,13 @@ class ModelConfig:
 
     train: str = "signs"
     """signs: latents, scales and norms; scales: scales only, as in the paper; none: skip the phase."""
-    windows: int = 320
+    windows: int = 352
     """Training windows, all different."""
     epochs: int = 1
     """Passes over the windows."""
-    batch: int = 1
+    batch: int = 2
     """Windows a step."""
-    latent_lr: float = 8e-3
+    latent_lr: float = 1.2e-2
     """Rate of the latents, whose mean magnitude is 1."""
     scale_lr: float = 1e-2
     """Rate of scales (and norms), as a share of each tensor's mean magnitude when relative_rates is on."""
@@ -44,7 +47,7 @@ class ModelConfig:
     """Whether scale_lr is a share of the mean magnitude or an absolute rate."""
     held_out: int = 8
     """Windows that choose the best state; they are taken from the end of the training text."""
-    evaluations: int = 4
+    evaluations: int = 2
     """How often the held-out divergence is measured, the end included and the start not counted."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(beta2=0.95, clip_norm=1.0, warmup=20)
@@ -60,46 +63,6 @@ class ModelConfig:
         for name in ("latent_lr", "scale_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-
-
-class ForwardKL(torch.autograd.Function):
-    """Mean over tokens of KL(teacher || student), a few tokens at a time in float32 (Eq. 11, T = 1).
-
-    The gradient is formed with the loss, in the dtype of the student's logits, so that no float32 tensor of
-    tokens x vocabulary exists.
-    """
-
-    chunk = 32
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, student: Tensor, teacher: Tensor
-    ) -> Tensor:
-        """Divergence of logits (tokens, vocabulary)."""
-        gradient = torch.empty_like(student)
-        total = torch.zeros((), dtype=torch.float32, device=student.device)
-        pieces = (x.split(ForwardKL.chunk) for x in (student, teacher, gradient))
-        for s, t, g in zip(*pieces, strict=True):
-            log_p, log_q = t.float().log_softmax(-1), s.float().log_softmax(-1)
-            p = log_p.exp()
-            total += p.mul(log_p - log_q).sum()
-            g.copy_((log_q.exp() - p) / len(student))
-        ctx.save_for_backward(gradient)
-        return total / len(student)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        """Gradient for the student's logits."""
-        (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None
-
-
-def logits_divergence(student: nn.Module, teacher: nn.Module, windows: Tensor) -> Tensor:
-    """KL(teacher || student) per token on windows (n, T); differentiable in the student."""
-    with torch.no_grad():
-        reference = teacher(input_ids=windows, use_cache=False).logits.flatten(0, 1)
-    logits = student(input_ids=windows, use_cache=False).logits.flatten(0, 1)
-    return ForwardKL.apply(logits, reference)
 
 
 class ModelObjective(nn.Module):
@@ -124,11 +87,12 @@ class ModelObjective(nn.Module):
 
 @dataclass
 class ModelReport:
-    """Divergence on training steps and on held-out windows, and the step whose state was kept."""
+    """Divergence on training steps and on held-out windows, the step whose state was kept, steps undone."""
 
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)
     best_step: int = 0
+    undone: int = 0
 
 
 class ModelReconstructor(nn.Module):
@@ -136,12 +100,12 @@ class ModelReconstructor(nn.Module):
 
     Args:
         config: what trains, rates, number of windows.
-        run: devices.
+        seed: of the order of batches.
     """
 
-    def __init__(self, config: ModelConfig, run: RunConfig | None = None) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__()
-        self.config, self.run = config, run or RunConfig()
+        self.config, self.seed = config, seed
 
     def forward(
         self,
@@ -158,7 +122,7 @@ class ModelReconstructor(nn.Module):
 
         Args:
             student: causal language model with :class:`BinaryLowRankLinear` layers.
-            teacher: the dense model.
+            teacher: the dense model, on the same device.
             windows: training tokens (N, T).
             held_out: tokens (M, T) that choose the state.
             precision: Lightning precision.
@@ -167,6 +131,7 @@ class ModelReconstructor(nn.Module):
 
         Raises:
             ValueError: the student has no binary layers.
+            FloatingPointError: the untouched student's divergence is not finite, or training stays so.
         """
         report = ModelReport()
         if self.config.train == "none":
@@ -176,20 +141,40 @@ class ModelReconstructor(nn.Module):
             raise ValueError(
                 "the student has no BinaryLowRankLinear layer; quantize its blocks first"
             )
-        groups = self.parameter_groups(student, layers)
-        keeper = _BestState(
-            student, teacher, held_out, [p for g in groups for p in g["params"]], precision, report
-        )
-        objective = ModelObjective(student, teacher, groups)
-        shuffle = torch.Generator().manual_seed(self.run.seed)
+        with evaluation_mode(student), evaluation_mode(teacher):
+            groups = self.parameter_groups(student, layers)
+            trained = [parameter for group in groups for parameter in group["params"]]
+            keeper = BestState(
+                trained, lambda: held_out_divergence(student, teacher, held_out, precision), report
+            )
+            objective = ModelObjective(student, teacher, groups)
+            self.train_objective(objective, windows, keeper, precision, on_step, loggers)
+        student.requires_grad_(False)
+        for layer in layers.values():
+            layer.freeze()
+        return report
+
+    def train_objective(
+        self,
+        objective: ModelObjective,
+        windows: Tensor,
+        keeper: BestState,
+        precision: str,
+        on_step: Callable[[int, float], None] | None,
+        loggers: list[Any] | None,
+    ) -> None:
+        """Run the loop, look at the held-out windows now and then, and put the best state back."""
+        config = self.config
+        shuffle = torch.Generator().manual_seed(self.seed)
         loader = DataLoader(
-            TensorDataset(windows), batch_size=self.config.batch, shuffle=True, generator=shuffle
+            TensorDataset(windows), batch_size=config.batch, shuffle=True, generator=shuffle
         )
-        steps = self.config.epochs * len(loader)
-        every = max(1, steps // self.config.evaluations)
+        steps = config.epochs * len(loader)
+        looks = {steps * k // config.evaluations for k in range(1, config.evaluations)} - {0}
 
         def follow(step: int, loss: float) -> None:
-            if step and step % every == 0 and steps - step >= every // 2:
+            if step in looks:
+                looks.remove(step)
                 keeper.consider(step)
             if on_step is not None:
                 on_step(step, loss)
@@ -198,20 +183,15 @@ class ModelReconstructor(nn.Module):
         result = fit(
             objective,
             loader,
-            self.config.optimizer,
-            epochs=self.config.epochs,
-            run=self.run,
+            config.optimizer,
+            epochs=config.epochs,
             precision=precision,
             on_step=follow,
             loggers=loggers,
         )
-        report.losses = result.losses
+        keeper.report.losses, keeper.report.undone = result.losses, result.undone
         keeper.consider(steps)
         keeper.restore()
-        student.requires_grad_(False)
-        for layer in layers.values():
-            layer.freeze()
-        return report
 
     def parameter_groups(
         self, student: nn.Module, layers: dict[str, BinaryLowRankLinear]
@@ -230,7 +210,9 @@ class ModelReconstructor(nn.Module):
                     latent.data /= latent.data.abs().mean()
                     latents.append(latent)
             groups.append({"params": latents, "lr": config.latent_lr})
-            groups += [_norm_group(p, config) for p in norm_parameters(student)]
+            for norm in norm_parameters(student):
+                norm.data = norm.data.float()
+                groups.append(vector_group(norm, config.scale_lr, config.relative_rates))
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
@@ -238,58 +220,51 @@ class ModelReconstructor(nn.Module):
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """One-dimensional parameters of normalisation modules, found by the class name."""
+    """Vectors of normalisation modules beside binary layers or above them.
+
+    Those are the norms of the blocks that hold binary layers, and the model's last one; blocks that stay
+    dense keep theirs. A normalisation module is one whose class name says so.
+    """
+    layers = [n for n, m in model.named_modules() if isinstance(m, BinaryLowRankLinear)]
+    above = {name.rsplit(".", k)[0] for name in layers for k in range(1, name.count(".") + 1)}
     return [
         parameter
-        for module in model.modules()
-        if "norm" in type(module).__name__.lower() and not isinstance(module, BinaryLowRankLinear)
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and name.rpartition(".")[0] in above | {""}
         for parameter in module.parameters(recurse=False)
         if parameter.ndim == 1
     ]
 
 
-def _norm_group(parameter: nn.Parameter, config: ModelConfig) -> dict[str, Any]:
-    parameter.data = parameter.data.float()
-    size = float(parameter.data.abs().mean()) if config.relative_rates else 1.0
-    return {"params": [parameter], "lr": config.scale_lr * max(size, 1e-3)}
-
-
 @dataclass
-class _BestState:
-    """Measures held-out divergence and keeps a copy of the parameters where it was lowest."""
+class BestState:
+    """Keeps a copy of the parameters from where the measured divergence was lowest."""
 
-    student: nn.Module
-    teacher: nn.Module
-    windows: Tensor
     parameters: list[nn.Parameter]
-    precision: str
+    measure: Callable[[], float]
     report: ModelReport
     state: list[Tensor] = field(default_factory=list)
 
-    @torch.no_grad()
     def consider(self, step: int) -> None:
-        """Measure, and keep the state when it is the best so far."""
-        device = next(self.student.parameters()).device
-        with _autocast(device, self.precision):
-            losses = [
-                float(logits_divergence(self.student, self.teacher, window.to(device)))
-                for window in self.windows.split(1)
-            ]
-        value = sum(losses) / len(losses)
+        """Measure, and keep the state when it is the best so far.
+
+        Raises:
+            FloatingPointError: the first measurement is not finite.
+        """
+        value = self.measure()
         logger.info("model reconstruction, step %d: held-out divergence %.4f", step, value)
+        if not self.report.held_out and not math.isfinite(value):
+            raise FloatingPointError(
+                f"the divergence of the student is {value} before any training: its activations overflow; "
+                "use bfloat16 or float32"
+            )
         if value < min(self.report.held_out.values(), default=float("inf")):
             self.state = [p.detach().clone() for p in self.parameters]
             self.report.best_step = step
-        self.report.held_out[step] = value
+        self.report.held_out[step] = value if math.isfinite(value) else float("inf")
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put the best state back."""
         for parameter, value in zip(self.parameters, self.state, strict=True):
             parameter.copy_(value)
-
-
-def _autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The autocast context that Lightning uses for this precision."""
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)

@@ -26,6 +26,10 @@ class PackedBinaryTensor(TorchAOBaseTensor):
     ``.to(dtype)`` casts the scales together with the dtype that the tensor shows, as it would cast
     a dense weight; the signs stay.
 
+    ``torch.load(file, weights_only=True)`` knows this class once it has been imported, which
+    ``import nanoquant`` alone leaves undone to stay light. So say
+    ``from nanoquant import PackedBinaryTensor`` before loading such a file.
+
     Args:
         u_signs: uint8 (d_out, ceil(rank / 8)), rows of U.
         v_signs: uint8 (rank, ceil(d_in / 8)), columns of V.

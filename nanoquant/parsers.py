@@ -15,8 +15,11 @@ from typing import Any
 import jsonargparse
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from nanoquant.config import PRESETS, NanoQuantConfig
+from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
 from nanoquant.job import JobConfig
+
+SHORT = {"--bits": "--budget.bits"}
+"""Flags that stand for others; written out before parsing, so that the order of flags decides."""
 
 
 def command_parser(command: str, function: Callable[..., None], what: str) -> ArgumentParser:
@@ -27,7 +30,7 @@ def command_parser(command: str, function: Callable[..., None], what: str) -> Ar
     return parser
 
 
-def quantize_parser(preset: str = NanoQuantConfig.preset) -> ArgumentParser:
+def quantize_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
     """Parser of ``quantize`` whose defaults are those of a preset."""
     what = (
         "Quantize a dense causal language model, save it, measure it in a fresh process. "
@@ -39,7 +42,7 @@ def quantize_parser(preset: str = NanoQuantConfig.preset) -> ArgumentParser:
     add("output", metavar="OUT", help="New or empty folder for the checkpoint.")
     add(
         "--config",
-        action="config",
+        action=_YamlFile,
         metavar="FILE",
         help="YAML with any of the flags; later flags win.",
     )
@@ -83,16 +86,34 @@ def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     parser = quantize_parser(preset)
-    given = parse(parser, arguments)
-    if given.bits is not None:
-        usual = parser.get_default("budget.bits")
-        if given.budget.bits not in (usual, given.bits):
-            raise ValueError(
-                f"bits {given.bits} and budget.bits {given.budget.bits} disagree; give one"
-            )
-        given.budget.bits = given.bits
-    built = parser.instantiate_classes(given)
+    built = parser.instantiate_classes(parse(parser, arguments))
     return _pick(JobConfig, built), _pick(NanoQuantConfig, built)
+
+
+class _YamlFile(jsonargparse.ActionConfigFile):
+    """Applies a YAML and turns its ``bits`` into ``budget.bits`` there and then, so that what comes later wins."""
+
+    def __call__(
+        self,
+        parser: ArgumentParser,
+        cfg: Namespace,
+        values: str,
+        option_string: str | None = None,
+    ) -> None:
+        """Apply the file ``values`` to the settings so far.
+
+        Raises:
+            ValueError: it gives both, and they differ.
+        """
+        before = cfg.get("budget.bits")
+        cfg["bits"] = cfg["budget.bits"] = None
+        super().__call__(parser, cfg, values, option_string)
+        given = [bits for bits in (cfg["bits"], cfg["budget.bits"]) if bits is not None]
+        if len(set(given)) > 1:
+            raise ValueError(
+                f"{values}: bits {given[0]} and budget.bits {given[1]} disagree; give one"
+            )
+        cfg["bits"], cfg["budget.bits"] = None, (given or [before])[0]
 
 
 def _empty(command: str, usage: str, what: str) -> ArgumentParser:
@@ -115,14 +136,16 @@ def _pick(kind: type, values: Namespace) -> Any:  # noqa: ANN401
 
 
 def _spell_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """Arguments with underscores in the names of flags, and true after a switch without a value."""
+    """Arguments with underscores and full names of flags, and true after a switch without a value."""
     switches = {
         f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"
     }
+    known = parser._option_string_actions
     spelled = []
     for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = argument.partition("=")
         flag = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
+        flag = SHORT.get(flag, flag) if SHORT.get(flag) in known else flag
         switched = flag in switches and not equals and following not in ("true", "false")
         spelled.append(f"{flag}=true" if switched else flag + equals + value)
     return spelled

@@ -14,20 +14,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activations import Activations
 from nanoquant.admm import ADMMInitializer
-from nanoquant.architectures import (
-    Decoder,
-    as_linear,
-    find_decoder,
-)
+from nanoquant.architectures import Decoder, as_linear, evaluation_mode, find_decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Initializer
 from nanoquant.budget import allocate_ranks, body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
-from nanoquant.data import bos_of, load_tokens, make_windows
 from nanoquant.importance import Importance, collect_importances
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport, norm_parameters
 from nanoquant.progress import Progress
 from nanoquant.sizes import Sizes, measure_sizes
+from nanoquant.text import Text, split_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,49 +43,6 @@ class QuantizationReport:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True)
-class Text:
-    """Windows (N, T) of the three uses; held-out ones come from the end and are used nowhere else."""
-
-    calibration: Tensor
-    training: Tensor
-    held_out: Tensor
-
-
-def split_text(
-    data: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: NanoQuantConfig
-) -> Text:
-    """Cut the calibration text into distinct windows.
-
-    Args:
-        data: a source as in :func:`load_tokens`, or token ids.
-        tokenizer: needed for text.
-        config: how many windows of which length, and the seed that chooses them.
-
-    Raises:
-        ValueError: the text is too short; tells how many tokens there are and how many are needed.
-    """
-    tokens = load_tokens(data, tokenizer)
-    bos = None if tokenizer is None else bos_of(tokenizer)
-    length, model = config.calibration.length, config.model
-    held = model.held_out if model.train != "none" else 0
-    trained = model.windows if model.train != "none" else 0
-    tuned = config.block.windows if config.block.tunes else 0
-    needed = max(config.calibration.windows, tuned, trained)
-    available = len(tokens) // (length - (bos is not None))
-    if available < needed + held:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, enough for {available} windows of {length}; needed are "
-            f"{(needed + held) * length}: {needed} windows for calibration.windows={config.calibration.windows}, "
-            f"block.windows={tuned}, model.windows={trained}, and model.held_out={held}; give longer text or fewer"
-        )
-    windows = make_windows(tokens, length, bos_token_id=bos)
-    kept, held_out = windows[: available - held], windows[available - held :]
-    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(config.run.seed))
-    kept = kept[order]
-    return Text(kept[: max(config.calibration.windows, tuned)], kept[:trained], held_out)
 
 
 def quantize(
@@ -127,27 +80,33 @@ def quantize(
             f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
         )
     text = split_text(data, tokenizer, config)
+    check_model(model, text, config)
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
-    check_finite(model)
     ranks = choose_ranks(decoder, chosen, config)
-    report = QuantizationReport(
-        config.to_dict(),
-        ranks,
-        body_bits(decoder_shapes(decoder, chosen), ranks, config.budget.scale_bits),
-    )
+    shapes = decoder_shapes(decoder, chosen)
+    report = QuantizationReport(config.to_dict(), ranks, body_bits(shapes, ranks))
     model.requires_grad_(False)
     teacher = copy.deepcopy(model) if config.model.train != "none" else None
-    importances = calibrate(model, decoder, chosen, text, config, progress)
-    reconstructor = BlockReconstructor(
-        config.block, initializer or ADMMInitializer(config.admm), config.run
-    )
-    report.blocks = reconstruct_blocks(
-        model, decoder, chosen, reconstructor, importances, ranks, text, config, progress, loggers
-    )
-    if teacher is not None:
-        report.model = reconstruct_model(model, teacher, text, config, progress, loggers)
-        del teacher
+    with evaluation_mode(model):
+        importances = calibrate(model, decoder, chosen, text, config, progress)
+        initializer = initializer or ADMMInitializer(config.admm)
+        reconstructor = BlockReconstructor(config.block, initializer, config.run.seed)
+        report.blocks = reconstruct_blocks(
+            model,
+            decoder,
+            chosen,
+            reconstructor,
+            importances,
+            ranks,
+            text,
+            config,
+            progress,
+            loggers,
+        )
+        if teacher is not None:
+            report.model = reconstruct_model(model, teacher, text, config, progress, loggers)
+            del teacher
     with progress.phase("pack", 1):
         pack_model(model)
         progress.advance(1)
@@ -167,6 +126,27 @@ def choose_ranks(decoder: Decoder, chosen: range, config: NanoQuantConfig) -> di
     return allocate_ranks(decoder_shapes(decoder, chosen), config.budget)
 
 
+def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> None:
+    """Refuse what could only fail later.
+
+    Raises:
+        ValueError: weights are not finite (named) or float16, the precision does not fit, or the text has
+            tokens that the model does not know.
+    """
+    check_finite(model)
+    if model.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"the model is in {model.dtype}; load it with dtype=torch.bfloat16")
+    if precision_of(model, config) == "32-true" and model.dtype != torch.float32:
+        raise ValueError(
+            f"precision 32-true needs a float32 model, and this one is in {model.dtype}"
+        )
+    largest, known = int(text.calibration.max()), model.get_input_embeddings().num_embeddings
+    if largest >= known:
+        raise ValueError(
+            f"the text has token {largest}, but the model knows {known}; tokenize it with its own tokenizer"
+        )
+
+
 def check_finite(model: nn.Module) -> None:
     """Refuse a model with non-finite weights.
 
@@ -181,10 +161,9 @@ def check_finite(model: nn.Module) -> None:
 
 
 def precision_of(model: PreTrainedModel, config: NanoQuantConfig) -> str:
-    """Lightning precision: the config's, or mixed for a 16-bit model and full for float32."""
-    if config.run.precision is not None:
-        return config.run.precision
-    return {torch.bfloat16: "bf16-mixed", torch.float16: "bf16-mixed"}.get(model.dtype, "32-true")
+    """Lightning precision: the config's, or mixed for a bfloat16 model and full for float32."""
+    usual = "bf16-mixed" if model.dtype == torch.bfloat16 else "32-true"
+    return config.run.precision or usual
 
 
 def calibrate(
@@ -230,7 +209,7 @@ def reconstruct_blocks(
         else None
     )
     with progress.phase("blocks", len(chosen)):
-        for b, block in enumerate(decoder.blocks):
+        for b, block in enumerate(decoder.blocks[: chosen.stop]):
             data = None if activations is None else activations.targets_of(b, block)
             if b in chosen:
                 full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
@@ -269,7 +248,7 @@ def reconstruct_model(
     steps = settings.epochs * -(-len(text.training) // settings.batch)
     norms = [(p, p.dtype) for p in norm_parameters(model)]
     with progress.phase("model", steps):
-        report = ModelReconstructor(settings, config.run)(
+        report = ModelReconstructor(settings, config.run.seed)(
             model,
             teacher,
             text.training,

@@ -59,18 +59,25 @@ class OptimizerConfig:
         return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+PRECISIONS = ("bf16-mixed", "32-true")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Where and how Lightning runs the loops."""
+    """Where and how the loops run."""
 
     accelerator: str = "auto"
-    """Lightning accelerator: auto, cpu, gpu, ..."""
-    devices: int | str = 1
-    """Number of devices."""
+    """Where the command puts the model: auto takes a GPU if there is one; cpu, cuda. Loops run where the model is."""
     precision: str | None = None
-    """Lightning precision; none chooses bf16-mixed for a bfloat16 or float16 model and 32-true otherwise."""
+    """Lightning precision, bf16-mixed or 32-true; null: bf16-mixed for a bfloat16 model, else 32-true."""
     seed: int = 0
-    """Seed of every random draw; each stage derives its own from it."""
+    """Seed of the choice of text, the order of batches and the start of ADMM."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in (None, *PRECISIONS):
+            raise ValueError(
+                f"precision must be {' or '.join(PRECISIONS)} (latents stay float32), got {self.precision!r}"
+            )
 
 
 class Objective(Protocol):
@@ -103,7 +110,7 @@ class Reconstruction(L.LightningModule):
         objective: loss and parameter groups.
         config: optimizer settings.
         steps: number of optimizer steps, for the schedule.
-        on_step: called with (step, loss) after each step; returning True ends the fit.
+        on_step: called with (step, loss) before the parameters of that step move.
     """
 
     snapshot_every = 16
@@ -114,7 +121,7 @@ class Reconstruction(L.LightningModule):
         objective: Objective,
         config: OptimizerConfig,
         steps: int,
-        on_step: Callable[[int, float], bool | None] | None = None,
+        on_step: Callable[[int, float], None] | None = None,
     ) -> None:
         super().__init__()
         self.objective, self.config, self.steps, self.on_step = objective, config, steps, on_step
@@ -145,14 +152,14 @@ class Reconstruction(L.LightningModule):
         loss = self.objective(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
-            self.undo(f"loss is {value}")
+            self.undo(f"loss is {value}", first_non_finite(self.objective, batch))
             return None
         if index % self.snapshot_every == 0:
             self.good = [p.detach().clone() for p in self.trained()]
         self.result.losses.append(value)
         self.log(f"{self.objective.name}/loss", value)
-        if self.on_step is not None and self.on_step(self.global_step, value):
-            self.trainer.should_stop = True
+        if self.on_step is not None:
+            self.on_step(self.global_step, value)
         return loss
 
     def configure_gradient_clipping(
@@ -163,10 +170,10 @@ class Reconstruction(L.LightningModule):
     ) -> None:
         """Clip by the norm of all gradients; drop them, so that nothing moves, when one is not finite."""
         trained = self.trained()
-        gradients = [p.grad for p in trained if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if not norm.isfinite():
-            self.undo("a gradient is not finite")
+            names = (name for name, p in self.objective.named_parameters() if _has_bad_gradient(p))
+            self.count_undone("a gradient is not finite", next(names))
             for parameter in trained:
                 parameter.grad = None
         elif 0 < self.config.clip_norm < norm:
@@ -174,32 +181,54 @@ class Reconstruction(L.LightningModule):
 
     def trained(self) -> list[nn.Parameter]:
         """Parameters of all groups."""
-        return [
-            p
-            for group in self.optimizers(use_pl_optimizer=False).param_groups
-            for p in group["params"]
-        ]
+        groups = self.optimizers(use_pl_optimizer=False).param_groups
+        return [parameter for group in groups for parameter in group["params"]]
 
-    def undo(self, what: str) -> None:
-        """Return to the last good values; give up after ``most_undone`` times."""
-        culprit = next(
-            (name for name, p in self.objective.named_parameters() if _broken(p)), "no parameter"
-        )
-        message = f"{self.objective.name}: {what} at step {self.global_step} ({culprit} holds non-finite values)"
+    def undo(self, what: str, where: str) -> None:
+        """Return to the last good values, and forget the moments that led away from them."""
+        self.count_undone(what, where)
+        with torch.no_grad():
+            for parameter, value in zip(self.trained(), self.good, strict=True):
+                parameter.copy_(value)
+        self.optimizers(use_pl_optimizer=False).state.clear()
+
+    def count_undone(self, what: str, where: str) -> None:
+        """Warn, naming the layer; give up when there is nothing to return to or it happens too often."""
+        message = f"{self.objective.name}: {what} at step {self.global_step}, first in {where}"
         self.result.undone += 1
         if self.result.undone > self.most_undone or not self.good:
             raise FloatingPointError(
                 f"{message}; lower its learning rate, or look at its input activations"
             )
-        logger.warning("%s; the steps since the last good state are undone", message)
-        with torch.no_grad():
-            for parameter, value in zip(self.trained(), self.good, strict=True):
-                parameter.copy_(value)
+        logger.warning("%s; the step is undone", message)
 
 
-def _broken(parameter: nn.Parameter) -> bool:
-    tensors = (parameter,) if parameter.grad is None else (parameter, parameter.grad)
-    return not all(bool(tensor.isfinite().all()) for tensor in tensors)
+@torch.no_grad()
+def first_non_finite(objective: nn.Module, batch: Any) -> str:  # noqa: ANN401
+    """Name of a parameter that is not finite, else of the first module whose output is not."""
+    found = [name for name, p in objective.named_parameters() if not p.isfinite().all()]
+    if found:
+        return found[0]
+
+    def watch(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: watch(name, output))
+        for name, module in objective.named_modules()
+        if name and not any(True for _ in module.children())
+    ]
+    try:
+        objective(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself"
+
+
+def _has_bad_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
 
 
 def fit(
@@ -208,9 +237,8 @@ def fit(
     config: OptimizerConfig,
     *,
     epochs: int,
-    run: RunConfig,
     precision: str,
-    on_step: Callable[[int, float], bool | None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
     loggers: list[Any] | None = None,
 ) -> FitResult:
     """Train ``objective`` on ``batches`` for ``epochs`` with Lightning, on the device where it is.
@@ -220,9 +248,8 @@ def fit(
         batches: gives what the objective takes; not a list, which Lightning reads as several loaders.
         config: optimizer and schedule.
         epochs: passes over ``batches``.
-        run: devices.
         precision: Lightning precision string.
-        on_step: called with (step, loss); returning True ends the fit.
+        on_step: called with (step, loss) before the parameters of that step move.
         loggers: Lightning loggers that receive the loss under the objective's name.
 
     Returns:
@@ -237,8 +264,8 @@ def fit(
     with _quiet():
         trainer = L.Trainer(
             max_epochs=epochs,
-            accelerator="cpu" if device.type == "cpu" else run.accelerator,
-            devices=run.devices,
+            accelerator="gpu" if device.type == "cuda" else device.type,
+            devices=1 if device.index is None else [device.index],
             precision=precision,
             logger=loggers or False,
             log_every_n_steps=1,

@@ -9,7 +9,7 @@ import torch
 from tiny_models import FAMILIES, random_windows, tiny_llama
 from torch import nn
 
-from nanoquant import block_reconstruction
+from nanoquant import block_tuning
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import capture_block_inputs, find_decoder, run_block
 from nanoquant.binary import BinaryFactors, sign
@@ -17,9 +17,8 @@ from nanoquant.block_reconstruction import SCHEDULES, BlockConfig, BlockReconstr
 from nanoquant.block_tuning import BlockData, BlockObjective
 from nanoquant.importance import ImportanceConfig, collect_importances
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.training import OptimizerConfig, RunConfig
+from nanoquant.training import FitResult, OptimizerConfig
 
-CPU = RunConfig(accelerator="cpu")
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 ROUNDS = {
     "published": tuple((name,) for name in "q v o k gate up down".split()),
@@ -51,7 +50,7 @@ def prepare(family="llama", rank=16):
 
 def reconstruct(setup, config, initializer=None, data="given", **kwargs):
     initializer = initializer or ADMMInitializer(ADMMConfig(iterations=20))
-    return BlockReconstructor(config, initializer, CPU)(
+    return BlockReconstructor(config, initializer)(
         setup.block,
         setup.groups,
         setup.importances,
@@ -134,9 +133,9 @@ def test_only_the_linears_of_the_round_and_then_only_dense_ones_train(monkeypatc
         layers = {ids[key].rpartition(".")[0] for key in trained}
         parts = {ids[key].rpartition(".")[2] for key in trained}
         phases.append((objective.name, layers, parts))
-        return SimpleNamespace(losses=[1.0] * kwargs["epochs"] * len(loader))
+        return FitResult(losses=[1.0] * kwargs["epochs"] * len(loader))
 
-    monkeypatch.setattr(block_reconstruction, "fit", record)
+    monkeypatch.setattr(block_tuning, "fit", record)
     config = dataclasses.replace(INITIALIZE_ONLY, dense_epochs=1, refine_epochs=1)
     reconstruct(setup, config, name="block 0")
     left = list(setup.names)

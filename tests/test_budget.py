@@ -1,8 +1,11 @@
 """Ranks meet the asked bits over the whole model, and bits come back from ranks."""
 
+import random
+
 import pytest
 
 from nanoquant.budget import (
+    SCALE_BITS,
     BudgetConfig,
     allocate_ranks,
     body_bits,
@@ -10,6 +13,7 @@ from nanoquant.budget import (
     layer_bits,
     real_rank,
 )
+from nanoquant.packed_linear import PackedBinaryLinear
 
 SMALL_LLAMA = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576)}
 SMALL_LLAMA |= {"gate": (1536, 576), "up": (1536, 576), "down": (576, 1536)}
@@ -24,7 +28,7 @@ def model_shapes(block, blocks):
 def test_a_small_llama_takes_at_most_and_almost_exactly_the_asked_bits(bits):
     shapes = model_shapes(SMALL_LLAMA, 30)
     ranks = allocate_ranks(shapes, BudgetConfig(bits=bits))
-    used = body_bits(shapes, ranks, 16)
+    used = body_bits(shapes, ranks)
     assert 0.985 * bits <= used <= bits
     assert used == sum((r + 16) * sum(shapes[n]) for n, r in ranks.items()) / sum(
         a * b for a, b in shapes.values()
@@ -39,11 +43,11 @@ def test_ranks_are_multiples_within_the_shape_and_the_budget_holds(bits, step):
     assert ranks.keys() == shapes.keys()
     for name, rank in ranks.items():
         assert rank % step == 0 and step <= rank <= min(shapes[name])
-    assert body_bits(shapes, ranks, 16) <= bits
+    assert body_bits(shapes, ranks) <= bits
 
 
 def test_the_rank_of_the_papers_table_is_the_real_rank_rounded_down():
-    floors = {name: int(real_rank(*shape, 1.0, 16)) // 32 * 32 for name, shape in LLAMA_7B.items()}
+    floors = {name: int(real_rank(*shape, 1.0)) // 32 * 32 for name, shape in LLAMA_7B.items()}
     assert floors == {"q": 2016, "up": 2944, "down": 2944}
     ranks = allocate_ranks(model_shapes(LLAMA_7B, 32), BudgetConfig(bits=1.0))
     names = {name: name.split(".")[1] for name in ranks}
@@ -51,17 +55,20 @@ def test_the_rank_of_the_papers_table_is_the_real_rank_rounded_down():
 
 
 def test_bits_and_rank_are_inverse():
-    assert layer_bits(1536, 576, 96, 16) == 96 * 2112 + 16 * 2112
-    assert real_rank(1536, 576, layer_bits(1536, 576, 96, 16) / (1536 * 576), 16) == pytest.approx(
-        96
-    )
+    assert layer_bits(1536, 576, 96) == 96 * 2112 + SCALE_BITS * 2112
+    assert real_rank(1536, 576, layer_bits(1536, 576, 96) / (1536 * 576)) == pytest.approx(96)
+
+
+@pytest.mark.parametrize(("d_out", "d_in", "rank"), [(64, 96, 32), (24, 41, 17), (7, 3, 1)])
+def test_the_bits_of_a_layer_are_those_that_its_packed_tensors_take(d_out, d_in, rank):
+    assert layer_bits(d_out, d_in, rank) == PackedBinaryLinear(d_in, d_out, rank, False).bits
 
 
 def test_what_rounding_leaves_goes_where_it_took_the_largest_share():
     shapes = {"narrow": (64, 4096), "wide": (4096, 4096)}
     ranks = allocate_ranks(shapes, BudgetConfig(bits=1.0))
     assert ranks["narrow"] == 64  # 47 is wanted; rounding it to 32 would take a third
-    assert body_bits(shapes, ranks, 16) <= 1.0
+    assert body_bits(shapes, ranks) <= 1.0
 
 
 def test_a_layer_smaller_than_the_multiple_gets_its_own_size_as_rank():
@@ -83,6 +90,31 @@ def test_bits_that_the_shapes_cannot_meet_are_refused_with_both_limits(bits):
         allocate_ranks(SMALL_LLAMA, BudgetConfig(bits=bits))
 
 
+def limits(shapes, step):
+    """Bits of the smallest and of the largest ranks."""
+    cap = {name: largest_rank(*shape, step) for name, shape in shapes.items()}
+    least = {name: min(step, rank) for name, rank in cap.items()}
+    return body_bits(shapes, least), body_bits(shapes, cap), cap
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_any_shapes_get_at_most_the_asked_bits_and_no_step_is_left_that_fits(seed):
+    rng = random.Random(seed)
+    step = rng.choice([1, 3, 8, 32])
+    shapes = {str(i): (rng.randint(1, 300), rng.randint(1, 300)) for i in range(rng.randint(1, 6))}
+    low, high, cap = limits(shapes, step)
+    for bits in (low, high, rng.uniform(low, high), rng.uniform(low, high)):
+        ranks = allocate_ranks(shapes, BudgetConfig(bits=bits, rank_multiple=step))
+        assert body_bits(shapes, ranks) <= bits
+        for name, rank in ranks.items():
+            assert rank == cap[name] or (rank % step == 0 and step <= rank < cap[name])
+            if rank < cap[name]:
+                assert body_bits(shapes, ranks | {name: rank + step}) > bits
+    for bits in (0.99 * low, 1.01 * high, float("inf")):
+        with pytest.raises(ValueError, match="can't be met"):
+            allocate_ranks(shapes, BudgetConfig(bits=bits, rank_multiple=step))
+
+
 @pytest.mark.parametrize("bits", [0, -1.0, float("nan")])
 def test_bits_that_are_not_above_zero_are_refused(bits):
     with pytest.raises(ValueError, match="bits must be above 0"):
@@ -92,5 +124,3 @@ def test_bits_that_are_not_above_zero_are_refused(bits):
 def test_other_fields_are_checked():
     with pytest.raises(ValueError, match="rank_multiple"):
         BudgetConfig(rank_multiple=0)
-    with pytest.raises(ValueError, match="scale_bits must be 16"):
-        BudgetConfig(scale_bits=8)

@@ -94,6 +94,16 @@ def test_tied_embeddings_stay_tied_and_are_stored_once(folder):
     assert ("lm_head.weight" in stored) + ("model.embed_tokens.weight" in stored) == 1
 
 
+def test_a_packed_head_that_was_tied_gets_a_warning_once(caplog, tmp_path):
+    model = pack_randomly(tiny_llama(), head=True)
+    save_pretrained(model, tmp_path / "out")
+    (warning,) = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert "lm_head.weight and model.embed_tokens.weight are no longer tied" in warning
+    caplog.clear()
+    pack_randomly(tiny_llama(tie=False), head=True), pack_randomly(tiny_llama())
+    assert not caplog.records
+
+
 def test_packed_tensors_are_frozen_after_loading(folder):
     module = load(folder).model.layers[0].mlp.up_proj
     assert isinstance(module, PackedBinaryLinear)

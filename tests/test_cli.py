@@ -4,15 +4,20 @@ import json
 import logging
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
+import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from packed_models import pack_randomly
 from tiny_models import tiny_llama, tiny_tokenizer
 
-from nanoquant import console, parsers
+from nanoquant import console, job, parsers
+from nanoquant.checkpoint import save_pretrained
 from nanoquant.cli import main
 from nanoquant.commands import evaluate_command, generate_command, inspect_command
 from nanoquant.config import PRESETS
@@ -183,6 +188,15 @@ def test_inspect_shows_ranks_and_recipe_without_reading_weights(
     )
 
 
+def test_inspect_names_a_packed_head_and_counts_the_bits_of_its_tensors(tmp_path, capsys):
+    model = pack_randomly(tiny_llama(), head=True, scale_dtype=torch.float32)
+    save_pretrained(model, tmp_path / "out")
+    assert call(capsys, "inspect", tmp_path / "out", "--json", tmp_path / "inspect.json")[0] == 0
+    head = json.loads((tmp_path / "inspect.json").read_text())["layers"]["lm_head"]
+    assert head["count"] == 1
+    assert head["bits"] == round(model.lm_head.bits / (128 * 64), 4)
+
+
 def test_help_and_mistakes_come_before_heavy_imports():
     code = (
         "import sys; from nanoquant.cli import main\n"
@@ -235,6 +249,24 @@ def test_bits_is_short_for_the_budget():
     assert settings("--bits", "0.55") == settings("--budget.bits", "0.55")
 
 
+@pytest.mark.parametrize("yaml", ["bits: 0.7", "budget: {bits: 0.7}"])
+def test_what_comes_later_wins_for_bits_by_either_name(yaml, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml)
+    file = ["--config", str(tmp_path / "run.yaml")]
+    assert settings(*file).budget.bits == 0.7
+    for flag in (["--bits", "0.8"], ["--bits=0.8"], ["--budget.bits", "0.8"]):
+        assert settings(*file, *flag).budget.bits == 0.8
+        assert settings(*flag, *file).budget.bits == 0.7
+    assert settings("--bits", "1.2", "--budget.bits", "1.1").budget.bits == 1.1
+    assert settings("--budget.bits", "1.1", "--bits", "1.2").budget.bits == 1.2
+
+
+def test_one_yaml_with_two_different_bits_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("bits: 0.7\nbudget: {bits: 1.0}\n")
+    with pytest.raises(ValueError, match="bits 0.7 and budget.bits 1.0 disagree"):
+        settings("--config", str(tmp_path / "run.yaml"))
+
+
 def test_dashes_and_underscores_are_the_same_and_switches_need_no_value():
     arguments = ["MODEL", "OUT", "--text", "TEXT", "--verbose", "--log-dir=my-logs"]
     job, config = parsers.parse_quantize([*arguments, "--block.dense-epochs", "9"])
@@ -246,8 +278,7 @@ BAD_FLAGS = {
     "unknown preset": (["--preset", "turbo"], "one of fast, balanced, paper, got 'turbo'"),
     "no bits": (["--bits", "0"], "bits must be above 0, got 0.0"),
     "negative bits": (["--bits", "-1"], "bits must be above 0, got -1.0"),
-    "bits not a number": (["--bits", "one"], '"bits"'),
-    "two different bits": (["--bits", "1.2", "--budget.bits", "1.1"], "disagree"),
+    "bits not a number": (["--bits", "one"], '"budget.bits"'),
     "bits too small": (["--bits", "0.1"], "bits=0.1"),
     "bits too large": (["--bits", "9"], "bits=9.0"),
     "blocks not a slice": (["--blocks", "first"], "must look like 0:10"),
@@ -261,6 +292,8 @@ BAD_FLAGS = {
     ),
     "held-out text missing": (["--eval-text", "text.text"], "near names there: text.txt"),
     "no folder for figures": (["--json", "nowhere/figures.json"], "there is no folder nowhere"),
+    "figures where the checkpoint goes": (["--json", "new"], "--json new is the output folder"),
+    "no prompt": (["--sample", " "], "the prompt is empty"),
     "no such configuration": (["--config", "none.yaml"], "File does not exist"),
     "no GPU": (["--run.accelerator", "gpu"], "finds no GPU"),
 }
@@ -290,6 +323,19 @@ def test_quantize_refuses_a_file_that_is_not_text(content, message, place, tmp_p
     (tmp_path / "bad.txt").write_bytes(content)
     flags = ["--text", tmp_path / "bad.txt", *SMALL]
     assert message in refused(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that refuses even root")
+def test_figures_where_nothing_can_be_written_are_refused(place, tmp_path, capsys):
+    flags = ["--text", place / "text.txt", "--json", "/proc/figures.json"]
+    line = refused(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    assert "--json /proc/figures.json can't be written" in line
+
+
+def test_an_empty_prompt_is_refused_before_the_model_is_loaded(place, capsys, monkeypatch):
+    monkeypatch.setattr("nanoquant.commands.load_model", None)
+    for command in (["evaluate", "--sample", ""], ["generate", "--prompt", ""]):
+        assert "the prompt is empty" in refused(capsys, command[0], place / "dense", *command[1:])
 
 
 def copy_without(place, target, *names):
@@ -364,6 +410,35 @@ def test_an_interrupted_run_leaves_no_checkpoint(step, place, tmp_path, capsys, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
+    place, tmp_path, capsys, monkeypatch
+):
+    models, alive = [], []
+    load, measure = job.load_model, job.measure_in_fresh_process
+
+    def loading(*arguments):
+        model = load(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    def measuring(*arguments):
+        alive.extend(model() for model in models)
+        measure(*arguments)
+
+    monkeypatch.setattr(job, "load_model", loading)
+    monkeypatch.setattr(job, "measure_in_fresh_process", measuring)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    flags = ["--text", place / "text.txt", "--sample", "the river", "--sample-tokens", 5, *SMALL]
+    flags += ["--json", tmp_path / "figures.json"]
+    code, out, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    assert code == 2 and "measuring it in a fresh process failed with exit code 1" in err
+    assert "bits per weight, body" in out and out.splitlines()[-1] == "quantized: -"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["quantized"]["perplexity"] is None and figures["dense"]["sample"]
+    assert figures["quantized"]["file_bytes"] > 0 and figures["report"]["ranks"]
+    assert alive == [None]
+
+
 class FakeReport:
     bits, config, seconds = 1.0, {}, {}
 
@@ -372,6 +447,18 @@ def test_a_fault_of_ours_shows_its_traceback(place, capsys, monkeypatch):
     monkeypatch.setattr("nanoquant.commands.find_model", lambda name: {}["missing"])
     with pytest.raises(KeyError):
         main(["generate", "dense", "--prompt", "the"])
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [(None, (0, "")), (3, (3, "")), ("no GPU", (1, "no GPU"))], ids=str
+)
+def test_a_library_that_leaves_the_process_gives_its_code(code, expected, capsys, monkeypatch):
+    def leave(name):
+        raise SystemExit(code)
+
+    monkeypatch.setattr("nanoquant.commands.find_model", leave)
+    found, _, err = call(capsys, "generate", "dense", "--prompt", "the")
+    assert (found, err.strip().removeprefix("nanoquant: error: ")) == expected
 
 
 def test_debug_shows_the_traceback_of_bad_input(monkeypatch):

@@ -111,6 +111,8 @@ def test_a_missing_file_names_its_neighbours(tmp_path, tokenizer):
         load_tokens(tmp_path / "wiki_trian.txt", tokenizer)
     with pytest.raises(ValueError, match="name:config:split"):
         load_tokens("wikitext", tokenizer)
+    with pytest.raises(ValueError, match="found no file a:b.jsonl"):
+        load_tokens("a:b.jsonl", tokenizer)
     with pytest.raises(ValueError, match="is a folder"):
         load_tokens(tmp_path, tokenizer)
 
@@ -137,8 +139,10 @@ def test_a_data_set_name_gives_its_texts(monkeypatch, tokenizer):
     tokens = load_tokens("wikitext:wikitext-2-raw-v1:train", tokenizer)
     assert tokenizer.decode(tokens) == "first\n\nsecond"
     load_tokens("some/corpus:test", tokenizer)
+    load_tokens("wikimedia/wikipedia:20231101.en:train", tokenizer)
     assert asked[0] == (("wikitext", "wikitext-2-raw-v1"), {"split": "train", "streaming": True})
     assert asked[1] == (("some/corpus",), {"split": "test", "streaming": True})
+    assert asked[2][0] == ("wikimedia/wikipedia", "20231101.en")
 
 
 def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch, tokenizer):
@@ -156,7 +160,7 @@ def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch, tokenizer):
 
 def test_a_missing_datasets_library_says_how_to_install_it(monkeypatch, tokenizer):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"nanoquant\[data\]"):
+    with pytest.raises(ValueError, match="pip install datasets"):
         load_tokens("a:b:c", tokenizer)
 
 

@@ -9,6 +9,7 @@ from tiny_models import random_windows, tiny_gpt2, tiny_llama
 from torch import nn
 
 from nanoquant.checkpoint import load, save_pretrained
+from nanoquant.checkpoint_files import read_header
 from nanoquant.hf_quantizer import NanoQuantHfConfig, digest
 
 FILE = "model.safetensors"
@@ -20,10 +21,10 @@ def folder(tmp_path):
 
 
 def rewrite(folder, change):
-    """Change the tensors of the checkpoint, which then carries no id."""
-    tensors = load_file(folder / FILE)
+    """Change the tensors of the checkpoint, which keeps its id."""
+    tensors, (_, metadata) = load_file(folder / FILE), read_header(folder / FILE)
     change(tensors)
-    save_file(tensors, folder / FILE)
+    save_file(tensors, folder / FILE, metadata)
 
 
 def assert_refused(folder, message):

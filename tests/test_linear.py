@@ -115,7 +115,7 @@ def test_repr_tells_shape_rank_bits_and_state():
     text = repr(random_layer())
     assert all(
         part in text
-        for part in ("in_features=40", "out_features=24", "rank=17", "bits=2.2", "latent")
+        for part in ("in_features=40", "out_features=24", "rank=17", "bits=2.375", "latent")
     )
 
 

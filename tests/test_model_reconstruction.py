@@ -11,18 +11,12 @@ from torch.nn import functional as F
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import as_linear, find_decoder
 from nanoquant.binary import sign
+from nanoquant.divergence import ForwardKL, logits_divergence
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.model_reconstruction import (
-    ForwardKL,
-    ModelConfig,
-    ModelReconstructor,
-    logits_divergence,
-    norm_parameters,
-)
-from nanoquant.training import OptimizerConfig, RunConfig
+from nanoquant.model_reconstruction import ModelConfig, ModelReconstructor, norm_parameters
+from nanoquant.training import OptimizerConfig
 
-CPU = RunConfig(accelerator="cpu")
 SIGNS = ModelConfig(
     train="signs", windows=24, epochs=3, batch=4, latent_lr=2e-2, scale_lr=1e-2, held_out=4,
     evaluations=2, optimizer=OptimizerConfig(beta2=0.95, clip_norm=1.0),
@@ -48,7 +42,7 @@ def teacher_and_student(build=tiny_llama, rank=16):
 def reconstruct(config, build=tiny_llama, **kwargs):
     teacher, student = teacher_and_student(build)
     start = frozen_copy(student)
-    report = ModelReconstructor(config, CPU)(student, teacher, TRAINING, HELD_OUT, **kwargs)
+    report = ModelReconstructor(config)(student, teacher, TRAINING, HELD_OUT, **kwargs)
     return teacher, start, student, report
 
 
@@ -161,7 +155,7 @@ def test_none_skips_the_phase():
 def test_a_student_without_binary_layers_is_refused():
     model = tiny_llama()
     with pytest.raises(ValueError, match="no BinaryLowRankLinear"):
-        ModelReconstructor(SIGNS, CPU)(model, model, TRAINING, HELD_OUT)
+        ModelReconstructor(SIGNS)(model, model, TRAINING, HELD_OUT)
 
 
 def test_gpt2_trains_biases_and_layer_norms_too():
@@ -176,7 +170,7 @@ def test_a_frozen_student_can_be_trained_again():
     teacher, student = teacher_and_student()
     student = frozen_copy(student)
     before = held_out_divergence(student, teacher)
-    report = ModelReconstructor(SIGNS, CPU)(student, teacher, TRAINING, HELD_OUT)
+    report = ModelReconstructor(SIGNS)(student, teacher, TRAINING, HELD_OUT)
     assert report.held_out[report.best_step] < before
     assert all(layer.frozen for layer in layers_of(student).values())
 
@@ -187,17 +181,18 @@ def test_tied_embeddings_stay_tied():
 
 
 def test_norm_parameters_are_found_by_class_and_hold_no_matrices():
-    model = tiny_llama()
+    _, model = teacher_and_student()
     names = {id(p): n for n, p in model.named_parameters()}
     found = {names[id(p)] for p in norm_parameters(model)}
     assert found == {n for n in names.values() if "norm" in n} and len(found) == 5
+    assert norm_parameters(tiny_llama()) == []  # blocks without binary layers keep theirs
 
 
 def test_latents_start_at_mean_magnitude_one_with_the_signs_of_the_layer():
     _, student = teacher_and_student()
     layers = layers_of(student)
     before = {name: sign(layer.U.detach()) for name, layer in layers.items()}
-    groups = ModelReconstructor(SIGNS, CPU).parameter_groups(student, layers)
+    groups = ModelReconstructor(SIGNS).parameter_groups(student, layers)
     for name, layer in layers.items():
         assert torch.equal(sign(layer.U.detach()), before[name])
         assert float(layer.U.detach().abs().mean()) == pytest.approx(1)
@@ -207,10 +202,10 @@ def test_latents_start_at_mean_magnitude_one_with_the_signs_of_the_layer():
 def test_relative_rates_are_shares_of_the_mean_scale():
     _, student = teacher_and_student()
     layer = next(iter(layers_of(student).values()))
-    groups = ModelReconstructor(SCALES, CPU).parameter_groups(student, {"layer": layer})
+    groups = ModelReconstructor(SCALES).parameter_groups(student, {"layer": layer})
     assert groups[0]["lr"] == pytest.approx(SCALES.scale_lr * float(layer.s1.detach().abs().mean()))
     absolute = dataclasses.replace(SCALES, relative_rates=False)
-    groups = ModelReconstructor(absolute, CPU).parameter_groups(student, {"layer": layer})
+    groups = ModelReconstructor(absolute).parameter_groups(student, {"layer": layer})
     assert {group["lr"] for group in groups} == {SCALES.scale_lr}
 
 

@@ -1,5 +1,7 @@
 import copy
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -100,6 +102,22 @@ def test_torch_save_goes_round_with_weights_only(linear):
     torch.save(linear.state_dict(), buffer)
     buffer.seek(0)
     assert_same(torch.load(buffer, weights_only=True)["weight"], linear.weight.detach())
+
+
+LOAD = """
+import sys, torch, nanoquant
+print("torchao" in sys.modules)
+from nanoquant import PackedBinaryTensor
+print(type(torch.load(sys.argv[1], weights_only=True)["weight"]) is PackedBinaryTensor)
+"""
+
+
+def test_a_fresh_process_loads_it_with_weights_only_as_the_docstring_says(linear, tmp_path):
+    assert "``from nanoquant import PackedBinaryTensor``" in PackedBinaryTensor.__doc__
+    torch.save(linear.state_dict(), tmp_path / "a.pt")
+    command = [sys.executable, "-c", LOAD, tmp_path / "a.pt"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "True"], done.stderr
 
 
 def test_safetensors_goes_round(linear, tmp_path):

@@ -1,7 +1,10 @@
 """``import nanoquant`` is light, lists its names, and makes transformers load quantized folders."""
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -45,6 +48,19 @@ def test_functions_are_not_hidden_by_the_submodules_of_their_name():
     assert nanoquant.quantize.__name__ == "quantize" and callable(nanoquant.quantize)
     assert callable(nanoquant.generate)
     assert QuantizationReport is sys.modules["nanoquant.quantize"].QuantizationReport
+
+
+def test_the_version_stands_once_where_a_build_reads_it_without_importing():
+    source = Path(nanoquant.__file__).read_text(encoding="utf-8")
+    values = [
+        ast.literal_eval(node.value)
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__"
+    ]
+    assert values == [nanoquant.__version__]
+    settings = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    assert 'version = { attr = "nanoquant.__version__" }' in settings
+    assert not re.search(r'^version = "', settings, re.MULTILINE)
 
 
 LIGHT = """

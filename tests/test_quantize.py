@@ -14,7 +14,8 @@ from nanoquant.config import CalibrationConfig, NanoQuantConfig
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.progress import Progress
-from nanoquant.quantize import quantize, split_text
+from nanoquant.quantize import quantize
+from nanoquant.text import split_text
 from nanoquant.training import RunConfig
 
 TOKENS = random_windows(24, 16).flatten()
@@ -120,8 +121,7 @@ def test_blocks_leaves_the_other_blocks_dense_as_they_were():
     names = packed_layers(model)
     assert names and all(name.startswith("model.layers.0.") for name in names)
     for name, parameter in dense.model.layers[1].named_parameters():
-        if "norm" not in name:  # norms follow the teacher
-            assert torch.equal(model.model.layers[1].get_parameter(name), parameter)
+        assert torch.equal(model.model.layers[1].get_parameter(name), parameter)
 
 
 def test_the_same_seed_gives_bit_equal_packed_tensors_and_another_seed_does_not():
@@ -219,3 +219,37 @@ def test_blocks_beyond_the_model_are_refused():
 def test_steps_belong_to_torchaos_quantize():
     with pytest.raises(ValueError, match="step"):
         quantize(tiny_llama(), TOKENS, dataclasses.replace(TINY, step="prepare"))
+
+
+def test_dropout_of_a_model_in_training_mode_does_not_reach_targets_or_teacher():
+    runs = []
+    for training in (True, False):
+        model = FAMILIES["gpt2"]()
+        model.config.attn_pdrop = model.config.resid_pdrop = 0.5
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        report = quantize(model.train(training), TOKENS, TINY)
+        runs.append(report.model.held_out)
+    assert runs[0] == runs[1]
+
+
+def test_tokens_that_the_model_does_not_know_are_refused_before_work():
+    with pytest.raises(ValueError, match=r"token 500, but the model knows 128"):
+        quantize(tiny_llama(), torch.full_like(TOKENS, 500), TINY)
+
+
+def test_float16_models_are_refused_with_what_to_load_instead():
+    with pytest.raises(ValueError, match=r"float16.*bfloat16"):
+        quantize(tiny_llama(dtype=torch.float16), TOKENS, TINY)
+
+
+def test_full_precision_is_refused_on_a_bfloat16_model():
+    run = RunConfig(accelerator="cpu", precision="32-true")
+    with pytest.raises(ValueError, match="32-true needs a float32 model"):
+        quantize(tiny_llama(dtype=torch.bfloat16), TOKENS, dataclasses.replace(TINY, run=run))
+
+
+def test_a_precision_that_would_cast_latents_is_refused():
+    with pytest.raises(ValueError, match="bf16-mixed or 32-true"):
+        RunConfig(precision="bf16-true")

@@ -14,7 +14,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from nanoquant import parsers
 from nanoquant.config import nanoquant_config
 from nanoquant.data import load_tokens
-from nanoquant.quantize import split_text
+from nanoquant.text import split_text
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -8,9 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nanoquant.training import FitResult, OptimizerConfig, RunConfig, fit
-
-CPU = RunConfig(accelerator="cpu")
+from nanoquant.training import FitResult, OptimizerConfig, first_non_finite, fit
 
 
 class Regression(nn.Module):
@@ -44,9 +42,7 @@ def batches(count):
 
 def run(objective, steps, config=None, epochs=1, **kwargs):
     config = config or OptimizerConfig()
-    return fit(
-        objective, batches(steps), config, epochs=epochs, run=CPU, precision="32-true", **kwargs
-    )
+    return fit(objective, batches(steps), config, epochs=epochs, precision="32-true", **kwargs)
 
 
 def test_fit_lowers_the_loss_and_returns_every_loss():
@@ -100,7 +96,23 @@ def test_a_step_that_turns_non_finite_is_undone_and_named(how, caplog):
 def test_undoing_returns_to_the_last_good_values():
     objective = Regression(spoil=[5])
     run(objective, 20)
-    assert torch.equal(objective.seen[6], objective.seen[0])  # values are kept every 16 steps
+    assert torch.equal(
+        objective.seen[7], objective.seen[0]
+    )  # 6 looked for the layer; values are kept every 16 steps
+
+
+def test_undoing_forgets_the_moments_that_led_away():
+    objective = Regression(spoil=[5])
+    run(objective, 7)
+    first, after = objective.seen[1] - objective.seen[0], objective.weight - objective.seen[7]
+    share = OptimizerConfig().rate(6, 7)  # a fresh Adam takes a step of exactly the rate
+    torch.testing.assert_close(after, first * share, rtol=0.2, atol=0)
+
+
+def test_a_bad_gradient_costs_its_own_step_only():
+    objective = Regression(spoil=[5], how="gradient")
+    run(objective, 20)
+    assert torch.equal(objective.seen[6], objective.seen[5])
 
 
 def test_fit_gives_up_when_steps_stay_non_finite():
@@ -112,15 +124,30 @@ def test_fit_gives_up_when_steps_stay_non_finite():
 def test_a_start_that_is_not_finite_is_an_error_that_names_the_parameter():
     objective = Regression()
     objective.weight.data.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match=r"weight holds non-finite"):
+    with pytest.raises(FloatingPointError, match=r"first in weight"):
         run(objective, 20)
 
 
-def test_on_step_ends_the_fit_by_returning_true():
+def test_the_layer_whose_output_is_not_finite_is_named():
+    class Layers(Regression):
+        def __init__(self):
+            super().__init__(spoil=[3])
+            self.first, self.second = nn.Identity(), nn.Identity()
+
+        def forward(self, batch):
+            calls = self.calls
+            batch = self.second(self.first(batch) * (float("nan") if calls in self.spoil else 1.0))
+            self.calls += 1
+            return (self.weight - batch).square().mean()
+
+    objective = Layers()
+    batch, objective.calls = torch.ones(4), 3
+    assert first_non_finite(objective, batch) == "second"
+
+
+def test_on_step_gets_every_step_and_its_loss():
     seen = []
-    result = run(
-        Regression(), 50, on_step=lambda step, loss: seen.append((step, loss)) or step == 6
-    )
+    result = run(Regression(), 7, on_step=lambda step, loss: seen.append((step, loss)))
     assert [step for step, _ in seen] == list(range(7))
     assert [loss for _, loss in seen] == result.losses
 

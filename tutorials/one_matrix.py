@@ -27,7 +27,7 @@ def main():
     print("rank  bits per weight  relative squared error")
     for rank in (32, 64, 96, 128):
         factors = initializer(W, even, rank)
-        bits = layer_bits(D_OUT, D_IN, rank, scale_bits=16) / W.numel()
+        bits = layer_bits(D_OUT, D_IN, rank) / W.numel()
         print(f"{rank:4}  {bits:15.3f}  {relative_error(W, factors.dense()).item():22.4f}")
 
     print()

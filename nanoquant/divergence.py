@@ -1,0 +1,71 @@
+"""KL divergence between the logits of a teacher and a student, a few tokens at a time (Eq. 11, T = 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ForwardKL(torch.autograd.Function):
+    """Mean over tokens of KL(teacher || student), a few tokens at a time in float32 (Eq. 11, T = 1).
+
+    The gradient is formed with the loss, in the dtype of the student's logits, so that no float32 tensor of
+    tokens x vocabulary exists.
+    """
+
+    chunk = 32
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, student: Tensor, teacher: Tensor
+    ) -> Tensor:
+        """Divergence of logits (tokens, vocabulary)."""
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student) if wanted else student
+        total = torch.zeros((), dtype=torch.float32, device=student.device)
+        pieces = (x.split(ForwardKL.chunk) for x in (student, teacher, gradient))
+        for s, t, g in zip(*pieces, strict=True):
+            log_p, log_q = t.float().log_softmax(-1), s.float().log_softmax(-1)
+            p = log_p.exp()
+            total += p.mul(log_p - log_q).sum()
+            if wanted:
+                g.copy_((log_q.exp() - p) / len(student))
+        if wanted:
+            ctx.save_for_backward(gradient)
+        return total / len(student)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        """Gradient for the student's logits."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad.to(gradient.dtype), None
+
+
+def logits_divergence(student: nn.Module, teacher: nn.Module, windows: Tensor) -> Tensor:
+    """KL(teacher || student) per token on windows (n, T); differentiable in the student."""
+    with torch.no_grad():
+        reference = teacher(input_ids=windows, use_cache=False).logits.flatten(0, 1)
+    logits = student(input_ids=windows, use_cache=False).logits.flatten(0, 1)
+    return ForwardKL.apply(logits, reference)
+
+
+@torch.no_grad()
+def held_out_divergence(
+    student: nn.Module, teacher: nn.Module, windows: Tensor, precision: str
+) -> float:
+    """Mean KL(teacher || student) per token over windows (N, T), one window at a time.
+
+    Args:
+        student: in whatever state it is.
+        teacher: on the same device.
+        windows: token ids, moved to that device.
+        precision: Lightning precision under which the student trains.
+    """
+    device = next(student.parameters()).device
+    mixed = precision == "bf16-mixed"
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+        losses = [
+            float(logits_divergence(student, teacher, window.to(device)))
+            for window in windows.split(1)
+        ]
+    return sum(losses) / len(losses)
