@@ -1,0 +1,52 @@
+"""Fixtures of the command line: a folder with a dense model and its text, and one finished run."""
+
+import json
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from command_line import SMALL, WORDS
+from tiny_models import tiny_llama, tiny_tokenizer
+
+from nanoquant import console
+
+
+@pytest.fixture
+def untouched_process(monkeypatch):
+    """Undo what the commands change for the whole process: environment and loggers."""
+    for name, value in console.QUIET_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    loggers = [logging.getLogger(name) for name in ("nanoquant", *console.QUIET_LOGGERS)]
+    before = [(log.level, log.handlers, log.propagate) for log in loggers]
+    yield
+    for log, (log.level, log.handlers, log.propagate) in zip(loggers, before, strict=True):
+        log.setLevel(log.level)
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """A folder with a dense model, its tokenizer and a text."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    (folder / "text.txt").write_text(WORDS * 100)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(place):
+    """A whole run of the quantize command in a process of its own."""
+    command = [sys.executable, "-m", "nanoquant", "quantize", "dense", "out", *SMALL]
+    command += ["--text", "text.txt", "--eval-text", "text.txt", "--eval-windows", "4"]
+    command += ["--eval-length", "32", "--sample", "the river", "--sample-tokens", "5"]
+    command += ["--json", "figures.json"]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture
+def figures(place, finished):
+    return json.loads((place / "figures.json").read_text())

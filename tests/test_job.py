@@ -1,0 +1,128 @@
+"""The quantize command from a dense folder to one table; a tiny model stands in for a real one."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+
+import pytest
+from command_line import SMALL, call
+
+from nanoquant import job
+
+pytestmark = pytest.mark.usefixtures("untouched_process")
+
+
+def test_quantize_prints_one_table_and_both_samples(finished):
+    lines = finished.stdout.splitlines()
+    assert lines[0].split() == ["out", "dense", "quantized"]
+    for row in ("perplexity", "bits per weight, body", "bytes on disk", "seconds, blocks"):
+        assert sum(line.startswith(row) for line in lines) == 1
+    assert [line.split(":")[0] for line in lines[-3:]] == ["prompt", "dense", "quantized"]
+
+
+def test_quantize_says_nothing_that_is_not_ours(finished):
+    assert all(line.startswith("nanoquant: phase ") for line in finished.stderr.splitlines())
+
+
+def test_json_holds_every_printed_figure(finished, figures):
+    dense, quantized = figures["dense"], figures["quantized"]
+    printed = [
+        f"{dense['perplexity']:.2f}",
+        f"{quantized['perplexity']:.2f}",
+        f"{figures['excess_nats_per_token']:.3f}",
+        f"{quantized['sizes']['body_bits_per_weight']:.4f}",
+        f"{quantized['sizes']['model_bits_per_parameter']:.4f}",
+        f"{dense['file_bytes']:,}",
+        f"{quantized['file_bytes']:,}",
+        f"{quantized['sizes']['bytes_resident']:,}",
+        *(f"{seconds:.1f}" for seconds in figures["seconds"].values()),
+    ]
+    assert [number for number in printed if number not in finished.stdout] == []
+    excess = math.log(quantized["perplexity"] / dense["perplexity"])
+    assert figures["excess_nats_per_token"] == pytest.approx(excess)
+
+
+def test_sizes_are_those_of_the_files(place, figures):
+    for name, key in (("dense", "dense"), ("out", "quantized")):
+        file = place / name / "model.safetensors"
+        header = 8 + int.from_bytes(file.read_bytes()[:8], "little")
+        assert figures[key]["file_bytes"] == file.stat().st_size
+        assert figures[key]["sizes"]["bytes_on_disk"] == file.stat().st_size - header
+    assert 0.985 <= figures["quantized"]["sizes"]["body_bits_per_weight"] <= 1.0
+
+
+@pytest.mark.parametrize("step", ["quantize", "save_pretrained", "find_model"])
+def test_an_interrupted_run_leaves_no_checkpoint(step, place, tmp_path, capsys, monkeypatch):
+    def interrupt(*arguments, **flags):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"nanoquant.job.{step}", interrupt)
+    if step == "save_pretrained":
+        monkeypatch.setattr("nanoquant.job.quantize", lambda *arguments, **flags: FakeReport)
+    code, out, err = call(
+        capsys, "quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt", *SMALL
+    )
+    assert (code, out, err.splitlines()[-1]) == (130, "", "nanoquant: interrupted")
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
+    place, tmp_path, capsys, monkeypatch
+):
+    models, alive = [], []
+    load, measure = job.load_model, job.measure_in_fresh_process
+
+    def loading(*arguments):
+        model = load(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    def measuring(*arguments):
+        alive.extend(model() for model in models)
+        measure(*arguments)
+
+    monkeypatch.setattr(job, "load_model", loading)
+    monkeypatch.setattr(job, "measure_in_fresh_process", measuring)
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    flags = ["--text", place / "text.txt", "--sample", "the river", "--sample-tokens", 5, *SMALL]
+    flags += ["--json", tmp_path / "figures.json"]
+    code, out, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    assert code == 2 and "measuring it in a fresh process failed with exit code 1" in err
+    assert "bits per weight, body" in out and out.splitlines()[-1] == "quantized: -"
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["quantized"]["perplexity"] is None and figures["dense"]["sample"]
+    assert figures["quantized"]["file_bytes"] > 0 and figures["report"]["ranks"]
+    assert alive == [None]
+
+
+class FakeReport:
+    bits, config, seconds = 1.0, {}, {}
+
+
+def test_csv_logger_writes_losses_under_the_name_of_the_output(place, tmp_path):
+    from nanoquant.job import JobConfig, make_loggers
+
+    job = JobConfig(source="m", output="runs/out", text="t", logger="csv", log_dir=str(tmp_path))
+    (logger,) = make_loggers(job)
+    logger.log_metrics({"model/loss": 1.0}, step=3)
+    logger.save()
+    assert "1.0" in (tmp_path / "out" / "version_0" / "metrics.csv").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_at_once_and_leaves_no_checkpoint(place, tmp_path):
+    command = [sys.executable, "-m", "nanoquant", "quantize", place / "dense", tmp_path / "new"]
+    command += ["--text", place / "text.txt", *SMALL, "--admm.iterations", "1000000"]
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    for line in run.stderr:
+        if "calibrate" in line:
+            break
+    run.terminate()
+    assert run.wait(timeout=60) == 130
+    assert run.stderr.read().splitlines()[-1] == "nanoquant: interrupted"
+    assert not (tmp_path / "new").exists()

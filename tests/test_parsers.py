@@ -1,0 +1,75 @@
+"""Flags and YAML become the configuration of the library."""
+
+import pytest
+
+from nanoquant import parsers
+from nanoquant.commands import evaluate_command, generate_command, inspect_command
+from nanoquant.config import PRESETS
+
+
+def settings(*flags):
+    """Configuration of the quantize command for these flags."""
+    return parsers.parse_quantize(["MODEL", "OUT", "--text", "TEXT", *flags])[1]
+
+
+@pytest.mark.parametrize(
+    "parser",
+    [
+        parsers.quantize_parser(),
+        parsers.command_parser("evaluate", evaluate_command, ""),
+        parsers.command_parser("generate", generate_command, ""),
+        parsers.command_parser("inspect", inspect_command, ""),
+    ],
+    ids=["quantize", "evaluate", "generate", "inspect"],
+)
+def test_help_explains_every_flag(parser):
+    unexplained = [action.dest for action in parser._actions if not action.help]
+    assert unexplained == []
+
+
+def test_flags_reach_every_field_of_the_configuration():
+    flags = {action.dest for action in parsers.quantize_parser()._actions}
+    fields = set(parsers._flat(PRESETS["fast"]().to_dict())) - {"step"}
+    assert fields <= flags
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_alone_gives_the_configuration_of_the_library(preset):
+    assert settings("--preset", preset) == PRESETS[preset]()
+
+
+def test_flags_override_yaml_and_yaml_overrides_the_preset(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: paper\nadmm:\n  iterations: 7\nblock:\n  windows: 3\n")
+    config = settings("--config", str(file), "--block.windows", "5", "--bits", "0.8")
+    paper = PRESETS["paper"]()
+    assert (config.preset, config.block.dense_epochs) == ("paper", paper.block.dense_epochs)
+    assert (config.admm.iterations, config.block.windows, config.budget.bits) == (7, 5, 0.8)
+
+
+def test_bits_is_short_for_the_budget():
+    assert settings("--bits", "0.55") == settings("--budget.bits", "0.55")
+
+
+@pytest.mark.parametrize("yaml", ["bits: 0.7", "budget: {bits: 0.7}"])
+def test_what_comes_later_wins_for_bits_by_either_name(yaml, tmp_path):
+    (tmp_path / "run.yaml").write_text(yaml)
+    file = ["--config", str(tmp_path / "run.yaml")]
+    assert settings(*file).budget.bits == 0.7
+    for flag in (["--bits", "0.8"], ["--bits=0.8"], ["--budget.bits", "0.8"]):
+        assert settings(*file, *flag).budget.bits == 0.8
+        assert settings(*flag, *file).budget.bits == 0.7
+    assert settings("--bits", "1.2", "--budget.bits", "1.1").budget.bits == 1.1
+    assert settings("--budget.bits", "1.1", "--bits", "1.2").budget.bits == 1.2
+
+
+def test_one_yaml_with_two_different_bits_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("bits: 0.7\nbudget: {bits: 1.0}\n")
+    with pytest.raises(ValueError, match="bits 0.7 and budget.bits 1.0 disagree"):
+        settings("--config", str(tmp_path / "run.yaml"))
+
+
+def test_dashes_and_underscores_are_the_same_and_switches_need_no_value():
+    arguments = ["MODEL", "OUT", "--text", "TEXT", "--verbose", "--log-dir=my-logs"]
+    job, config = parsers.parse_quantize([*arguments, "--block.dense-epochs", "9"])
+    assert (job.verbose, job.log_dir, config.block.dense_epochs) == (True, "my-logs", 9)
