@@ -112,14 +112,9 @@ def _fast() -> NanoQuantConfig:
 
 
 def _balanced() -> NanoQuantConfig:
-    """The phases of fast with more iterations and more than three times the text."""
-    return dataclasses.replace(
-        _fast(),
-        preset="balanced",
-        calibration=CalibrationConfig(windows=64),
-        admm=ADMMConfig(iterations=100),
-        model=ModelConfig(windows=880, epochs=2),
-    )
+    """The phases of fast, with on eight times the tokens, in larger batches at a lower rate."""
+    model = ModelConfig(windows=880, epochs=4, batch=4, latent_lr=8e-3)
+    return dataclasses.replace(_fast(), preset="balanced", model=model)
 
 
 def _paper() -> NanoQuantConfig:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nanoquant.compiling import uncompiled
+
 
 class ForwardKL(torch.autograd.Function):
     """Mean over tokens of KL(teacher || student), a few tokens at a time in float32 (Eq. 11, T = 1).
@@ -63,7 +65,7 @@ def held_out_divergence(
     """
     device = next(student.parameters()).device
     mixed = precision == "bf16-mixed"
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
+    with uncompiled(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
         losses = [
             float(logits_divergence(student, teacher, window.to(device)))
             for window in windows.split(1)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanoquant.block_tuning import scale_groups, vector_group
+from nanoquant.compiling import binary_blocks, compiled
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import held_out_divergence, logits_divergence
 from nanoquant.linear import BinaryLowRankLinear
@@ -33,7 +35,7 @@ class ModelConfig:
 
     train: str = "signs"
     """signs: latents, scales and norms; scales: scales only, as in the paper; none: skip the phase."""
-    windows: int = 352
+    windows: int = 416
     """Training windows, all different."""
     epochs: int = 1
     """Passes over the windows."""
@@ -49,6 +51,8 @@ class ModelConfig:
     """Windows that choose the best state; they are taken from the end of the training text."""
     evaluations: int = 2
     """How often the held-out divergence is measured, the end included and the start not counted."""
+    compile_from: int | None = 64
+    """Steps from which on the blocks are compiled before training; null: never."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(beta2=0.95, clip_norm=1.0, warmup=20)
     )
@@ -180,15 +184,17 @@ class ModelReconstructor(nn.Module):
                 on_step(step, loss)
 
         keeper.consider(0)
-        result = fit(
-            objective,
-            loader,
-            config.optimizer,
-            epochs=config.epochs,
-            precision=precision,
-            on_step=follow,
-            loggers=loggers,
-        )
+        long = config.compile_from is not None and steps >= config.compile_from
+        with compiled(binary_blocks(objective.student)) if long else nullcontext():
+            result = fit(
+                objective,
+                loader,
+                config.optimizer,
+                epochs=config.epochs,
+                precision=precision,
+                on_step=follow,
+                loggers=loggers,
+            )
         keeper.report.losses, keeper.report.undone = result.losses, result.undone
         keeper.consider(steps)
         keeper.restore()

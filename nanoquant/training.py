@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from nanoquant.compiling import uncompiled
+
 logger = logging.getLogger(__name__)
 
 
@@ -220,7 +222,8 @@ def first_non_finite(objective: nn.Module, batch: Any) -> str:  # noqa: ANN401
         if name and not any(True for _ in module.children())
     ]
     try:
-        objective(batch)
+        with uncompiled():
+            objective(batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -21,6 +21,7 @@ ORDER = (
     "binary",
     "linear",
     "admm",
+    "compiling",
     "training",
     "block_tuning",
     "activations",
