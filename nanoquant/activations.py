@@ -26,12 +26,12 @@ class Activations:
         self.dense = run_windows(block, self.dense, self.calls[index])
         return BlockData(self.quantized, self.dense, self.calls[index])
 
-    def advance(self, block: nn.Module, data: BlockData) -> None:
-        """Move the quantized prefix past a finished block."""
+    def advance(self, block: nn.Module, data: BlockData, name: str) -> None:
+        """Move the quantized prefix past a finished block, which an error calls ``name``."""
         self.quantized = run_windows(block, self.quantized, data.call)
         if not self.quantized.isfinite().all():
             raise FloatingPointError(
-                "the quantized prefix gives non-finite activations; lower the learning rates"
+                f"{name} gives non-finite activations after reconstruction; lower its learning rates"
             )
 
 

@@ -31,7 +31,6 @@ __all__ = [
     "find_decoder",
     "input_device",
     "is_quantizable",
-    "kept_parameters",
     "run_block",
 ]
 
@@ -91,6 +90,7 @@ def find_decoder(model: nn.Module) -> Decoder:
     names = [[n for n, m in block.named_modules() if is_quantizable(m)] for block in blocks]
     found = Decoder(blocks, path, tuple(map(tuple, names)), groups=((),) * len(blocks))
     check_supported(model, found)
+    _report_kept(model, path)
     reads = _trace_reads(model, found)
     decoder = Decoder(
         blocks,
@@ -138,15 +138,6 @@ def check_supported(model: nn.Module, decoder: Decoder) -> None:
         )
 
 
-def kept_parameters(model: nn.Module, decoder: Decoder) -> dict[str, int]:
-    """Parameters that quantization keeps (embeddings, head, norms, biases): name to count.
-
-    Tied parameters are listed once, under their first name.
-    """
-    quantized = {id(module.weight) for module in decoder.linear_modules().values()}
-    return {n: p.numel() for n, p in model.named_parameters() if id(p) not in quantized}
-
-
 def _largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and module of the list of blocks with most parameters."""
     sizes = {}
@@ -166,10 +157,21 @@ def _largest_module_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"the children of {path}, the largest list of modules, are all of different classes "
             f"({', '.join(sorted(kinds))}); decoder blocks share a class per layer type"
         )
-    others = [other for other in sizes if not f"{other}.".startswith(f"{path}.")]
-    if others:
-        logger.warning("%s: outside the decoder blocks, kept", _with_shares(model, others))
     return path, blocks
+
+
+def _report_kept(model: nn.Module, path: str) -> None:
+    """Name the linears outside the blocks that stay dense; the head, which always does, is not among them."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    kept = [
+        name
+        for name, module in model.named_modules()
+        if is_quantizable(module) and not name.startswith(f"{path}.") and module is not head
+    ]
+    if kept:
+        logger.warning(
+            "%s: linears outside the decoder blocks, kept dense", _with_shares(model, kept)
+        )
 
 
 def _holds_linear(block: nn.Module) -> bool:

@@ -130,6 +130,15 @@ def check_format(quantization_config: dict[str, Any] | None, where: str) -> None
             f"{where} has format_version {version}, but this nanoquant reads up to "
             f"{FORMAT_VERSION}; upgrade nanoquant"
         )
+    for field in ("modules", "recipe"):
+        if not isinstance(quantization_config.get(field), dict):
+            raise ValueError(
+                f"{where} has no {field}: an object of that name must be in its config.json"
+            )
+    for name, entry in quantization_config["modules"].items():
+        rank = entry.get("rank") if isinstance(entry, dict) else None
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"{where} lists {name} with {entry!r}; it needs a rank >= 1")
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -142,6 +151,7 @@ def shard_files(folder: Path) -> list[Path]:
     if not (folder / INDEX_FILE).is_file():
         if not (folder / SINGLE_FILE).is_file():
             raise ValueError(f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}")
+        read_header(folder / SINGLE_FILE)
         return [folder / SINGLE_FILE]
     weight_map = read_json(folder / INDEX_FILE).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
@@ -244,16 +254,20 @@ def check_output_folder(folder: str | Path) -> Path:
         ValueError: it or a folder above it is a file or can't be written to, or it is not empty.
     """
     folder = Path(folder)
-    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not nearest.is_dir():
-        what = "is" if nearest == folder else f"can't be made: {str(nearest)!r} is"
-        raise ValueError(f"the output {str(folder)!r} {what} a file; give a new or empty folder")
-    check_writable(nearest, f"the output folder {str(folder)!r}")
-    if nearest == folder and any(folder.iterdir()):
+    check_can_be_made(folder, f"the output folder {str(folder)!r}")
+    if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(
             f"the output folder {str(folder)!r} is not empty; give a new or empty folder"
         )
     return folder
+
+
+def check_can_be_made(folder: Path, what: str) -> None:
+    """Raise ValueError, beginning with ``what``, unless files can be put in ``folder``, which may be made first."""
+    nearest = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not nearest.is_dir():
+        raise ValueError(f"{what} can't be made: {str(nearest)!r} is a file; give a folder")
+    check_writable(nearest, what)
 
 
 def check_writable(folder: Path, what: str) -> None:

@@ -1,7 +1,7 @@
 """Compiled decoder blocks for long training, where a compiler works; measurements stay uncompiled.
 
-Blocks of one shape share one compilation, which takes about half a minute and makes a training step on CPU
-about a third shorter.
+Blocks of one shape share one compilation. On 2 CPU cores it takes about half a minute, and a training step of the
+demo model then takes 0.57 of its time.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ def compiled(blocks: list[nn.Module]) -> Iterator[None]:
 
 def _obstacle(blocks: list[nn.Module]) -> str:
     """Why these blocks can't be compiled; empty when they can."""
+    if not blocks:
+        return "no list of blocks holds the binary layers"
     kinds = {tuple(p.shape for p in block.parameters()) for block in blocks}
     if len(kinds) > MOST_KINDS:
         return f"they have {len(kinds)} different shapes, and up to {MOST_KINDS} are compiled"

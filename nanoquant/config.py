@@ -50,7 +50,7 @@ class NanoQuantConfig(AOBaseConfig):
     """
 
     preset: str = "custom"
-    """Name of the preset that the other fields started from; the dataclasses' own defaults follow the paper."""
+    """Name of the preset that the other fields started from; each dataclass has defaults of its own."""
     blocks: str = ""
     """Slice of decoder blocks to quantize, such as 0:10; empty means all, the rest stays dense."""
     step: str = ""
@@ -135,7 +135,7 @@ def _paper() -> NanoQuantConfig:
             batch=1,
             scale_lr=1e-5,
             relative_rates=False,
-            optimizer=OptimizerConfig(floor=0.0),
+            optimizer=OptimizerConfig(floor=0.0, weight_decay=1e-2),
         ),
     )
 

@@ -119,14 +119,14 @@ class ConsoleProgress(Progress):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-        elif self.total > 1:
+        elif self.total > 1 and self.done:
             self._line()
 
     def _line(self) -> None:
         """Write where the phase is as one line."""
         self.shown = time.monotonic()
         elapsed = self.shown - self.begun
-        left = elapsed / self.done * (self.total - self.done) if self.done else math.nan
+        left = elapsed / self.done * (self.total - self.done) if self.done else 0.0
         remaining = f", {left:.0f} s left" if self.done < self.total else ""
         state = f", {self.state}" if self.state else ""
         note(f"{self.label}, {self.done}/{self.total}, {elapsed:.0f} s{remaining}{state}")

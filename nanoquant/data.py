@@ -152,7 +152,7 @@ def _read_text(path: Path) -> str:
 
 def _read_jsonl(path: Path) -> Iterator[str]:
     """Yield the text of every line of a JSONL file."""
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

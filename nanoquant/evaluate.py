@@ -1,6 +1,6 @@
-"""Perplexity of a model, and its divergence from another, on windows of tokens.
+"""Perplexity of a model on windows of tokens.
 
-Both stream: besides the logits of one batch in the model's own dtype, at most a chunk of them
+It streams: besides the logits of one batch in the model's own dtype, at most a chunk of them
 exists in float32. Sums over windows are float64.
 
 Shapes: N windows, T tokens a window, B windows a batch, V vocabulary.
@@ -34,20 +34,6 @@ class Perplexity:
     """Negative log-likelihood of every window in nats, summed over its tokens (N,), float64."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Divergence:
-    """How far the next-token distributions of a student are from those of a teacher."""
-
-    kl: float
-    """Mean KL(teacher || student) per token, in nats."""
-    agreement: float
-    """Share of the tokens, 0 to 1, where both rank the same next token first."""
-    tokens: int
-    """Number of positions compared, N T."""
-    windows: Tensor
-    """Mean KL per token of every window (N,), float64."""
-
-
 def negative_log_likelihood(
     model: nn.Module, windows: Tensor, batch_size: int = 1, progress: Progress | None = None
 ) -> tuple[Tensor, int]:
@@ -67,6 +53,7 @@ def negative_log_likelihood(
         ValueError: The windows are too short, or the logits are not finite.
     """
     _check(windows)
+    check_length(model, windows.shape[1])
     sums = []
     for batch in _batches(windows, batch_size, progress):
         logits = _logits(model, batch)
@@ -90,51 +77,17 @@ def perplexity(
     return Perplexity(value=value, tokens=tokens, windows=len(windows), nll=nll)
 
 
-def kl_divergence(
-    student: nn.Module,
-    teacher: nn.Module,
-    windows: Tensor,
-    batch_size: int = 1,
-    progress: Progress | None = None,
-) -> Divergence:
-    """Mean KL(teacher || student) over every position of the windows, and top-1 agreement.
-
-    Args:
-        student: Causal language model.
-        teacher: Causal language model with the same vocabulary.
-        windows: Token ids (N, T).
-        batch_size: Windows a forward pass.
-        progress: Called with (windows done, windows in all) after every pass.
+def check_length(model: nn.Module, length: int) -> None:
+    """Refuse windows that are longer than the positions the model was made for.
 
     Raises:
-        ValueError: Logits are not finite, or the vocabularies differ.
+        ValueError: tells both.
     """
-    _check(windows)
-    sums, agree = [], 0
-    for batch in _batches(windows, batch_size, progress):
-        student_logits, teacher_logits = _logits(student, batch), _logits(teacher, batch)
-        if student_logits.shape != teacher_logits.shape:
-            raise ValueError(
-                f"student and teacher have vocabularies of {student_logits.shape[-1]} and "
-                f"{teacher_logits.shape[-1]} tokens; they must be the same"
-            )
-        for s_row, t_row in zip(student_logits, teacher_logits, strict=True):
-            total = torch.zeros((), dtype=torch.float64)
-            for s, t in _chunks(s_row, t_row.to(s_row.device)):
-                t = t.float()
-                log_q = s - _log_sum_exp(s, len(sums), "student")[:, None]
-                log_p = t - _log_sum_exp(t, len(sums), "teacher")[:, None]
-                kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # (chunk,)
-                total += kl.double().sum().cpu()
-                agree += int((s.argmax(-1) == t.argmax(-1)).sum())
-            sums.append(total)
-    totals = torch.stack(sums)
-    return Divergence(
-        kl=totals.sum().item() / windows.numel(),
-        agreement=agree / windows.numel(),
-        tokens=windows.numel(),
-        windows=totals / windows.shape[1],
-    )
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise ValueError(
+            f"windows of {length} tokens are longer than the model's {positions} positions; ask for shorter ones"
+        )
 
 
 def _check(windows: Tensor) -> None:
@@ -167,9 +120,9 @@ def _chunks(logits: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield chunk.float(), same
 
 
-def _log_sum_exp(logits: Tensor, window: int, who: str = "model") -> Tensor:
+def _log_sum_exp(logits: Tensor, window: int) -> Tensor:
     """Logarithm of the normaliser of every row (chunk,); not finite if a logit is NaN or +inf."""
     result = logits.logsumexp(-1)
     if not result.isfinite().all():
-        raise ValueError(f"the logits of the {who} are not finite in window {window}")
+        raise ValueError(f"the logits of the model are not finite in window {window}")
     return result

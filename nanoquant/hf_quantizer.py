@@ -57,16 +57,10 @@ class NanoQuantHfConfig(QuantizationConfigMixin):
     ) -> None:
         self.quant_method = quant_method
         self.format_version = format_version
-        self.modules = dict(modules or {})
-        self.recipe = dict(recipe or {})
+        self.modules = {} if modules is None else modules
+        self.recipe = {} if recipe is None else recipe
         self.checkpoint_id = checkpoint_id
         check_format(self.__dict__, "the checkpoint")
-        for name, entry in self.modules.items():
-            rank = entry.get("rank") if isinstance(entry, dict) else None
-            if not isinstance(rank, int) or rank < 1:
-                raise ValueError(
-                    f"the checkpoint lists {name} with {entry!r}; it needs a rank >= 1"
-                )
 
 
 @register_quantizer(QUANT_METHOD)

@@ -153,7 +153,7 @@ class ImportanceCollector:
         """Add the hooks."""
         for name, module in self.linears.items():
             hook = functools.partial(self._after_forward, name)
-            self._handles.append(module.register_forward_hook(hook))
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -176,9 +176,12 @@ class ImportanceCollector:
             for name in self.linears
         }
 
-    def _after_forward(self, name: str, module: nn.Module, args: tuple, output: Tensor) -> None:
+    def _after_forward(
+        self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
+    ) -> None:
         """Add the input of a linear, and wait for the gradient of its output."""
-        self._add(self.inputs[name], args[0].detach(), name, "input activations")
+        x = args[0] if args else kwargs["input"]
+        self._add(self.inputs[name], x.detach(), name, "input activations")
         if output.requires_grad:
             add = functools.partial(self._add, self.gradients[name])
             output.register_hook(functools.partial(add, name=name, what="output gradients"))

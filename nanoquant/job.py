@@ -23,14 +23,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.architectures import find_decoder
 from nanoquant.checkpoint import read_sizes, save_pretrained
-from nanoquant.checkpoint_files import check_output_folder
+from nanoquant.checkpoint_files import check_can_be_made, check_output_folder
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs, write_json
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
-from nanoquant.evaluate import perplexity
+from nanoquant.evaluate import check_length, perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_prompt, generate
-from nanoquant.quantize import QuantizationReport, check_finite, choose_ranks, quantize
+from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -72,7 +72,7 @@ class JobConfig:
     log_dir: str = "logs"
     """Folder of the logs."""
     verbose: bool = False
-    """Show a log line per block."""
+    """Show what each block and each held-out measurement gave."""
 
     def __post_init__(self) -> None:
         if self.logger not in LOGGERS:
@@ -105,19 +105,23 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     show_logs(job.verbose)
     check_output_folder(job.output)
     check_json_path(job.json)
+    if job.logger != "none":
+        check_can_be_made(Path(job.log_dir), f"--log_dir {job.log_dir}")
     device = device_of(config.run.accelerator)
     folder = find_model(job.source)
     check_dense(folder)
     tokenizer = load_tokenizer(folder)
     tokens = load_tokens(job.text, tokenizer)
-    split_text(tokens, tokenizer, config)
+    text = split_text(tokens, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
     progress = ConsoleProgress(phase_names(job, config))
     with progress.phase("load", 1):
-        model = load_model(folder, device)
-        check_finite(model)
+        model = load_model(folder, device, trainable=True)
+        check_model(model, text, config)
         decoder = find_decoder(model)
         choose_ranks(decoder, config.block_range(len(decoder.blocks)), config)
+        if windows is not None:
+            check_length(model, windows.shape[1])
     dense = measure(model, tokenizer, windows, job, progress, weight_bytes(folder))
     loggers = make_loggers(job)
     report = quantize(model, tokens, config, tokenizer, progress=progress, loggers=loggers)

@@ -9,7 +9,6 @@ held-out windows wins; the untouched state is a candidate.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from nanoquant.best_state import BestState, ModelReport
 from nanoquant.block_tuning import scale_groups, vector_group
 from nanoquant.compiling import binary_blocks, compiled
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import held_out_divergence, logits_divergence
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.training import OptimizerConfig, fit
+from nanoquant.training import OptimizerConfig, first_non_finite, fit
 
 logger = logging.getLogger(__name__)
 
@@ -89,16 +89,6 @@ class ModelObjective(nn.Module):
         return logits_divergence(self.student, self._teacher[0], batch[0])
 
 
-@dataclass
-class ModelReport:
-    """Divergence on training steps and on held-out windows, the step whose state was kept, steps undone."""
-
-    losses: list[float] = field(default_factory=list)
-    held_out: dict[int, float] = field(default_factory=dict)
-    best_step: int = 0
-    undone: int = 0
-
-
 class ModelReconstructor(nn.Module):
     """Train a student whose linears are binary so that its logits follow the dense teacher's.
 
@@ -145,17 +135,23 @@ class ModelReconstructor(nn.Module):
             raise ValueError(
                 "the student has no BinaryLowRankLinear layer; quantize its blocks first"
             )
+        norms = [(norm, norm.dtype) for norm in norm_parameters(student)]
         with evaluation_mode(student), evaluation_mode(teacher):
             groups = self.parameter_groups(student, layers)
             trained = [parameter for group in groups for parameter in group["params"]]
-            keeper = BestState(
-                trained, lambda: held_out_divergence(student, teacher, held_out, precision), report
-            )
             objective = ModelObjective(student, teacher, groups)
+            keeper = BestState(
+                trained,
+                measure=lambda: held_out_divergence(student, teacher, held_out, precision),
+                locate=lambda: locate_non_finite(objective, held_out[:1], precision),
+                report=report,
+            )
             self.train_objective(objective, windows, keeper, precision, on_step, loggers)
         student.requires_grad_(False)
         for layer in layers.values():
             layer.freeze()
+        for norm, dtype in norms:
+            norm.data = norm.data.to(dtype)
         return report
 
     def train_objective(
@@ -174,29 +170,38 @@ class ModelReconstructor(nn.Module):
             TensorDataset(windows), batch_size=config.batch, shuffle=True, generator=shuffle
         )
         steps = config.epochs * len(loader)
-        looks = {steps * k // config.evaluations for k in range(1, config.evaluations)} - {0}
+        looks = sorted(
+            {steps * k // config.evaluations for k in range(1, config.evaluations)} - {0}
+        )
 
         def follow(step: int, loss: float) -> None:
-            if step in looks:
-                looks.remove(step)
+            if looks and step >= looks[0]:  # a step that was undone is not followed
+                looks.pop(0)
                 keeper.consider(step)
             if on_step is not None:
                 on_step(step, loss)
 
         keeper.consider(0)
         long = config.compile_from is not None and steps >= config.compile_from
-        with compiled(binary_blocks(objective.student)) if long else nullcontext():
-            result = fit(
-                objective,
-                loader,
-                config.optimizer,
-                epochs=config.epochs,
-                precision=precision,
-                on_step=follow,
-                loggers=loggers,
-            )
-        keeper.report.losses, keeper.report.undone = result.losses, result.undone
-        keeper.consider(steps)
+        try:
+            with compiled(binary_blocks(objective.student)) if long else nullcontext():
+                result = fit(
+                    objective,
+                    loader,
+                    config.optimizer,
+                    epochs=config.epochs,
+                    precision=precision,
+                    on_step=follow,
+                    loggers=loggers,
+                )
+        except FloatingPointError as error:
+            if not keeper.report.best_step:
+                raise
+            best = keeper.report.best_step
+            logger.warning("%s; training ends here, and the state of step %d is kept", error, best)
+        else:
+            keeper.report.losses, keeper.report.undone = result.losses, result.undone
+            keeper.consider(steps)
         keeper.restore()
 
     def parameter_groups(
@@ -217,7 +222,7 @@ class ModelReconstructor(nn.Module):
                     latents.append(latent)
             groups.append({"params": latents, "lr": config.latent_lr})
             for norm in norm_parameters(student):
-                norm.data = norm.data.float()
+                norm.data = norm.data.float()  # back in its dtype at the end of forward
                 groups.append(vector_group(norm, config.scale_lr, config.relative_rates))
         for group in groups:
             for parameter in group["params"]:
@@ -242,35 +247,8 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-@dataclass
-class BestState:
-    """Keeps a copy of the parameters from where the measured divergence was lowest."""
-
-    parameters: list[nn.Parameter]
-    measure: Callable[[], float]
-    report: ModelReport
-    state: list[Tensor] = field(default_factory=list)
-
-    def consider(self, step: int) -> None:
-        """Measure, and keep the state when it is the best so far.
-
-        Raises:
-            FloatingPointError: the first measurement is not finite.
-        """
-        value = self.measure()
-        logger.info("model reconstruction, step %d: held-out divergence %.4f", step, value)
-        if not self.report.held_out and not math.isfinite(value):
-            raise FloatingPointError(
-                f"the divergence of the student is {value} before any training: its activations overflow; "
-                "use bfloat16 or float32"
-            )
-        if value < min(self.report.held_out.values(), default=float("inf")):
-            self.state = [p.detach().clone() for p in self.parameters]
-            self.report.best_step = step
-        self.report.held_out[step] = value if math.isfinite(value) else float("inf")
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the best state back."""
-        for parameter, value in zip(self.parameters, self.state, strict=True):
-            parameter.copy_(value)
+def locate_non_finite(objective: ModelObjective, windows: Tensor, precision: str) -> str:
+    """Name of what is first non-finite in the student when it reads ``windows`` (n, T)."""
+    device = next(objective.student.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        return first_non_finite(objective, (windows.to(device),))

@@ -122,11 +122,6 @@ class PackedBinaryLinear(nn.Module):
             t.numel() * t.element_size() for t in (self.u_signs, self.v_signs, self.s1, self.s2)
         )
 
-    @property
-    def bytes(self) -> int:
-        """Bytes of all stored tensors, the bias included."""
-        return sum(p.numel() * p.element_size() for p in self.parameters())
-
     def dequantize(self) -> Tensor:
         """The dense weight s1 U V^T s2, (d_out, d_in), in the dtype of the scales."""
         return dequantize(self.u_signs, self.v_signs, self.s1, self.s2, self.rank)

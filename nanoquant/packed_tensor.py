@@ -71,14 +71,22 @@ class PackedBinaryTensor(TorchAOBaseTensor):
 
     @classmethod
     def from_factors(
-        cls, factors: BinaryFactors, scale_dtype: torch.dtype = torch.bfloat16
+        cls,
+        factors: BinaryFactors,
+        scale_dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> PackedBinaryTensor:
-        """Pack the signs of ``factors`` of one matrix; scales are rounded to ``scale_dtype``.
+        """Pack the signs of ``factors`` of one matrix.
+
+        Args:
+            factors: of one matrix.
+            scale_dtype: the scales are rounded to it.
+            dtype: what the tensor shows; none means ``scale_dtype``.
 
         Raises:
             ValueError: a scale is not finite, or overflows ``scale_dtype``.
         """
-        return cls(*pack_factors(factors, scale_dtype), factors.rank, scale_dtype)
+        return cls(*pack_factors(factors, scale_dtype), factors.rank, dtype or scale_dtype)
 
     @property
     def bits(self) -> int:
@@ -142,7 +150,10 @@ def _to_copy(
             f"a PackedBinaryTensor can be cast to floating point dtypes only, got {dtype}"
         )
     signs = [t.to(device, non_blocking=non_blocking) for t in (self.u_signs, self.v_signs)]
-    scales = [t.to(device, dtype, non_blocking=non_blocking) for t in (self.s1, self.s2)]
+    cast = (
+        None if dtype == self.dtype else dtype
+    )  # a move alone leaves the stored scales as they are
+    scales = [t.to(device, cast, non_blocking=non_blocking) for t in (self.s1, self.s2)]
     return return_and_correct_aliasing(
         func, args, kwargs, PackedBinaryTensor(*signs, *scales, self.rank, dtype)
     )

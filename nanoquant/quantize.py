@@ -19,8 +19,9 @@ from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Init
 from nanoquant.budget import allocate_ranks, body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
+from nanoquant.evaluate import check_length
 from nanoquant.importance import Importance, collect_importances
-from nanoquant.model_reconstruction import ModelReconstructor, ModelReport, norm_parameters
+from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import Text, split_text
@@ -140,7 +141,10 @@ def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> 
         raise ValueError(
             f"precision 32-true needs a float32 model, and this one is in {model.dtype}"
         )
-    largest, known = int(text.calibration.max()), model.get_input_embeddings().num_embeddings
+    check_length(model, config.calibration.length)
+    parts = (text.calibration, text.training, text.held_out)
+    largest = max(int(part.max()) for part in parts if len(part))
+    known = model.get_input_embeddings().num_embeddings
     if largest >= known:
         raise ValueError(
             f"the text has token {largest}, but the model knows {known}; tokenize it with its own tokenizer"
@@ -224,9 +228,11 @@ def reconstruct_blocks(
                     freeze=config.model.train != "signs",
                     loggers=loggers,
                 )
-                progress.advance(1, note=_worst(reports[b]))
+                worst = _worst(reports[b])
+                logger.info("block %d: %s", b, worst)
+                progress.advance(1, note=worst)
             if data is not None:
-                activations.advance(block, data)
+                activations.advance(block, data, f"block {b}")
     return reports
 
 
@@ -246,9 +252,8 @@ def reconstruct_model(
     """Phase 3: logits of the whole model against the dense teacher's."""
     settings = config.model
     steps = settings.epochs * -(-len(text.training) // settings.batch)
-    norms = [(p, p.dtype) for p in norm_parameters(model)]
     with progress.phase("model", steps):
-        report = ModelReconstructor(settings, config.run.seed)(
+        return ModelReconstructor(settings, config.run.seed)(
             model,
             teacher,
             text.training,
@@ -257,6 +262,3 @@ def reconstruct_model(
             on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
             loggers=loggers,
         )
-    for parameter, dtype in norms:
-        parameter.data = parameter.data.to(dtype)
-    return report

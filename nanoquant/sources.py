@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -20,10 +21,12 @@ from nanoquant.checkpoint_files import (
     shard_files,
 )
 
+logger = logging.getLogger(__name__)
+
 TOKENIZER_FILES = (
     "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model"
 ).split()
-GPU_NAMES = ("auto", "gpu", "cuda")
+GPU_NAMES = ("gpu", "cuda")
 
 
 def find_model(name: str) -> Path:
@@ -62,8 +65,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"the tokenizer of {folder} can't be read: {error}") from error
 
 
-def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
+def load_model(folder: Path, device: torch.device, trainable: bool = False) -> PreTrainedModel:
     """A quantized or dense model in the dtype it is stored in, in evaluation mode.
+
+    Args:
+        folder: as :func:`find_model` gave it.
+        device: where it goes.
+        trainable: load a float16 model as bfloat16, with a warning: gradients overflow float16.
 
     Raises:
         ValueError: the checkpoint is damaged or incomplete; names what is missing.
@@ -72,7 +80,7 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
         return load(folder).to(device).eval()
     model, found = AutoModelForCausalLM.from_pretrained(
         folder,
-        dtype="auto",
+        dtype=torch.bfloat16 if trainable and _is_float16(folder) else "auto",
         trust_remote_code=False,
         use_safetensors=True,
         local_files_only=True,
@@ -87,6 +95,15 @@ def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     return model.to(device).eval()
 
 
+def _is_float16(folder: Path) -> bool:
+    """Whether a dense model is stored in float16; warns that it is going to be bfloat16."""
+    config = read_json(folder / "config.json")
+    if (config.get("dtype") or config.get("torch_dtype")) != "float16":
+        return False
+    logger.warning("%s is stored in float16; it is loaded and saved in bfloat16", folder)
+    return True
+
+
 def check_dense(folder: Path) -> None:
     """Raise ValueError if the model is quantized already."""
     method = quantization_method(folder)
@@ -97,15 +114,19 @@ def check_dense(folder: Path) -> None:
 
 
 def device_of(accelerator: str) -> torch.device:
-    """Device for a Lightning accelerator name: a GPU if it may be one and there is one.
+    """Device for a Lightning accelerator name; auto is a GPU if there is one.
 
     Raises:
-        ValueError: a GPU is asked for and there is none.
+        ValueError: the name is unknown, or a GPU is asked for and there is none.
     """
+    if accelerator not in ("auto", "cpu", *GPU_NAMES):
+        raise ValueError(
+            f"the accelerator must be auto, cpu, {' or '.join(GPU_NAMES)}, got {accelerator!r}"
+        )
     available = torch.cuda.is_available()
-    if accelerator in GPU_NAMES[1:] and not available:
+    if accelerator in GPU_NAMES and not available:
         raise ValueError(f"accelerator {accelerator!r} was asked for, but torch finds no GPU")
-    return torch.device("cuda" if accelerator in GPU_NAMES and available else "cpu")
+    return torch.device("cuda" if accelerator != "cpu" and available else "cpu")
 
 
 def weight_bytes(folder: Path) -> int:

@@ -42,11 +42,12 @@ def split_text(
     trained = model.windows if model.train != "none" else 0
     tuned = config.block.windows if config.block.tunes else 0
     needed = max(config.calibration.windows, tuned, trained)
-    available = len(tokens) // (length - (bos is not None))
+    own = length - (bos is not None)  # tokens of the text in a window
+    available = len(tokens) // own
     if available < needed + held:
         raise ValueError(
             f"the text has {len(tokens)} tokens, enough for {available} windows of {length}; needed are "
-            f"{(needed + held) * length}: {needed} windows for calibration.windows={config.calibration.windows}, "
+            f"{(needed + held) * own}: {needed} windows for calibration.windows={config.calibration.windows}, "
             f"block.windows={tuned}, model.windows={trained}, and model.held_out={held}; give longer text or fewer"
         )
     windows = make_windows(tokens, length, bos_token_id=bos)

@@ -175,7 +175,7 @@ class Reconstruction(L.LightningModule):
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if not norm.isfinite():
             names = (name for name, p in self.objective.named_parameters() if _has_bad_gradient(p))
-            self.count_undone("a gradient is not finite", next(names))
+            self.count_undone("a gradient is not finite", next(names, "the norm of all of them"))
             for parameter in trained:
                 parameter.grad = None
         elif 0 < self.config.clip_norm < norm:
@@ -188,13 +188,13 @@ class Reconstruction(L.LightningModule):
 
     def undo(self, what: str, where: str) -> None:
         """Return to the last good values, and forget the moments that led away from them."""
-        self.count_undone(what, where)
+        self.count_undone(what, where, "the values of the last good snapshot are put back")
         with torch.no_grad():
             for parameter, value in zip(self.trained(), self.good, strict=True):
                 parameter.copy_(value)
         self.optimizers(use_pl_optimizer=False).state.clear()
 
-    def count_undone(self, what: str, where: str) -> None:
+    def count_undone(self, what: str, where: str, remedy: str = "the step is undone") -> None:
         """Warn, naming the layer; give up when there is nothing to return to or it happens too often."""
         message = f"{self.objective.name}: {what} at step {self.global_step}, first in {where}"
         self.result.undone += 1
@@ -202,7 +202,7 @@ class Reconstruction(L.LightningModule):
             raise FloatingPointError(
                 f"{message}; lower its learning rate, or look at its input activations"
             )
-        logger.warning("%s; the step is undone", message)
+        logger.warning("%s; %s", message, remedy)
 
 
 @torch.no_grad()

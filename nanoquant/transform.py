@@ -11,7 +11,9 @@ importances are not observed, and it costs much quality. ``step="prepare"`` obse
 
 A handler sees neither the whole model nor text, so the rank of each linear is the largest that its
 own budget allows, and block and model reconstruction do not happen: that is ``nanoquant.quantize``.
-By default ``quantize_`` selects every ``nn.Linear``, the language model head too.
+By default ``quantize_`` selects every ``nn.Linear``, the language model head too; a head tied to the embedding then
+gets a weight of its own. A ``filter_fn(module, name)`` that wants ``isinstance(module, nn.Linear)`` and ``"layers" in
+name`` leaves it alone.
 """
 
 from __future__ import annotations
@@ -27,7 +29,6 @@ from nanoquant.architectures import as_linear
 from nanoquant.budget import BudgetConfig, allocate_ranks
 from nanoquant.config import NanoQuantConfig
 from nanoquant.importance import Importance, ImportanceCollector, ImportanceConfig
-from nanoquant.packed_linear import pack_factors
 from nanoquant.packed_tensor import PackedBinaryTensor
 
 logger = logging.getLogger(__name__)
@@ -149,7 +150,7 @@ def factorize(linear: nn.Linear, importance: Importance, config: NanoQuantConfig
     rank = layer_rank(weight, config.budget)
     generator = torch.Generator().manual_seed(config.run.seed)
     factors = ADMMInitializer(config.admm)(weight, importance, rank, generator)
-    packed = PackedBinaryTensor(*pack_factors(factors, torch.bfloat16), rank, weight.dtype)
+    packed = PackedBinaryTensor.from_factors(factors, dtype=weight.dtype)
     linear.weight = nn.Parameter(packed, requires_grad=False)
     logger.info("%s: rank %d", describe(linear), rank)
     return linear

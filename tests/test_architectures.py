@@ -8,7 +8,6 @@ from nanoquant.architectures import (
     capture_block_inputs,
     evaluation_mode,
     find_decoder,
-    kept_parameters,
     run_block,
 )
 
@@ -150,11 +149,20 @@ def test_a_list_of_unlike_modules_is_no_list_of_blocks():
         find_decoder(nn.ModuleDict({"parts": parts}))
 
 
-def test_linears_in_another_list_of_modules_are_reported(caplog):
-    model = tiny_llama()
-    model.tower = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+@pytest.mark.parametrize("tie", [True, False])
+def test_linears_outside_the_blocks_are_reported_but_not_the_head(tie, caplog):
+    model = tiny_llama(tie=tie)
     find_decoder(model)
-    assert "tower (" in caplog.text and "kept" in caplog.text
+    assert caplog.text == ""
+    model.tower = nn.ModuleList([nn.Sequential(nn.Linear(8, 8))])
+    model.project_in = nn.Linear(8, 64)
+    find_decoder(model)
+    assert (
+        "project_in (" in caplog.text
+        and "tower.0.0 (" in caplog.text
+        and "kept dense" in caplog.text
+    )
+    assert "lm_head" not in caplog.text
 
 
 def test_conv1d_becomes_an_equal_linear():
@@ -166,15 +174,6 @@ def test_conv1d_becomes_an_equal_linear():
     assert as_linear(linear) is linear
     with pytest.raises(ValueError, match="got LayerNorm"):
         as_linear(nn.LayerNorm(3))
-
-
-def test_kept_parameters_count_tied_embeddings_once():
-    tied, untied = tiny_llama(tie=True), tiny_llama(tie=False)
-    kept = kept_parameters(tied, find_decoder(tied))
-    more = kept_parameters(untied, find_decoder(untied))
-    assert kept["model.embed_tokens.weight"] == 128 * 64 and "lm_head.weight" not in kept
-    assert sum(more.values()) - sum(kept.values()) == 128 * 64
-    assert not any("proj" in name for name in kept)
 
 
 def test_evaluation_mode_restores_every_module():

@@ -123,23 +123,35 @@ def test_another_dtype_leaves_scales_as_stored(folder):
 
 
 FRESH_PROCESS = """
-import json, resource, sys
+import json, sys
 import torch
 import nanoquant.checkpoint
 from transformers import AutoModelForCausalLM
 
 small, large, out = sys.argv[1:]
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def rise(work):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak is counted anew from here
+    before = resident("VmHWM")
+    result = work()
+    return result, resident("VmHWM") - before
+
+
+def resident(name):
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(name))
+
+
 load = AutoModelForCausalLM.from_pretrained
 windows = torch.load(f"{out}/windows.pt")
 with torch.no_grad():
     torch.save(load(small)(windows).logits, f"{out}/logits.pt")
-start = peak()
-model = load(large)
-loaded = peak()
+model, loaded = rise(lambda: load(large))
 subclass = "nanoquant.packed_tensor" in sys.modules
-model.dequantize()
-figures = {"loaded": loaded - start, "dense": peak() - loaded, "subclass": subclass}
+_, dense = rise(model.dequantize)
+figures = {"loaded": loaded, "dense": dense, "subclass": subclass}
 json.dump(figures, open(f"{out}/figures.json", "w"))
 """
 

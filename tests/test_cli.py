@@ -1,5 +1,7 @@
 """What the commands refuse, in one line, and what ends them."""
 
+import json
+import shutil
 import subprocess
 import sys
 import time
@@ -49,6 +51,13 @@ BAD_FLAGS = {
     "no prompt": (["--sample", " "], "the prompt is empty"),
     "no such configuration": (["--config", "none.yaml"], "File does not exist"),
     "no GPU": (["--run.accelerator", "gpu"], "finds no GPU"),
+    "unknown accelerator": (["--run.accelerator", "gpuu"], "auto, cpu, gpu or cuda, got 'gpuu'"),
+    "logs into a file": (["--logger", "csv", "--log-dir", "text.txt"], "'text.txt' is a file"),
+    "held-out windows too long": (
+        ["--eval-text", "text.txt", "--eval-windows", "1", "--eval-length", "4096"],
+        "longer than the model's",
+    ),
+    "precision of another model": (["--run.precision", "32-true"], "needs a float32 model"),
 }
 
 
@@ -111,6 +120,16 @@ def test_an_incomplete_model_folder_is_named_with_what_it_lacks(command, place, 
         assert str(tmp_path / str(number)) in line and name in line
 
 
+@pytest.mark.parametrize("command", ["quantize", "evaluate"])
+def test_truncated_weights_of_a_dense_model_are_named(command, place, tmp_path, capsys):
+    copy_without(place, tmp_path / "model", "model.safetensors")
+    whole = (place / "dense" / "model.safetensors").read_bytes()
+    (tmp_path / "model" / "model.safetensors").write_bytes(whole[:-100])
+    flags = {"quantize": [tmp_path / "new", *SMALL], "evaluate": []}[command]
+    line = refused(capsys, command, tmp_path / "model", *flags, "--text", place / "text.txt")
+    assert "model.safetensors is damaged" in line
+
+
 def test_weights_that_a_model_lacks_are_not_made_up(place, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
 
@@ -129,6 +148,15 @@ def test_a_quantized_model_is_not_quantized_again(place, finished, tmp_path, cap
     assert "quantized already" in refused(
         capsys, "quantize", place / "out", tmp_path / "new", *flags
     )
+
+
+@pytest.mark.parametrize("field", ["modules", "recipe"])
+def test_a_checkpoint_whose_config_lost_a_field_is_named(field, place, finished, tmp_path, capsys):
+    shutil.copytree(place / "out", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    config["quantization_config"][field] = "gone"
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    assert f"has no {field}" in refused(capsys, "inspect", tmp_path / "out")
 
 
 def test_a_dense_model_can_not_be_inspected(place, capsys):

@@ -39,6 +39,14 @@ def test_jsonl_documents_are_joined_by_a_blank_line(tmp_path, tokenizer):
     assert tokenizer.decode(tokens) == "first\n\nsecond"
 
 
+def test_jsonl_lines_end_at_newlines_only(tmp_path, tokenizer):
+    document = json.dumps({"text": "one\u2028two\x85three"}, ensure_ascii=False)
+    path = tmp_path / "a.jsonl"
+    path.write_text(document + "\r\n" + document + "\n", encoding="utf-8", newline="")
+    tokens = load_tokens(path, tokenizer)
+    assert tokenizer.decode(tokens) == "\n\n".join(["one<unk>two<unk>three"] * 2)
+
+
 def test_long_sources_stop_at_a_document_and_say_so(tmp_path, tokenizer, monkeypatch, caplog):
     monkeypatch.setattr(data, "MAX_CHARACTERS", 12)
     path = write(tmp_path / "a.jsonl", '{"text": "first"}\n{"text": "second"}\n{"text": "third"}\n')

@@ -6,7 +6,7 @@ from tiny_models import random_windows, tiny_gemma2, tiny_llama
 from torch.nn import functional as F
 
 from nanoquant import evaluate
-from nanoquant.evaluate import kl_divergence, negative_log_likelihood, perplexity
+from nanoquant.evaluate import negative_log_likelihood, perplexity
 
 
 @pytest.fixture
@@ -38,13 +38,11 @@ def test_perplexity_is_exp_of_the_mean(windows):
 
 
 def test_chunks_and_batches_do_not_change_the_result(windows, monkeypatch):
-    student, teacher = tiny_llama(), tiny_llama(layers=3)
-    whole = perplexity(student, windows), kl_divergence(student, teacher, windows)
+    model = tiny_llama()
+    whole = perplexity(model, windows)
     monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 128 * 5)
-    parts = perplexity(student, windows, 3), kl_divergence(student, teacher, windows, 3)
-    torch.testing.assert_close(whole[0].nll, parts[0].nll, rtol=1e-5, atol=0)
-    torch.testing.assert_close(whole[1].windows, parts[1].windows, rtol=1e-4, atol=1e-6)
-    assert whole[1].agreement == parts[1].agreement
+    parts = perplexity(model, windows, 3)
+    torch.testing.assert_close(whole.nll, parts.nll, rtol=1e-5, atol=0)
 
 
 def test_no_more_than_a_chunk_is_converted_to_float32(windows, monkeypatch):
@@ -58,37 +56,12 @@ def test_no_more_than_a_chunk_is_converted_to_float32(windows, monkeypatch):
     assert max(sizes) == 128 * 5
 
 
-def test_a_model_does_not_diverge_from_itself(windows):
-    model = tiny_llama()
-    result = kl_divergence(model, model, windows)
-    assert result.kl == 0 and result.agreement == 1 and result.tokens == 5 * 24
-
-
-def test_divergence_equals_its_definition(windows):
-    student, teacher = tiny_llama(), tiny_llama(layers=3)
-    with torch.no_grad():
-        q = student(input_ids=windows).logits.double().log_softmax(-1)
-        p = teacher(input_ids=windows).logits.double().log_softmax(-1)
-    kl = (p.exp() * (p - q)).sum(-1)
-    result = kl_divergence(student, teacher, windows, batch_size=2)
-    assert result.kl == pytest.approx(kl.mean().item(), rel=1e-4)
-    torch.testing.assert_close(result.windows, kl.mean(1), rtol=1e-4, atol=1e-6)
-    assert result.agreement == (q.argmax(-1) == p.argmax(-1)).double().mean().item()
-
-
-def test_different_vocabularies_are_refused(windows):
-    with pytest.raises(ValueError, match="vocabularies of 160 and 128"):
-        kl_divergence(tiny_llama(vocab_size=160), tiny_llama(), windows)
-
-
 def test_logits_that_are_not_finite_name_the_window(windows):
     model = tiny_llama(tie=False)
     with torch.no_grad():
         model.model.embed_tokens.weight[windows[2, 3]] = float("nan")
     with pytest.raises(ValueError, match="logits of the model are not finite in window"):
         perplexity(model, windows)
-    with pytest.raises(ValueError, match="logits of the teacher are not finite in window"):
-        kl_divergence(tiny_llama(), model, windows)
 
 
 def test_progress_counts_windows(windows):
@@ -106,3 +79,10 @@ def test_mode_and_gradients_are_left_alone(windows):
     model = tiny_llama().train()
     perplexity(model, windows)
     assert model.training and all(p.grad is None for p in model.parameters())
+
+
+def test_windows_longer_than_the_positions_are_refused():
+    model = tiny_llama()
+    model.config.max_position_embeddings = 16
+    with pytest.raises(ValueError, match="windows of 24 tokens .* 16 positions"):
+        perplexity(model, random_windows(1, 24))

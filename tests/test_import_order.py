@@ -27,6 +27,7 @@ ORDER = (
     "activations",
     "block_reconstruction",
     "divergence",
+    "best_state",
     "model_reconstruction",
     "packed_linear",
     "packed_tensor",

@@ -9,9 +9,12 @@ import sys
 import weakref
 
 import pytest
+import torch
 from command_line import SMALL, call
+from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant import job
+from nanoquant.checkpoint import load
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -74,10 +77,10 @@ def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
     place, tmp_path, capsys, monkeypatch
 ):
     models, alive = [], []
-    load, measure = job.load_model, job.measure_in_fresh_process
+    load_model, measure = job.load_model, job.measure_in_fresh_process
 
-    def loading(*arguments):
-        model = load(*arguments)
+    def loading(*arguments, **flags):
+        model = load_model(*arguments, **flags)
         models.append(weakref.ref(model))
         return model
 
@@ -101,6 +104,22 @@ def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
 
 class FakeReport:
     bits, config, seconds = 1.0, {}, {}
+
+
+def test_a_float16_model_is_loaded_and_saved_in_bfloat16_and_says_so(place, tmp_path, capsys):
+    tiny_llama(dtype=torch.float16).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    flags = ["--text", place / "text.txt", *SMALL, "--model.train", "none"]
+    code, _, err = call(capsys, "quantize", tmp_path / "dense", tmp_path / "new", *flags)
+    assert code == 0 and "is stored in float16; it is loaded and saved in bfloat16" in err
+    assert load(tmp_path / "new").dtype == torch.bfloat16
+
+
+def test_verbose_tells_what_every_block_gave(place, tmp_path, capsys):
+    flags = ["--text", place / "text.txt", *SMALL, "--verbose"]
+    _, _, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    for line in ("block 0: largest weight error", "block 1: largest", "held-out divergence"):
+        assert line in err
 
 
 def test_csv_logger_writes_losses_under_the_name_of_the_output(place, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from nanoquant.binary import sign
 from nanoquant.divergence import ForwardKL, logits_divergence
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.model_reconstruction import ModelConfig, ModelReconstructor, norm_parameters
+from nanoquant.model_reconstruction import (
+    ModelConfig,
+    ModelObjective,
+    ModelReconstructor,
+    norm_parameters,
+)
 from nanoquant.training import OptimizerConfig
 
 SIGNS = ModelConfig(
@@ -144,6 +150,48 @@ def test_the_student_ends_frozen_and_the_teacher_is_untouched(config):
 def test_held_out_divergence_is_measured_at_the_start_in_between_and_at_the_end():
     _, _, _, report = reconstruct(dataclasses.replace(SIGNS, evaluations=3))
     assert sorted(report.held_out) == [0, 6, 12, 18]
+
+
+def test_training_that_breaks_down_keeps_the_best_state_so_far(monkeypatch, caplog):
+    steps = itertools.count()
+    forward = ModelObjective.forward
+
+    def breaking(objective, batch):
+        return forward(objective, batch) * (float("nan") if next(steps) > 12 else 1)
+
+    monkeypatch.setattr(ModelObjective, "forward", breaking)
+    teacher, start, student, report = reconstruct(dataclasses.replace(SIGNS, evaluations=3))
+    assert report.best_step in (6, 12) and "training ends here" in caplog.text
+    assert held_out_divergence(student, teacher) < held_out_divergence(start, teacher)
+    assert all(layer.frozen for layer in layers_of(student).values())
+
+
+def test_a_look_that_falls_on_an_undone_step_is_taken_at_the_next(monkeypatch):
+    steps = itertools.count()
+    forward = ModelObjective.forward
+
+    def breaking(objective, batch):
+        return forward(objective, batch) * (float("nan") if next(steps) == 9 else 1)
+
+    monkeypatch.setattr(ModelObjective, "forward", breaking)
+    *_, report = reconstruct(SIGNS)
+    assert report.undone == 1 and sorted(report.held_out) == [0, 10, 18]
+
+
+def test_a_bfloat16_student_used_alone_keeps_its_dtypes_and_runs():
+    teacher, _, student, _ = reconstruct(
+        SIGNS, lambda: tiny_llama(dtype=torch.bfloat16), precision="bf16-mixed"
+    )
+    norms = norm_parameters(student)
+    assert norms and {norm.dtype for norm in norms} == {torch.bfloat16}
+    assert student(input_ids=HELD_OUT).logits.isfinite().all()
+
+
+def test_a_student_that_overflows_before_training_names_the_layer():
+    teacher, student = teacher_and_student()
+    student.model.layers[1].mlp.down_proj.s1.data.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match=r"first in student\.model\.layers\.1\.mlp\.down"):
+        ModelReconstructor(SIGNS)(student, teacher, TRAINING, HELD_OUT)
 
 
 def test_none_skips_the_phase():

@@ -33,7 +33,6 @@ def test_packed_layer_agrees_with_the_latent_and_the_frozen_layer():
 def test_bits_are_those_of_the_tensors_and_of_the_formula():
     layer = PackedBinaryLinear.from_factors(random_factors(64, 96, 32), torch.zeros(64))
     assert layer.bits == (32 + 16) * (64 + 96)
-    assert layer.bytes == layer.bits // 8 + 64 * 4
     assert "rank=32" in repr(layer) and "bits=1.250" in repr(layer)
 
 

@@ -66,6 +66,13 @@ def test_casting_casts_scales_and_keeps_signs(weight, linear):
     assert linear(torch.randn(2, 40, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
+def test_moving_alone_leaves_the_scales_as_they_are_stored():
+    weight = PackedBinaryTensor.from_factors(random_factors(24, 40, 16), dtype=torch.float32)
+    assert (weight.dtype, weight.s1.dtype) == (torch.float32, torch.bfloat16)
+    assert weight.to("meta").s1.dtype == torch.bfloat16
+    assert weight.to(torch.float64).s1.dtype == torch.float64
+
+
 def test_casting_to_integers_is_refused(weight):
     with pytest.raises(ValueError, match="floating point"):
         weight.to(torch.int8)

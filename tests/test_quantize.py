@@ -237,6 +237,18 @@ def test_dropout_of_a_model_in_training_mode_does_not_reach_targets_or_teacher()
 def test_tokens_that_the_model_does_not_know_are_refused_before_work():
     with pytest.raises(ValueError, match=r"token 500, but the model knows 128"):
         quantize(tiny_llama(), torch.full_like(TOKENS, 500), TINY)
+    model, last = tiny_llama(), TOKENS.clone()
+    last[-1] = 500  # in a held-out window
+    with pytest.raises(ValueError, match=r"token 500, but the model knows 128"):
+        quantize(model, last, TINY)
+    assert not packed_layers(model)
+
+
+def test_windows_longer_than_the_positions_are_refused_before_work():
+    model = tiny_llama()
+    model.config.max_position_embeddings = 15
+    with pytest.raises(ValueError, match="windows of 16 tokens .* 15 positions"):
+        quantize(model, TOKENS, TINY)
 
 
 def test_float16_models_are_refused_with_what_to_load_instead():

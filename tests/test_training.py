@@ -88,7 +88,8 @@ def test_a_step_that_turns_non_finite_is_undone_and_named(how, caplog):
     with caplog.at_level(logging.WARNING, "nanoquant.training"):
         result = run(objective, 20)
     assert result.undone == 1
-    assert "block 3 refine" in caplog.text and "step 5" in caplog.text and "undone" in caplog.text
+    assert "block 3 refine" in caplog.text and "step 5" in caplog.text
+    assert {"loss": "last good", "gradient": "step is undone"}[how] in caplog.text
     assert objective.weight.isfinite().all()
     assert result.losses[-1] < result.losses[0]
 
@@ -113,6 +114,17 @@ def test_a_bad_gradient_costs_its_own_step_only():
     objective = Regression(spoil=[5], how="gradient")
     run(objective, 20)
     assert torch.equal(objective.seen[6], objective.seen[5])
+
+
+def test_gradients_whose_norm_overflows_are_dropped_and_counted(caplog):
+    class Steep(Regression):
+        def forward(self, batch):
+            return super().forward(batch) * (1e25 if len(self.seen) == 6 else 1)
+
+    objective = Steep()
+    result = run(objective, 20)
+    assert (len(result.losses), result.undone) == (20, 1)
+    assert "the norm of all of them" in caplog.text
 
 
 def test_fit_gives_up_when_steps_stay_non_finite():
