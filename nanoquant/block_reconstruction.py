@@ -173,7 +173,7 @@ class BlockReconstructor(nn.Module):
             )
         for round_names in SCHEDULES[self.config.schedule](groups):
             if self.config.dense_epochs:
-                self.tune_dense(tuner, names, report)
+                self.tune_dense(tuner, names, round_names, report)
             report.weight_error |= self.initialize(block, round_names, importances, ranks)
             if self.config.refine_epochs:
                 self.refine(tuner, round_names, report)
@@ -190,12 +190,15 @@ class BlockReconstructor(nn.Module):
             block.set_submodule(linear, as_linear(block.get_submodule(linear)))
         block.float().requires_grad_(False)
 
-    def tune_dense(self, tuner: BlockTuner, names: list[str], report: BlockReport) -> None:
-        """Error propagation mitigation: tune all still dense weights (step 1)."""
+    def tune_dense(
+        self, tuner: BlockTuner, names: list[str], coming: tuple[str, ...], report: BlockReport
+    ) -> None:
+        """Error propagation mitigation: tune all still dense weights before those of ``coming`` go (step 1)."""
         modules = [tuner.block.get_submodule(linear) for linear in names]
         weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
         groups = [{"params": weights, "lr": self.config.dense_lr}]
-        result = tuner.fit("tune dense", groups, self.config.dense_epochs, self.config.dense_batch)
+        phase = f"tune dense before {', '.join(coming)}"
+        result = tuner.fit(phase, groups, self.config.dense_epochs, self.config.dense_batch)
         report.add("tune dense", result, self.config.dense_epochs)
 
     def refine(self, tuner: BlockTuner, names: tuple[str, ...], report: BlockReport) -> None:
@@ -205,7 +208,8 @@ class BlockReconstructor(nn.Module):
         groups = [{"params": latents, "lr": self.config.latent_lr}]
         for layer in layers:
             groups += scale_groups(layer, self.config.scale_lr, self.config.relative_rates)
-        result = tuner.fit("refine", groups, self.config.refine_epochs, self.config.refine_batch)
+        phase = f"refine {', '.join(names)}"
+        result = tuner.fit(phase, groups, self.config.refine_epochs, self.config.refine_batch)
         report.add("refine", result, self.config.refine_epochs)
 
     def initialize(

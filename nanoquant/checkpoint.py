@@ -176,7 +176,7 @@ def load(
         folder: a folder, or "owner/name" on the Hugging Face Hub.
         dtype: dtype of what is not quantized; None means as stored. Scales always keep their stored
             dtype.
-        device_map: where to put the model, as in transformers; None means the CPU.
+        device_map: where to put the model, as in transformers, which wants ``accelerate`` for it; None means the CPU.
 
     Raises:
         ValueError: the folder is not a complete nanoquant checkpoint of a known format; the message

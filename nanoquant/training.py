@@ -2,6 +2,9 @@
 
 An objective is an ``nn.Module`` whose ``forward(batch)`` gives a scalar loss and whose ``parameter_groups()``
 names what trains and at which rate. Blocks and whole models differ in their objective, in nothing else.
+
+Measured against a bare loop on 2 CPU cores, Lightning costs 15 ms a fit and 2 ms a step: 1 to 2 percent of a block's
+tuning, 0.1 percent of a whole model's.
 """
 
 from __future__ import annotations

@@ -141,8 +141,8 @@ def test_only_the_linears_of_the_round_and_then_only_dense_ones_train(monkeypatc
     left = list(setup.names)
     for k, group in enumerate(setup.groups):
         dense, refine = phases[2 * k], phases[2 * k + 1]
-        assert dense == ("block 0 tune dense", set(left), {"weight"})
-        assert refine == ("block 0 refine", set(group), {"U", "V", "s1", "s2"})
+        assert dense == (f"block 0 tune dense before {', '.join(group)}", set(left), {"weight"})
+        assert refine == (f"block 0 refine {', '.join(group)}", set(group), {"U", "V", "s1", "s2"})
         left = [name for name in left if name not in group]
 
 
