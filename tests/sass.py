@@ -34,7 +34,7 @@ def compile_kernel(function, types, constants, arch, warps, stages=3, aligned=()
         if signature[name].startswith("*") or name in aligned
     }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=hints)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
