@@ -2,6 +2,7 @@
 
 import contextlib
 
+import needs
 import pytest
 import torch
 from packed_models import random_factors, replace_linears
@@ -34,6 +35,7 @@ def test_blocks_are_those_that_hold_binary_layers():
     assert binary_blocks(tiny_llama()) == []
 
 
+@needs.compiler
 def test_compiled_blocks_compute_the_same():
     model = student()
     loss, gradients = loss_and_gradients(model)

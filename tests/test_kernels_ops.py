@@ -1,3 +1,4 @@
+import needs
 import pytest
 import torch
 from torch.nn import functional as F
@@ -104,6 +105,7 @@ def test_autocast_chooses_the_dtype_as_for_a_linear():
     assert torch.equal(y, binary_low_rank_linear(args[0].bfloat16(), *args[1:]))
 
 
+@needs.compiler
 def test_compiled_forward_and_backward_are_one_graph_with_equal_results():
     args = arguments(24, 40, 16)
     results = []

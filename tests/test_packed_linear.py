@@ -1,5 +1,6 @@
 import copy
 
+import needs
 import pytest
 import torch
 from packed_models import random_factors
@@ -78,6 +79,7 @@ def test_moving_to_a_dtype_keeps_the_signs():
     assert layer.s1.dtype == torch.bfloat16 and torch.equal(layer.u_signs, signs)
 
 
+@needs.compiler
 def test_compiled_layer_is_one_graph():
     layer = PackedBinaryLinear.from_factors(random_factors(24, 40, 16), torch.randn(24))
     x = torch.randn(2, 40)

@@ -3,6 +3,7 @@ import io
 import subprocess
 import sys
 
+import needs
 import pytest
 import torch
 from packed_models import random_factors
@@ -144,6 +145,7 @@ def test_a_missing_part_is_named(linear):
         unflatten_state_dict(tensors, metadata)
 
 
+@needs.compiler
 def test_compiled_linear_is_one_graph_with_gradient(linear):
     x = torch.randn(2, 40, requires_grad=True)
     y = torch.compile(linear, fullgraph=True)(x)
