@@ -1,5 +1,6 @@
 """Triton kernels without a GPU: right in the interpreter, and lean in the machine code of every architecture."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 import sass
-from interpreted_kernels import CASES
+from interpreted_kernels import CASES, KERNELS
 
-from nanoquant_kernels import pack_signs, triton_decode
+from nanoquant_kernels import pack_signs, tiles, triton_dot, triton_flip
 from nanoquant_kernels.planes import as_words, from_planes, to_planes
 
 
@@ -45,19 +46,23 @@ def interpreted():
     return dict(json.loads(line) for line in done.stdout.splitlines())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_decode_gives_the_dense_product_and_writes_every_element(case, interpreted):
-    assert interpreted[case] < 1e-3
+@pytest.mark.parametrize("case", CASES, ids=", ".join)
+def test_kernels_give_the_dense_product_and_write_every_element(case, interpreted):
+    assert interpreted[", ".join(case)] < (1e-6 if case == ("unpack", "float32") else 1e-3)
 
 
-def test_what_decode_does_not_take_is_refused():
-    x = torch.zeros(17, 32, dtype=torch.bfloat16)
-    signs = torch.zeros(32, 4, dtype=torch.uint8)
-    scale = torch.ones(32)
-    with pytest.raises(ValueError, match="up to 16 tokens in bfloat16 or float16, got 17"):
-        triton_decode.binary_low_rank_linear(x, signs, signs, scale, scale, None, 32)
-    with pytest.raises(ValueError, match=r"got 1 in torch\.float32"):
-        triton_decode.binary_low_rank_linear(x[:1].float(), signs, signs, scale, scale, None, 32)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_nan_spreads_as_in_a_dense_product(kernel, interpreted):
+    assert interpreted[f"{kernel}, NaN"] == 1
+
+
+def test_what_a_kernel_does_not_take_is_refused():
+    signs, scale = torch.zeros(32, 4, dtype=torch.uint8), torch.ones(32)
+    rest = signs, signs, scale, scale, None, 32
+    with pytest.raises(ValueError, match=r"bfloat16 or float16, got torch\.float32"):
+        triton_dot.binary_low_rank_linear(torch.zeros(1, 32), *rest)
+    with pytest.raises(ValueError, match="takes one token, got 2"):
+        triton_flip.binary_low_rank_linear(torch.zeros(2, 32), *rest)
 
 
 TYPES = {
@@ -66,20 +71,51 @@ TYPES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("arch", [80, 86, 89, 90])
-@pytest.mark.parametrize("stage", ["latent_stage", "output_stage"])
-def test_decode_stays_within_its_instructions_a_weight(stage, arch):
-    tile = triton_decode.Tile()
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227}
+"""KiB of shared memory that a block may take."""
+
+
+def compiled(stage, tile, arch, P):
     constants = {
-        "P": 256, "UNIT": 16, "one": 0x3F80, "asm": True,
-        "BLOCK_R": tile.rows, "BLOCK_P": tile.words, "M": 8,
+        "P": P, "UNIT": 16, "one": 0x3F80, "asm": True,
+        "BLOCK_R": tile.rows, "BLOCK_P": tile.words, "M": tile.tokens,
     }  # fmt: skip
-    kernel = sass.compile_kernel(
-        getattr(triton_decode, stage), TYPES, constants, arch, tile.warps, tile.stages
-    )
-    code = sass.disassemble(kernel)
+    return sass.compile_kernel(stage, TYPES, constants, arch, tile.warps, tile.stages)
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("stage", ["latent_stage", "output_stage"])
+def test_decode_on_tensor_cores_stays_within_its_instructions_a_weight(stage, arch):
+    tile = dataclasses.replace(tiles.tile_for(arch, "dot", 8, 4096, 256), tokens=8)
+    code = sass.disassemble(compiled(getattr(triton_dot, stage), tile, arch, 256))
     weights = tile.rows * tile.words * 16
     assert len(code.loop) * 32 * tile.warps / weights <= 1.5
     assert any("LDGSTS" in op and ".128" in op for op in code.loop)
     assert code.count("HMMA") == 64 and code.count("STS") == 0
     assert code.stack == 0
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_decode_by_flips_stays_within_its_instructions_a_weight(arch):
+    types = {"R": "i32", "P_OUT": "i32", "shrink": "fp32", "out": "*fp16"} | dict.fromkeys(
+        ("pairs", "words"), "*i32"
+    )
+    tile = tiles.FlipTile()
+    constants = {"Q": 1024, "asm": True, "BLOCK_R": tile.rows, "BLOCK_Q": 32}
+    kernel = sass.compile_kernel(triton_flip.latent_stage, types, constants, arch, tile.warps)
+    code = sass.disassemble(kernel)
+    assert len(code.loop) * 32 * tile.warps / (tile.rows * 32 * 32) <= 2.0
+    assert all(".128" in op for op in code.loop if "LDG" in op)
+    assert code.stack == 0
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("tokens", [64, 2048])
+def test_prefill_unpacks_in_registers_and_fits_the_card(tokens, arch):
+    tile = tiles.tile_for(arch, "dot", tokens, 4096, 256)
+    kernel = compiled(triton_dot.output_stage, tile, arch, 256)
+    code = sass.disassemble(kernel)
+    assert kernel.metadata.shared <= SHARED[arch] * 1024
+    assert code.count("STS") == 0 and code.stack == 0
+    products = code.count("HMMA", "HGMMA")
+    assert products >= (16 if arch == 90 else 0.35 * len(code.loop))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoquant_kernels import cpu, reference
+from nanoquant_kernels import cpu, gpu, reference
 from nanoquant_kernels.layout import packed_width
 
 NAME = "nanoquant::binary_low_rank_linear"
@@ -93,6 +93,21 @@ def _cpu(
     check_arguments(x, u_signs, v_signs, s1, s2, bias, rank)
     implementation = cpu if cpu.serves(x, s1, s2, bias) else reference
     return implementation.binary_low_rank_linear(x, u_signs, v_signs, s1, s2, bias, rank)
+
+
+@torch.library.impl(_library, "binary_low_rank_linear", "CUDA")
+def _cuda(
+    x: Tensor,
+    u_signs: Tensor,
+    v_signs: Tensor,
+    s1: Tensor,
+    s2: Tensor,
+    bias: Tensor | None,
+    rank: int,
+) -> Tensor:
+    """The Triton kernel that serves, else the reference."""
+    check_arguments(x, u_signs, v_signs, s1, s2, bias, rank)
+    return gpu.binary_low_rank_linear(x, u_signs, v_signs, s1, s2, bias, rank)
 
 
 @torch.library.register_fake(NAME, lib=_library)

@@ -1,4 +1,4 @@
-"""Decode on tensor cores: a stage of 1 to 16 tokens, signs made in registers, float32 accumulation.
+"""Signs against activations on tensor cores: signs made in registers, float32 accumulation, any number of tokens.
 
 y = s1 * (U (V^T (s2 * x))) + bias runs as three kernels: ``scale_to_planes`` writes s2 * x in plane order (see
 :mod:`nanoquant_kernels.planes`), ``latent_stage`` multiplies with V and writes the latent in plane order again, and
@@ -8,7 +8,6 @@ y = s1 * (U (V^T (s2 * x))) + bias runs as three kernels: ``scale_to_planes`` wr
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -16,12 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nanoquant_kernels.planes import PLANES, as_words, words_of
+from nanoquant_kernels.tiles import DotTile
 
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 """Bits of 1.0 in the dtypes that tensor cores multiply."""
-MOST_TOKENS = 16
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's interpreter knows no inline instructions."""
+TOKENS_A_LAUNCH = 8192
+"""More tokens run in several launches, so that scratch stays small and offsets fit 32 bits."""
 
 
 @triton.constexpr_function
@@ -50,14 +51,13 @@ def plane_signs(
 
 @triton.jit
 def signed_sums(
-    x, words, rows, R, P: tl.constexpr, tokens, stride, UNIT: tl.constexpr,
+    x, words, rows, R, P: tl.constexpr, m, tokens, stride, UNIT: tl.constexpr,
     one: tl.constexpr, asm: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Sum over k of sign[r, k] x[m, k] for ``rows`` (BLOCK_R,), (BLOCK_R, M) in float32.
+    """Sum over k of sign[r, k] x[m, k] for ``rows`` (BLOCK_R,) and tokens ``m`` (M,), (BLOCK_R, M) in float32.
 
     Rows of words are ``stride`` UNITs apart: a unit known at compile time tells how wide a load may be.
     """
-    m = tl.arange(0, M)
     acc = tl.zeros((BLOCK_R, M), tl.float32)
     for start in range(0, P, BLOCK_P):
         c = start + tl.arange(0, BLOCK_P)
@@ -96,9 +96,9 @@ def latent_stage(
 ):  # fmt: skip
     """V^T x in plane order of ``P_OUT`` words; rows from R on are 0."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc = signed_sums(x, words, rows, R, P, tokens, stride, UNIT, one, asm, BLOCK_R, BLOCK_P, M)
+    m = tl.program_id(1) * M + tl.arange(0, M)
+    acc = signed_sums(x, words, rows, R, P, m, tokens, stride, UNIT, one, asm, BLOCK_R, BLOCK_P, M)
     acc = tl.where(rows[:, None] < R, acc, 0.0)
-    m = tl.arange(0, M)
     at = m[None, :] * (16 * P_OUT) + ((rows % 16) * P_OUT + rows // 16)[:, None]
     inside = (m[None, :] < tokens) & (rows[:, None] < 16 * P_OUT)
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=inside)
@@ -111,23 +111,13 @@ def output_stage(
 ):  # fmt: skip
     """Scale * (U x) + bias; no bias is a null pointer."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    acc = signed_sums(x, words, rows, R, P, tokens, stride, UNIT, one, asm, BLOCK_R, BLOCK_P, M)
+    m = tl.program_id(1) * M + tl.arange(0, M)
+    acc = signed_sums(x, words, rows, R, P, m, tokens, stride, UNIT, one, asm, BLOCK_R, BLOCK_P, M)
     acc *= tl.load(scale + rows, mask=rows < R, other=0.0).to(tl.float32)[:, None]
     if bias is not None:
         acc += tl.load(bias + rows, mask=rows < R, other=0.0).to(tl.float32)[:, None]
-    m = tl.arange(0, M)
     inside = (m[None, :] < tokens) & (rows[:, None] < R)
     tl.store(out + m[None, :] * R + rows[:, None], acc.to(out.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """How a stage is cut: rows and words of a tile, warps, pipeline stages."""
-
-    rows: int = 32
-    words: int = 64
-    warps: int = 2
-    stages: int = 3
 
 
 def binary_low_rank_linear(
@@ -138,49 +128,71 @@ def binary_low_rank_linear(
     s2: Tensor,
     bias: Tensor | None,
     rank: int,
-    tile: Tile | None = None,
+    v_tile: DotTile | None = None,
+    u_tile: DotTile | None = None,
 ) -> Tensor:
-    """As :func:`nanoquant_kernels.reference.binary_low_rank_linear`, for up to ``MOST_TOKENS`` tokens.
+    """As :func:`nanoquant_kernels.reference.binary_low_rank_linear`, with float32 accumulation.
+
+    Args:
+        x: (..., d_in), bfloat16 or float16.
+        u_signs: uint8 (d_out, ceil(rank / 8)).
+        v_signs: uint8 (rank, ceil(d_in / 8)).
+        s1: (d_out,).
+        s2: (d_in,).
+        bias: (d_out,) or None.
+        rank: r.
+        v_tile: how the first stage is cut; none means a tile that runs everywhere.
+        u_tile: the same for the second stage.
 
     Raises:
-        ValueError: more tokens, or a dtype that tensor cores do not multiply.
+        ValueError: a dtype that tensor cores do not multiply.
     """
-    d_in, d_out, tile = s2.shape[0], s1.shape[0], tile or Tile()
-    tokens = x.numel() // d_in
-    if tokens > MOST_TOKENS or x.dtype not in ONE:
-        raise ValueError(
-            f"this kernel takes up to {MOST_TOKENS} tokens in bfloat16 or float16, got {tokens} in {x.dtype}"
-        )
+    if x.dtype not in ONE:
+        raise ValueError(f"this kernel takes bfloat16 or float16, got {x.dtype}")
+    d_in, d_out = s2.shape[0], s1.shape[0]
     y = x.new_empty((*x.shape[:-1], d_out))
-    if not tokens:
-        return y
+    rows = x.reshape(-1, d_in).contiguous(), y.view(-1, d_out)
+    for x_part, y_part in zip(*(t.split(TOKENS_A_LAUNCH) for t in rows), strict=True):
+        if x_part.shape[0]:
+            _product(x_part, y_part, (v_signs, s2, v_tile), (u_signs, s1, u_tile), bias, rank)
+    return y
+
+
+def _product(x: Tensor, y: Tensor, v: tuple, u: tuple, bias: Tensor | None, rank: int) -> None:
+    """Three launches that write ``y`` (tokens, d_out) from ``x`` (tokens, d_in), both contiguous."""
+    (v_signs, s2, v_tile), (u_signs, s1, u_tile) = v, u
+    (tokens, d_in), d_out = x.shape, y.shape[1]
     P, P_rank = words_of(d_in), words_of(rank)
     scaled = x.new_empty(tokens, PLANES * P)
-    scale_to_planes[tokens, triton.cdiv(PLANES * P, 512)](
-        x.contiguous(), s2, scaled, d_in, P, BLOCK=512
-    )
+    grid = tokens, triton.cdiv(PLANES * P, 512)
+    scale_to_planes[grid](x, s2, scaled, d_in, P, BLOCK=512)
     latent = x.new_empty(tokens, PLANES * P_rank)
+    words, stride, unit = rows_of(v_signs)
+    grid, options = launch(v_tile, PLANES * P_rank, P, x)
+    latent_stage[grid](
+        scaled, words, latent, rank, P, P_rank, tokens, stride, unit, ONE[x.dtype], **options
+    )
+    words, stride, unit = rows_of(u_signs)
+    grid, options = launch(u_tile, d_out, P_rank, x)
+    output_stage[grid](
+        latent, words, s1, bias, y, d_out, P_rank, tokens, stride, unit, ONE[x.dtype], **options
+    )
+
+
+def launch(tile: DotTile | None, rows: int, words: int, x: Tensor) -> tuple[tuple, dict]:
+    """Grid and options of a stage of ``rows`` rows of ``words`` words for x (tokens, d_in)."""
+    tokens = x.shape[0]
+    tile = tile or DotTile()
+    m = min(tile.tokens, max(8, triton.next_power_of_2(tokens)))
     options = {
-        "one": ONE[x.dtype],
         "asm": not INTERPRETED,
         "BLOCK_R": tile.rows,
-        "M": 8 if tokens <= 8 else 16,
+        "BLOCK_P": max(16, min(tile.words, triton.next_power_of_2(words))),  # of tl.dot: 16 or more
+        "M": m,
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     }
-    words, stride, unit = rows_of(v_signs)
-    latent_stage[(triton.cdiv(PLANES * P_rank, tile.rows),)](
-        *(scaled, words, latent, rank, P, P_rank, tokens, stride, unit),
-        BLOCK_P=width(tile, P),
-        **options,
-    )
-    words, stride, unit = rows_of(u_signs)
-    output_stage[(triton.cdiv(d_out, tile.rows),)](
-        *(latent, words, s1, bias, y, d_out, P_rank, tokens, stride, unit),
-        BLOCK_P=width(tile, P_rank),
-        **options,
-    )
-    return y
+    return (triton.cdiv(rows, tile.rows), triton.cdiv(tokens, m)), options
 
 
 def rows_of(signs: Tensor) -> tuple[Tensor, int, int]:
@@ -189,8 +201,3 @@ def rows_of(signs: Tensor) -> tuple[Tensor, int, int]:
     stride = words.stride(0)
     unit = next(unit for unit in (16, 8, 4, 2, 1) if stride % unit == 0)
     return words, stride // unit, unit
-
-
-def width(tile: Tile, words: int) -> int:
-    """Words of a tile: the tile's own, or fewer for short rows; tensor cores want 16 or more."""
-    return max(16, min(tile.words, triton.next_power_of_2(words)))
