@@ -9,7 +9,9 @@ import json
 import torch
 from test_kernels_ops import arguments, expected
 
-from nanoquant_kernels import triton_dot, triton_flip, triton_unpack
+from nanoquant_kernels import pack_signs, triton_dot, triton_flip, triton_unpack, tune
+from nanoquant_kernels.planes import from_planes, to_planes
+from nanoquant_kernels.tiles import DotTile, FlipTile
 
 KERNELS = {"dot": triton_dot, "flip": triton_flip, "unpack": triton_unpack}
 ANY = {
@@ -59,6 +61,17 @@ def main():
     for kernel, module in KERNELS.items():
         y = module.binary_low_rank_linear(x, *rest)
         print(json.dumps([f"{kernel}, NaN", float(y.isnan().all())]))
+    for kernel, tile in (("dot", DotTile(rows=16)), ("flip", FlipTile(rows=8))):
+        print(json.dumps([f"{kernel}, tuned stage", stage_error(kernel, tile)]))
+
+
+def stage_error(kernel, tile):
+    """Error of what the tuner times."""
+    g = torch.Generator().manual_seed(0)
+    x, signs = torch.randn(1, 128, generator=g).half(), torch.randn(40, 128, generator=g).sign()
+    z = from_planes(tune.stage(kernel, tile, to_planes(x), pack_signs(signs)), 40)
+    truth = x.double() @ signs.double().T
+    return ((z.double() - truth).norm() / truth.norm()).item()
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ def test_nan_spreads_as_in_a_dense_product(kernel, interpreted):
     assert interpreted[f"{kernel}, NaN"] == 1
 
 
+@pytest.mark.parametrize("kernel", ["dot", "flip"])
+def test_the_tuner_times_a_stage_that_is_right(kernel, interpreted):
+    assert interpreted[f"{kernel}, tuned stage"] < 2e-3
+
+
 def test_what_a_kernel_does_not_take_is_refused():
     signs, scale = torch.zeros(32, 4, dtype=torch.uint8), torch.ones(32)
     rest = signs, signs, scale, scale, None, 32
@@ -118,4 +123,4 @@ def test_prefill_unpacks_in_registers_and_fits_the_card(tokens, arch):
     assert kernel.metadata.shared <= SHARED[arch] * 1024
     assert code.count("STS") == 0 and code.stack == 0
     products = code.count("HMMA", "HGMMA")
-    assert products >= (16 if arch == 90 else 0.35 * len(code.loop))
+    assert products >= (16 if arch == 90 else 0.3 * len(code.loop))

@@ -100,8 +100,8 @@ def measure_on_gpu(
         return float("inf")
 
 
-def stage(kernel: str, tile: DotTile | FlipTile, x: Tensor, signs: Tensor) -> Tensor:
-    """X (tokens, K) times the transpose of packed signs, (tokens, R), by a kernel's first stage."""
+def stage(kernel: str, tile: DotTile | FlipTile, planes: Tensor, signs: Tensor) -> Tensor:
+    """One launch of a first stage: activations (tokens, 16 P) and latents in plane order, signs (R, 2 P)."""
     from nanoquant_kernels import triton_dot, triton_flip
 
     tokens, R = planes.shape[0], signs.shape[0]
