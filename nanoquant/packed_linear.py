@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from nanoquant.binary import BinaryFactors
 from nanoquant_kernels import binary_low_rank_linear, pack_signs, packed_width, unpack_signs
+from nanoquant_kernels.layout import align_rows
 
 if TYPE_CHECKING:
     from nanoquant.packed_tensor import PackedBinaryTensor
+    from nanoquant.shared_launch import SharedLaunch
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
@@ -36,6 +38,9 @@ class PackedBinaryLinear(nn.Module):
         scale_dtype: dtype of ``s1`` and ``s2``.
         bias_dtype: dtype of the bias; None means torch's default dtype.
     """
+
+    shared: SharedLaunch | None = None
+    """Launch that this layer shares with others that read the same tensor."""
 
     def __init__(
         self,
@@ -128,9 +133,16 @@ class PackedBinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (..., d_in), giving (..., d_out) in the dtype of ``x``."""
+        if self.shared is not None and self.shared.serves(x):
+            return self.shared(self, x)
         return binary_low_rank_linear(
             x, self.u_signs, self.v_signs, self.s1, self.s2, self.bias, self.rank
         )
+
+    def align_rows_(self) -> None:
+        """Pad the distance of packed rows to what a GPU loads at once; values and shapes stay the same."""
+        self.u_signs.data = align_rows(self.u_signs.data)
+        self.v_signs.data = align_rows(self.v_signs.data)
 
     def extra_repr(self) -> str:
         """Shape, rank and bits per weight."""

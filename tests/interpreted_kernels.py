@@ -9,7 +9,8 @@ import json
 import torch
 from test_kernels_ops import arguments, expected
 
-from nanoquant_kernels import pack_signs, triton_dot, triton_flip, triton_unpack, tune
+from nanoquant_kernels import pack_signs, triton_dot, triton_flip, triton_stack, triton_unpack, tune
+from nanoquant_kernels.layout import align_rows
 from nanoquant_kernels.planes import from_planes, to_planes
 from nanoquant_kernels.tiles import DotTile, FlipTile
 
@@ -39,16 +40,39 @@ CASES |= {
     ("flip", "small"): dict(
         shape=(24, 400, 16), lead=(1,), dtype=torch.float32, factor=1e-20, bias=False
     ),
+    ("dot", "aligned rows"): dict(shape=(70, 200, 40), lead=(2,), align=True),
+    ("flip", "aligned rows"): dict(shape=(70, 200, 40), lead=(1,), align=True),
+    ("unpack", "aligned rows"): dict(shape=(70, 200, 40), lead=(1,), align=True),
     ("unpack", "float32"): dict(shape=(24, 40, 16), lead=(3,), dtype=torch.float32),
 }
 
+STACKS = {  # d_out, d_in, rank of each member
+    "q, k, v": dict(
+        shapes=[(96, 128, 64), (40, 128, 32), (40, 128, 32)], lead=(1,), bias=[False] * 3
+    ),
+    "bias of one": dict(shapes=[(70, 112, 48), (33, 112, 80)], lead=(3,), bias=[True, False]),
+    "aligned rows": dict(
+        shapes=[(70, 100, 40), (33, 100, 200)], lead=(1,), bias=[False] * 2, align=True
+    ),
+    "16 tokens": dict(shapes=[(70, 320, 48), (70, 320, 48)], lead=(2, 8), bias=[True, True]),
+}
 
-def error(kernel, shape, lead, bias=True, scale_dtype=None, dtype=torch.float16, factor=1.0):
-    x, *rest = arguments(*shape, lead=lead, dtype=dtype, bias=bias, scale_dtype=scale_dtype)
-    args = x * factor, *rest
+
+def error(kernel, shape, lead, dtype=torch.float16, factor=1.0, align=False, **options):
+    x, u, v, *rest = arguments(*shape, lead=lead, dtype=dtype, **options)
+    args = x * factor, *((aligned(u), aligned(v)) if align else (u, v)), *rest
     y, truth = KERNELS[kernel].binary_low_rank_linear(*args), expected(*args)
     assert y.shape == truth.shape and y.dtype == dtype
     return ((y.double() - truth).norm() / truth.norm()).item() if truth.numel() else 0.0
+
+
+def aligned(signs):
+    """Rows with padding that holds anything."""
+    padded = align_rows(signs)
+    storage = padded.as_strided((len(signs), padded.stride(0)), (padded.stride(0), 1))
+    assert storage.shape[1] % 16 == 0 and storage.shape[1] > signs.shape[1]
+    storage[:, signs.shape[1] :] = 0xA5
+    return padded
 
 
 def main():
@@ -63,6 +87,27 @@ def main():
         print(json.dumps([f"{kernel}, NaN", float(y.isnan().all())]))
     for kernel, tile in (("dot", DotTile(rows=16)), ("flip", FlipTile(rows=8))):
         print(json.dumps([f"{kernel}, tuned stage", stage_error(kernel, tile)]))
+
+    for name, case in STACKS.items():
+        print(json.dumps([f"stack, {name}", stack_error(**case)]))
+
+
+def stack_error(shapes, lead, bias, align=False):
+    """Largest error of several linears of the same x."""
+    members = [arguments(*shape, lead=lead, dtype=torch.float16) for shape in shapes]
+    x = members[0][0]
+    if align:
+        members = [(x, aligned(u), aligned(v), *rest) for _, u, v, *rest in members]
+    biases = [m[5] if has else None for m, has in zip(members, bias, strict=True)]
+    u, v, s1, s2, _, ranks = (list(group) for group in list(zip(*members, strict=True))[1:])
+    assert triton_stack.serves(x, u, v, s1, s2)
+    outputs = triton_stack.binary_low_rank_linears(x, u, v, s1, s2, biases, ranks)
+    errors = []
+    for y, *rest in zip(outputs, u, v, s1, s2, biases, ranks, strict=True):
+        truth = expected(x, *rest)
+        assert y.shape == truth.shape and y.dtype == x.dtype and y.is_contiguous()
+        errors.append(((y.double() - truth).norm() / truth.norm()).item())
+    return max(errors)
 
 
 def stage_error(kernel, tile):

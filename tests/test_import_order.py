@@ -30,6 +30,7 @@ ORDER = (
     "best_state",
     "model_reconstruction",
     "packed_linear",
+    "shared_launch",
     "packed_tensor",
     "sizes",
     "checkpoint_files",
@@ -51,7 +52,7 @@ ORDER = (
     "__main__",
 )
 
-AFTERWARDS = {("packed_linear", "packed_tensor")}
+AFTERWARDS = {("packed_linear", "packed_tensor"), ("packed_linear", "shared_launch")}
 """Imports of later files inside a function; the earlier file must work without them."""
 
 HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse"}

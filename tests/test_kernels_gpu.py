@@ -59,6 +59,15 @@ def test_a_kernel_that_can_not_run_here_is_not_used_and_reported_once(card, capl
     assert caplog.text.count("kernel dot can't run on cuda:0") == 1
 
 
+def test_more_tokens_than_a_shared_launch_takes_run_alone(card):
+    pytest.importorskip("triton")
+    x, *rest = arguments(48, 64, 32, lead=(17,), dtype=torch.float16)
+    lists = [[value, value] for value in rest]
+    assert not gpu.can_stack(x, *lists)
+    card.setattr(gpu, "run", lambda name, *args: reference.binary_low_rank_linear(*args))
+    assert gpu.can_stack(x[:16], *lists)
+
+
 def test_nothing_is_tried_while_a_graph_is_captured(card):
     card.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert gpu.choose(CARD, torch.float16, 1) == "reference"
@@ -122,6 +131,22 @@ def test_kernels_on_a_gpu_give_the_dense_product(shape, kernel):
             truth = expected(*args).cuda()
             y = gpu.run(kernel, *(a.cuda() if torch.is_tensor(a) else a for a in args))
             assert (y.double() - truth).norm() <= limit * truth.norm(), (tokens, dtype)
+
+
+@needs_gpu
+@pytest.mark.parametrize("tokens", [1, 3, 16])
+def test_stacked_linears_on_a_gpu_are_right(tokens):
+    shapes = [(512, 512, 288), (128, 512, 96), (128, 512, 96)]
+    members = [arguments(*shape, lead=(tokens,), dtype=torch.bfloat16) for shape in shapes]
+    x = members[0][0]
+    lists = [
+        [a.cuda() if torch.is_tensor(a) else a for a in group]
+        for group in list(zip(*members, strict=True))[1:]
+    ]
+    assert gpu.can_stack(x.cuda(), *lists)
+    for y, (_, *rest) in zip(gpu.run_stacked(x.cuda(), *lists), members, strict=True):
+        truth = expected(x, *rest).cuda()
+        assert (y.double() - truth).norm() <= 3e-3 * truth.norm()
 
 
 @needs_gpu

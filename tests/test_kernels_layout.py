@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from nanoquant_kernels.layout import pack_signs, packed_width, unpack_signs
+from nanoquant_kernels.layout import align_rows, pack_signs, packed_width, unpack_signs
+from nanoquant_kernels.planes import as_words
 
 
 def signs(rows, columns, seed=0):
@@ -49,3 +50,20 @@ def test_leading_dimensions_are_kept_and_may_be_empty():
     assert pack_signs(torch.ones(2, 3, 9)).shape == (2, 3, 2)
     assert pack_signs(torch.ones(0, 9)).shape == (0, 2)
     assert unpack_signs(torch.zeros(0, 2, dtype=torch.uint8), 9, torch.float32).shape == (0, 9)
+
+
+@pytest.mark.parametrize("columns", [8, 100, 128, 2016])
+def test_aligned_rows_are_the_same_rows_16_bytes_apart(columns):
+    packed = pack_signs(torch.randn(5, columns, generator=torch.manual_seed(0)))
+    aligned = align_rows(packed)
+    assert torch.equal(aligned, packed) and aligned.stride(0) % 16 == 0
+    assert aligned.stride(0) < packed.shape[1] + 16
+    words = as_words(aligned)
+    assert words.data_ptr() == aligned.data_ptr() and words.shape == (5, aligned.stride(0) // 2)
+
+
+def test_words_of_a_part_of_a_larger_matrix_are_copied_and_right():
+    packed = pack_signs(torch.randn(8, 1024, generator=torch.manual_seed(0)))
+    for part in (packed[:, :30], packed[2:5, 3:20], packed[:1, 1:4]):
+        whole = as_words(part).view(torch.uint8)
+        assert torch.equal(whole[:, : part.shape[1]], part)

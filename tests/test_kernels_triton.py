@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 import sass
-from interpreted_kernels import CASES, KERNELS
+from interpreted_kernels import CASES, KERNELS, STACKS
 
 from nanoquant_kernels import pack_signs, tiles, triton_dot, triton_flip
 from nanoquant_kernels.planes import as_words, from_planes, to_planes
@@ -56,6 +56,11 @@ def test_nan_spreads_as_in_a_dense_product(kernel, interpreted):
     assert interpreted[f"{kernel}, NaN"] == 1
 
 
+@pytest.mark.parametrize("name", STACKS)
+def test_stacked_linears_give_what_each_gives_alone(name, interpreted):
+    assert interpreted[f"stack, {name}"] < 1e-3
+
+
 @pytest.mark.parametrize("kernel", ["dot", "flip"])
 def test_the_tuner_times_a_stage_that_is_right(kernel, interpreted):
     assert interpreted[f"{kernel}, tuned stage"] < 2e-3
@@ -72,7 +77,7 @@ def test_what_a_kernel_does_not_take_is_refused():
 
 TYPES = {
     "x": "*bf16", "words": "*i16", "out": "*bf16", "scale": "*bf16", "bias": "*bf16",
-    "R": "i32", "P_OUT": "i32", "tokens": "i32", "stride": "i32",
+    "R": "i32", "P_OUT": "i32", "tokens": "i32",
 }  # fmt: skip
 
 
@@ -82,7 +87,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227}
 
 def compiled(stage, tile, arch, P):
     constants = {
-        "P": P, "UNIT": 16, "one": 0x3F80, "asm": True,
+        "P": P, "one": 0x3F80, "asm": True,
         "BLOCK_R": tile.rows, "BLOCK_P": tile.words, "M": tile.tokens,
     }  # fmt: skip
     return sass.compile_kernel(stage, TYPES, constants, arch, tile.warps, tile.stages)

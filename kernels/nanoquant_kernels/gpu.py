@@ -94,6 +94,8 @@ def run(
     """Run a kernel by name with the tiles that the table has for its two stages."""
     from nanoquant_kernels import tiles, triton_dot, triton_flip, triton_unpack
 
+    if name == "stack":
+        return run_stacked(x, *([value, value] for value in (u_signs, v_signs, s1, *rest)))[1]
     if name == "unpack":
         return triton_unpack.binary_low_rank_linear(x, u_signs, v_signs, s1, *rest)
     s2, _, rank = rest
@@ -102,6 +104,34 @@ def run(
     v_tile = tiles.tile_for(arch, name, tokens, rank, words_of(s2.shape[0]))
     u_tile = tiles.tile_for(arch, name, tokens, s1.shape[0], words_of(rank))
     return kernel.binary_low_rank_linear(x, u_signs, v_signs, s1, *rest, v_tile, u_tile)
+
+
+def can_stack(
+    x: Tensor,
+    u_signs: list[Tensor],
+    v_signs: list[Tensor],
+    s1: list[Tensor],
+    s2: list[Tensor],
+    *_: list,
+) -> bool:
+    """Whether these linears of the same x can share launches on this device."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or unavailable(x.device):
+        return False
+    from nanoquant_kernels import triton_stack
+
+    if not triton_stack.serves(x, u_signs, v_signs, s1, s2):
+        return False
+    return works("stack", x.device, x.dtype, min(t for t in TRIALS if t * x.shape[-1] >= x.numel()))
+
+
+def run_stacked(x: Tensor, *lists: list) -> list[Tensor]:
+    """Run linears of the same x in shared launches."""
+    from nanoquant_kernels import tiles, triton_stack
+
+    ranks, d_in = lists[-1], x.shape[-1]
+    arch, tokens = architecture(x.device), x.numel() // d_in
+    tile = tiles.tile_for(arch, "dot", tokens, sum(ranks), words_of(d_in))
+    return triton_stack.binary_low_rank_linears(x, *lists, tile)
 
 
 _verdicts: dict[tuple[str, torch.device, torch.dtype, int], bool] = {}

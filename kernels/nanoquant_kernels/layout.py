@@ -23,6 +23,20 @@ def packed_width(columns: int) -> int:
     return (columns + 7) // 8
 
 
+ALIGNMENT = 16
+"""Bytes; what a GPU loads at once."""
+
+
+def align_rows(packed: Tensor) -> Tensor:
+    """The same rows uint8 (R, B) a multiple of ``ALIGNMENT`` bytes apart: a view of a padded copy."""
+    R, width = packed.shape
+    if width % ALIGNMENT == 0:
+        return packed
+    padded = packed.new_zeros(R, width + -width % ALIGNMENT)
+    padded[:, :width] = packed
+    return padded[:, :width]
+
+
 def pack_signs(signs: Tensor) -> Tensor:
     """Pack the signs of ``signs`` along its last dimension.
 

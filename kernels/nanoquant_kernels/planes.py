@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanoquant_kernels.layout import ALIGNMENT
+
 PLANES = 16
 
 
@@ -20,9 +22,9 @@ def words_of(columns: int) -> int:
     return -(-columns // PLANES)
 
 
-def to_planes(x: Tensor) -> Tensor:
-    """Bring (..., K) into plane order, (..., 16 P); columns from K on are 0."""
-    padded = F.pad(x, (0, PLANES * words_of(x.shape[-1]) - x.shape[-1]))
+def to_planes(x: Tensor, words: int | None = None) -> Tensor:
+    """Bring (..., K) into plane order, (..., 16 P) for P = ``words`` or what K needs; columns from K on are 0."""
+    padded = F.pad(x, (0, PLANES * (words or words_of(x.shape[-1])) - x.shape[-1]))
     return padded.unflatten(-1, (-1, PLANES)).mT.flatten(-2)
 
 
@@ -31,8 +33,21 @@ def from_planes(x: Tensor, columns: int) -> Tensor:
     return x.unflatten(-1, (PLANES, -1)).mT.flatten(-2)[..., :columns]
 
 
-def as_words(signs: Tensor) -> Tensor:
-    """Packed rows uint8 (R, B) as int16 (R, ceil(B / 2)); without a copy where B is even."""
-    if signs.shape[-1] % 2:
-        signs = F.pad(signs, (0, 1))
-    return signs.contiguous().view(torch.int16)
+def as_words(signs: Tensor, dtype: torch.dtype = torch.int16) -> Tensor:
+    """Packed rows uint8 (R, B) as words (R, P); without a copy where rows are a whole number of words apart.
+
+    Rows may be padded, as :func:`nanoquant_kernels.layout.align_rows` makes them: then P counts the padding, whose
+    bits mean nothing, so activations must be 0 there. The distance of rows is P in any case.
+    """
+    R, width = signs.shape
+    size, stride = dtype.itemsize, signs.stride(0) if R > 1 else width
+    end = signs.storage_offset() + R * stride
+    padded = width <= stride < width + ALIGNMENT and signs.stride(1) == 1
+    if (
+        stride % size
+        or signs.data_ptr() % size
+        or not padded
+        or end > signs.untyped_storage().nbytes()
+    ):
+        signs, stride = F.pad(signs, (0, -width % size)).contiguous(), width + -width % size
+    return signs.as_strided((R, stride), (stride, 1)).view(dtype)

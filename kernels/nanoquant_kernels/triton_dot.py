@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoquant_kernels.planes import PLANES, as_words, words_of
+from nanoquant_kernels.planes import PLANES, as_words
 from nanoquant_kernels.tiles import DotTile
 
 ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
@@ -51,19 +51,20 @@ def plane_signs(
 
 @triton.jit
 def signed_sums(
-    x, words, rows, R, P: tl.constexpr, m, tokens, stride, UNIT: tl.constexpr,
+    x, words, rows, R, P: tl.constexpr, held, m, tokens, stride, UNIT: tl.constexpr,
     one: tl.constexpr, asm: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Sum over k of sign[r, k] x[m, k] for ``rows`` (BLOCK_R,) and tokens ``m`` (M,), (BLOCK_R, M) in float32.
 
-    Rows of words are ``stride`` UNITs apart: a unit known at compile time tells how wide a load may be.
+    A row holds ``held`` words, of P that x has. Rows are ``stride`` UNITs apart: a unit known at compile time tells
+    how wide a load may be.
     """
     acc = tl.zeros((BLOCK_R, M), tl.float32)
     for start in range(0, P, BLOCK_P):
         c = start + tl.arange(0, BLOCK_P)
         w = tl.load(
             words + rows[:, None] * (stride * UNIT) + c[None, :],
-            mask=(rows[:, None] < R) & (c[None, :] < P),
+            mask=(rows[:, None] < R) & (c[None, :] < held),
             other=0,
         )
         for plane in tl.static_range(16):
@@ -91,13 +92,13 @@ def scale_to_planes(x, scale, out, K, P, BLOCK: tl.constexpr):
 
 @triton.jit
 def latent_stage(
-    x, words, out, R, P: tl.constexpr, P_OUT, tokens, stride, UNIT: tl.constexpr,
+    x, words, out, R, P: tl.constexpr, P_OUT, tokens,
     one: tl.constexpr, asm: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """V^T x in plane order of ``P_OUT`` words; rows from R on are 0."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m = tl.program_id(1) * M + tl.arange(0, M)
-    acc = signed_sums(x, words, rows, R, P, m, tokens, stride, UNIT, one, asm, BLOCK_R, BLOCK_P, M)
+    acc = signed_sums(x, words, rows, R, P, P, m, tokens, 1, P, one, asm, BLOCK_R, BLOCK_P, M)
     acc = tl.where(rows[:, None] < R, acc, 0.0)
     at = m[None, :] * (16 * P_OUT) + ((rows % 16) * P_OUT + rows // 16)[:, None]
     inside = (m[None, :] < tokens) & (rows[:, None] < 16 * P_OUT)
@@ -106,13 +107,13 @@ def latent_stage(
 
 @triton.jit
 def output_stage(
-    x, words, scale, bias, out, R, P: tl.constexpr, tokens, stride, UNIT: tl.constexpr,
+    x, words, scale, bias, out, R, P: tl.constexpr, tokens,
     one: tl.constexpr, asm: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
     """Scale * (U x) + bias; no bias is a null pointer."""
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     m = tl.program_id(1) * M + tl.arange(0, M)
-    acc = signed_sums(x, words, rows, R, P, m, tokens, stride, UNIT, one, asm, BLOCK_R, BLOCK_P, M)
+    acc = signed_sums(x, words, rows, R, P, P, m, tokens, 1, P, one, asm, BLOCK_R, BLOCK_P, M)
     acc *= tl.load(scale + rows, mask=rows < R, other=0.0).to(tl.float32)[:, None]
     if bias is not None:
         acc += tl.load(bias + rows, mask=rows < R, other=0.0).to(tl.float32)[:, None]
@@ -162,21 +163,16 @@ def _product(x: Tensor, y: Tensor, v: tuple, u: tuple, bias: Tensor | None, rank
     """Three launches that write ``y`` (tokens, d_out) from ``x`` (tokens, d_in), both contiguous."""
     (v_signs, s2, v_tile), (u_signs, s1, u_tile) = v, u
     (tokens, d_in), d_out = x.shape, y.shape[1]
-    P, P_rank = words_of(d_in), words_of(rank)
+    v_words, u_words = as_words(v_signs), as_words(u_signs)
+    P, P_rank = v_words.shape[1], u_words.shape[1]
     scaled = x.new_empty(tokens, PLANES * P)
     grid = tokens, triton.cdiv(PLANES * P, 512)
     scale_to_planes[grid](x, s2, scaled, d_in, P, BLOCK=512)
     latent = x.new_empty(tokens, PLANES * P_rank)
-    words, stride, unit = rows_of(v_signs)
     grid, options = launch(v_tile, PLANES * P_rank, P, x)
-    latent_stage[grid](
-        scaled, words, latent, rank, P, P_rank, tokens, stride, unit, ONE[x.dtype], **options
-    )
-    words, stride, unit = rows_of(u_signs)
+    latent_stage[grid](scaled, v_words, latent, rank, P, P_rank, tokens, ONE[x.dtype], **options)
     grid, options = launch(u_tile, d_out, P_rank, x)
-    output_stage[grid](
-        latent, words, s1, bias, y, d_out, P_rank, tokens, stride, unit, ONE[x.dtype], **options
-    )
+    output_stage[grid](latent, u_words, s1, bias, y, d_out, P_rank, tokens, ONE[x.dtype], **options)
 
 
 def launch(tile: DotTile | None, rows: int, words: int, x: Tensor) -> tuple[tuple, dict]:
@@ -193,11 +189,3 @@ def launch(tile: DotTile | None, rows: int, words: int, x: Tensor) -> tuple[tupl
         "num_stages": tile.stages,
     }
     return (triton.cdiv(rows, tile.rows), triton.cdiv(tokens, m)), options
-
-
-def rows_of(signs: Tensor) -> tuple[Tensor, int, int]:
-    """Words (R, P), and the distance of two rows as a multiple of the largest unit up to 16 words."""
-    words = as_words(signs)
-    stride = words.stride(0)
-    unit = next(unit for unit in (16, 8, 4, 2, 1) if stride % unit == 0)
-    return words, stride // unit, unit

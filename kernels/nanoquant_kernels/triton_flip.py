@@ -157,7 +157,7 @@ def binary_low_rank_linear(
     d_in, d_out = s2.shape[0], s1.shape[0]
     if x.numel() != d_in:
         raise ValueError(f"this kernel takes one token, got {x.numel() // d_in}")
-    v_words, u_words = as_pairs_of_words(v_signs), as_pairs_of_words(u_signs)
+    v_words, u_words = as_words(v_signs, torch.int32), as_words(u_signs, torch.int32)
     Q, Q_rank = v_words.shape[1], u_words.shape[1]
     halves = x.new_empty(2 * PLANES * Q, dtype=torch.float16)
     undo = x.new_empty(1, dtype=torch.float32)
@@ -189,11 +189,3 @@ def launch(tile: FlipTile | None, rows: int) -> tuple[tuple[int], dict]:
         "num_warps": tile.warps,
     }
     return (triton.cdiv(rows, tile.rows),), options
-
-
-def as_pairs_of_words(signs: Tensor) -> Tensor:
-    """Packed rows uint8 (R, B) as int32 (R, ceil(B / 4)); without a copy where B is a multiple of 4."""
-    words = as_words(signs)
-    if words.shape[1] % 2:
-        words = torch.nn.functional.pad(words, (0, 1))
-    return words.view(torch.int32)

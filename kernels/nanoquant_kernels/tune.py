@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanoquant_kernels import tiles
 from nanoquant_kernels.layout import unpack_signs
-from nanoquant_kernels.planes import PLANES, from_planes, to_planes, words_of
+from nanoquant_kernels.planes import PLANES, as_words, from_planes, to_planes, words_of
 from nanoquant_kernels.tiles import DotTile, FlipTile
 
 ROTATED = 256 * 2**20
@@ -108,17 +108,15 @@ def stage(kernel: str, tile: DotTile | FlipTile, planes: Tensor, signs: Tensor) 
     P, P_out = planes.shape[1] // PLANES, words_of(R)
     out = planes.new_empty(tokens, PLANES * P_out)
     if kernel == "flip":
-        words = triton_flip.as_pairs_of_words(signs)
+        words = as_words(signs, torch.int32)
         grid, options = triton_flip.launch(tile, PLANES * P_out)
         pairs = planes.view(torch.int32)
         triton_flip.latent_stage[grid](pairs, words, out, R, words.shape[1], P_out, 1.0, **options)
     else:
-        words, stride, unit = triton_dot.rows_of(signs)
+        words = as_words(signs)
         grid, options = triton_dot.launch(tile, PLANES * P_out, P, planes)
         one = triton_dot.ONE[planes.dtype]
-        triton_dot.latent_stage[grid](
-            *(planes, words, out, R, P, P_out, tokens, stride, unit, one), **options
-        )
+        triton_dot.latent_stage[grid](planes, words, out, R, P, P_out, tokens, one, **options)
     return out
 
 

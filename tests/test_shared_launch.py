@@ -1,0 +1,129 @@
+"""Linears that read the same tensor share launches and give the same results."""
+
+import copy
+
+import needs
+import pytest
+import torch
+from packed_models import pack_randomly, random_factors
+from tiny_models import tiny_llama
+
+from nanoquant import shared_launch
+from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.shared_launch import SharedLaunch, prepare_for_decoding, share_launches
+from nanoquant_kernels import binary_low_rank_linears
+
+TOKENS = torch.tensor([[5, 3, 9, 2]])
+
+
+def packed(model):
+    return {n: m for n, m in model.named_modules() if isinstance(m, PackedBinaryLinear)}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Numbers of members of each shared launch."""
+    counts = []
+
+    def counted(x, *lists):
+        counts.append(len(lists[0]))
+        return binary_low_rank_linears(x, *lists)
+
+    monkeypatch.setattr(shared_launch, "binary_low_rank_linears", counted)
+    return counts
+
+
+@pytest.fixture
+def model():
+    return pack_randomly(tiny_llama())
+
+
+@torch.no_grad()
+def test_qkv_and_gate_up_share_launches_and_logits_stay_the_same(model, calls):
+    before = model(TOKENS).logits
+    share_launches(model, packed(model))
+    assert torch.equal(model(TOKENS).logits, before)
+    assert calls == [3, 2] * len(model.model.layers)
+
+
+@torch.no_grad()
+def test_many_tokens_and_training_run_alone(model, calls):
+    share_launches(model, packed(model))
+    model(TOKENS.repeat(1, 5))
+    with torch.enable_grad():
+        model(TOKENS)
+    assert calls == []
+
+
+@torch.no_grad()
+def test_a_copy_of_a_model_shares_among_its_own_layers(model, calls):
+    share_launches(model, packed(model))
+    twin = copy.deepcopy(model)
+    for layer in packed(model).values():
+        layer.s1.zero_()
+    before = twin(TOKENS).logits
+    assert before.abs().max() > 0 and calls
+    for layer in packed(twin).values():
+        layer.shared = None
+    assert torch.equal(twin(TOKENS).logits, before)
+
+
+def members():
+    layers = [
+        PackedBinaryLinear.from_factors(random_factors(d_out, 64, 32, seed=d_out))
+        for d_out in (32, 48, 40)
+    ]
+    launch = SharedLaunch(layers)
+    for layer in layers:
+        layer.shared = launch
+    return layers
+
+
+def alone(layer, x):
+    twin = copy.copy(layer)
+    twin.shared = None
+    return twin(x)
+
+
+@torch.no_grad()
+def test_any_order_and_any_x_give_what_each_gives_alone():
+    layers = members()
+    x, other = torch.randn(2, 1, 64, generator=torch.manual_seed(0))
+    for index, given in ((2, x), (0, x), (0, x), (1, other), (1, x), (2, x), (0, other)):
+        assert torch.equal(layers[index](given), alone(layers[index], given))
+
+
+@torch.no_grad()
+def test_nothing_is_held_once_every_member_was_asked():
+    layers = members()
+    x = torch.randn(1, 64)
+    for layer in layers:
+        layer(x)
+    launch = layers[0].shared
+    assert launch.x is None and not launch.ready
+
+
+def test_layers_that_are_not_on_a_gpu_stay_as_they_are(model):
+    prepare_for_decoding(model)
+    assert all(layer.shared is None for layer in packed(model).values())
+
+
+@torch.no_grad()
+def test_aligned_rows_change_no_value_and_no_result():
+    layer = PackedBinaryLinear.from_factors(random_factors(40, 72, 40))
+    x = torch.randn(3, 72, generator=torch.manual_seed(0))
+    before, state = layer(x), copy.deepcopy(layer.state_dict())
+    layer.align_rows_()
+    assert layer.u_signs.stride(0) % 16 == 0 and layer.v_signs.stride(0) % 16 == 0
+    assert torch.equal(layer(x), before)
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+
+
+@needs.compiler
+@torch.no_grad()
+def test_shared_launches_compile_as_one_graph(calls):
+    model = pack_randomly(tiny_llama())
+    before = model(TOKENS, use_cache=False).logits
+    share_launches(model, packed(model))
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(TOKENS, use_cache=False).logits, before)
