@@ -153,21 +153,6 @@ def test_where_nothing_compiles_steps_run_uncompiled_or_the_request_is_refused(
     assert "decode steps run uncompiled, which is slower: no compiler" in caplog.text
 
 
-def test_streamed_pieces_make_up_the_texts_and_come_before_the_end(packed, tokenizer):
-    pieces, last = {0: [], 1: [], 2: []}, []
-
-    def write(number, text, ended):
-        pieces[number].append(text)
-        last.extend([number] * ended)
-
-    settings = greedy(40, options={"suppress_tokens": [2]}, batch=2)
-    settings.options["sequence_bias"] = {(5,): 4.0}  # spaces, after which words are written
-    done = generate(packed, tokenizer, RAGGED[:3], settings, write)
-    assert ["".join(pieces[number]) for number in range(3)] == done.texts
-    assert sorted(last) == [0, 1, 2]
-    assert any(len([p for p in found if p]) > 2 for found in pieces.values())
-
-
 def test_a_row_that_has_ended_is_written_and_counted_up_to_its_end_token(packed, tokenizer):
     free = [by_hand(packed, tokenizer, prompt, 12) for prompt in RAGGED]
     end = free[0][4]
