@@ -1,7 +1,7 @@
 """Continue texts by transformers' own ``generate``: prompts in batches, and what they took.
 
 On a GPU a static cache lets transformers compile the decode step into CUDA graphs. On a CPU steps run
-uncompiled over a growing cache: compiling SmolLM2-135M took a minute there, and then a step 0.7 to 0.8
+uncompiled over a growing cache: compiling a packed SmolLM2-135M took a minute there, and then a step 0.7
 of its time, which pays off after thousands of tokens; ``compile=True`` asks for it.
 """
 
