@@ -22,6 +22,7 @@ _MODULES = {
     "pack_model": "checkpoint",
     "read_sizes": "checkpoint",
     "generate": "generate",
+    "GenerationSettings": "generation_settings",
     "perplexity": "evaluate",
     "BinaryLowRankLinear": "linear",
     "BinaryFactors": "binary",

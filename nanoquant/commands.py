@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
 from nanoquant.console import (
     ConsoleProgress,
     check_json_path,
+    note,
     say,
     show_logs,
     table,
@@ -22,8 +24,16 @@ from nanoquant.console import (
 )
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
 from nanoquant.evaluate import perplexity
-from nanoquant.generate import SAMPLE_TOKENS, check_prompt, generate
+from nanoquant.generate import (
+    SAMPLE_TOKENS,
+    check_prompts,
+    check_sample,
+    generate,
+    greedy_sample,
+)
+from nanoquant.generation_settings import GenerationSettings
 from nanoquant.hf_quantizer import PARTS
+from nanoquant.prompts import printer, read_prompts, speed_lines
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer, weight_bytes
 
@@ -58,7 +68,7 @@ def evaluate_command(
     if text is None and sample is None:
         raise ValueError("nothing to measure: give --text, --sample or both")
     if sample is not None:
-        check_prompt(sample, sample_tokens)
+        check_sample(sample, sample_tokens)
     check_json_path(json)
     show_logs(verbose=False)
     folder, target = find_model(model), device_of(device)
@@ -85,7 +95,7 @@ def evaluate_command(
         )
     if sample is not None:
         with progress.phase("sample", 1):
-            figures["sample"] = generate(loaded, tokenizer, sample, sample_tokens)
+            figures["sample"] = greedy_sample(loaded, tokenizer, sample, sample_tokens)
         say(f"sample: {sample}{figures['sample']}")
     sizes, file_bytes = measure_sizes(loaded), weight_bytes(folder)
     say(sizes_table(sizes, file_bytes))
@@ -109,33 +119,40 @@ def _perplexity(
 
 def generate_command(
     model: str,
-    prompt: str,
-    max_new_tokens: int = SAMPLE_TOKENS,
-    temperature: float = 0.0,
-    seed: int = 0,
-    chat: bool = False,
+    prompt: list[str] | None = None,
+    prompts: str | None = None,
     device: str = "auto",
+    json: str | None = None,
+    **settings: Any,  # noqa: ANN401
 ) -> None:
-    """Print the continuation of a prompt.
+    """Print continuations: of one prompt while it is made, of several each when it is complete.
 
     Args:
         model: folder or Hub name.
-        prompt: text to continue, or the user's turn with chat.
-        max_new_tokens: most tokens to generate.
-        temperature: 0 takes the most probable token each time, above 0 samples.
-        seed: seed of the sampling.
-        chat: wrap the prompt in the tokenizer's chat template.
+        prompt: text to continue; may be given several times.
+        prompts: text file with one prompt a line, after those of --prompt.
         device: auto takes a GPU if there is one; cpu or cuda.
+        json: file for every printed figure.
+        settings: fields of GenerationSettings.
 
     Raises:
-        ValueError: the folder, the prompt or a number is not usable.
+        ValueError: the folder, a prompt or a setting is not usable.
     """
-    check_prompt(prompt, max_new_tokens)
+    chosen = GenerationSettings(**settings)
+    texts = (prompt or []) + ([] if prompts is None else read_prompts(prompts))
+    if not texts:
+        raise ValueError("nothing to continue: give --prompt TEXT, --prompts FILE or both")
+    check_prompts(texts)
+    check_json_path(json)
     show_logs(verbose=False)
     folder, target = find_model(model), device_of(device)
     tokenizer = load_tokenizer(folder)
     loaded = load_model(folder, target)
-    say(generate(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, chat))
+    done = generate(loaded, tokenizer, texts, chosen, printer(texts))
+    for line in speed_lines(done):
+        note(line)
+    figures = {"model": model, "prompts": texts, "settings": asdict(chosen)} | done.figures()
+    write_json(json, figures)
 
 
 def inspect_command(model: str, json: str | None = None) -> None:

@@ -64,7 +64,12 @@ def _obstacle(blocks: list[nn.Module]) -> str:
     kinds = {tuple(p.shape for p in block.parameters()) for block in blocks}
     if len(kinds) > MOST_KINDS:
         return f"they have {len(kinds)} different shapes, and up to {MOST_KINDS} are compiled"
-    probe = torch.zeros(8, device=next(blocks[0].parameters()).device)
+    return compiler_obstacle(next(blocks[0].parameters()).device)
+
+
+def compiler_obstacle(device: torch.device) -> str:
+    """Why nothing can be compiled for a device; empty when it can."""
+    probe = torch.zeros(8, device=device)
     try:
         torch.compile(lambda x: x + 1)(probe)
     except RuntimeError as error:

@@ -68,9 +68,9 @@ class _AboveBars(logging.Handler):
         note(f"{level}{record.getMessage()}")
 
 
-def say(text: str = "") -> None:
-    """Write a line of the result to stdout."""
-    sys.stdout.write(f"{text}\n")
+def say(text: str = "", end: str = "\n") -> None:
+    """Write a line of the result to stdout, or with another ``end`` a piece of one."""
+    sys.stdout.write(text + end)
     sys.stdout.flush()
 
 

@@ -148,6 +148,11 @@ def input_device(model: nn.Module) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
+def most_positions(model: nn.Module) -> int | None:
+    """Longest text that the model was made for, in tokens; None where its config does not say."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+
+
 def _block_calls(model: nn.Module, decoder: Decoder, window: Tensor) -> list[BlockCall]:
     """Run one window (1, T) through the whole model and note the call of every block."""
     calls: dict[int, BlockCall] = {}

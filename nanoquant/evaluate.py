@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from nanoquant.decoder import evaluation_mode, input_device
+from nanoquant.decoder import evaluation_mode, input_device, most_positions
 
 CHUNK_ELEMENTS = 16 * 2**20
 
@@ -83,7 +83,7 @@ def check_length(model: nn.Module, length: int) -> None:
     Raises:
         ValueError: tells both.
     """
-    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    positions = most_positions(model)
     if positions is not None and length > positions:
         raise ValueError(
             f"windows of {length} tokens are longer than the model's {positions} positions; ask for shorter ones"

@@ -29,7 +29,7 @@ from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs, 
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
 from nanoquant.evaluate import check_length, perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
-from nanoquant.generate import SAMPLE_TOKENS, check_prompt, generate
+from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
@@ -78,7 +78,7 @@ class JobConfig:
         if self.logger not in LOGGERS:
             raise ValueError(f"logger must be one of {', '.join(LOGGERS)}, got {self.logger!r}")
         if self.sample is not None:
-            check_prompt(self.sample, self.sample_tokens)
+            check_sample(self.sample, self.sample_tokens)
         if self.json is not None and Path(self.json).absolute() == Path(self.output).absolute():
             raise ValueError(f"--json {self.json} is the output folder; give a file")
 
@@ -174,7 +174,7 @@ def measure(
             step = partial(_advance, progress)
             figures.perplexity = perplexity(model, windows, progress=step).value
         if job.sample is not None:
-            figures.sample = generate(model, tokenizer, job.sample, job.sample_tokens)
+            figures.sample = greedy_sample(model, tokenizer, job.sample, job.sample_tokens)
     return figures
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import re
 from collections.abc import Callable
 from typing import Any
@@ -136,16 +137,27 @@ def _pick(kind: type, values: Namespace) -> Any:  # noqa: ANN401
 
 
 def _spell_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """Arguments with underscores and full names of flags, and true after a switch without a value."""
+    """Arguments with underscores and full names of flags, and true after a switch without a value.
+
+    A flag that takes a list may be given several times, each time with one text.
+    """
     switches = {
         f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"
     }
     known = parser._option_string_actions
-    spelled = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    spelled, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        following = rest[0] if rest else ""
         name, equals, value = argument.partition("=")
         flag = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
         flag = SHORT.get(flag, flag) if SHORT.get(flag) in known else flag
+        if f"{flag}+" in known and (equals or rest):
+            item = value if equals else rest.pop(0)
+            spelled.append(
+                f"{flag}+={json.dumps([item])}"
+            )  # else "null" or "[a]" would not be text
+            continue
         switched = flag in switches and not equals and following not in ("true", "false")
         spelled.append(f"{flag}=true" if switched else flag + equals + value)
     return spelled

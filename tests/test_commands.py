@@ -1,6 +1,7 @@
 """The commands evaluate, generate and inspect as a user meets them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -52,11 +53,31 @@ def test_evaluate_works_on_the_dense_model_too(place, figures, capsys):
     )
 
 
-def test_generate_continues_a_prompt(place, figures, capsys):
-    code, out, _ = call(
-        capsys, "generate", place / "out", "--prompt", "the river", "--max-new-tokens", 5
-    )
+def test_generate_continues_a_prompt_and_writes_every_printed_figure(place, figures, capsys):
+    flags = ["--prompt", "the river", "--max-new-tokens", 5, "--json", place / "text.json"]
+    code, out, err = call(capsys, "generate", place / "out", *flags)
+    found = json.loads((place / "text.json").read_text())
     assert (code, out) == (0, figures["quantized"]["sample"] + "\n")
+    assert found["texts"] == [figures["quantized"]["sample"]]
+    assert (found["prompt_tokens"], found["settings"]["max_new_tokens"]) == ([9], 5)
+    printed = [float(number.replace(",", "")) for number in re.findall(r"[\d.,]*\d", err)]
+    names = ["prefill_seconds", "prefill_tokens_per_second", "decode_tokens", "decode_seconds"]
+    names += ["decode_tokens_per_second", "step_seconds"]
+    assert printed == pytest.approx([9, *(found[name] for name in names)], rel=0.01, abs=1e-3)
+
+
+def test_generate_continues_several_prompts_each_under_its_own(place, finished, capsys, tmp_path):
+    (tmp_path / "prompts.txt").write_text("stone\nan old town\n")
+    prompts = ["the river", "light", "stone", "an old town"]
+    flags = ["--prompt", prompts[0], "--prompt", prompts[1], "--max-new-tokens", 5]
+    flags += ["--prompts", tmp_path / "prompts.txt", "--batch", 3, "--json", tmp_path / "all.json"]
+    code, out, _ = call(capsys, "generate", place / "out", *flags)
+    found = json.loads((tmp_path / "all.json").read_text())
+    assert code == 0 and found["prompts"] == prompts
+    parts = [
+        f"> {prompt}\n{text}\n\n" for prompt, text in zip(prompts, found["texts"], strict=True)
+    ]
+    assert sorted(out.split("> ")) == sorted(["", *(part[2:] for part in parts)])
 
 
 def test_inspect_shows_ranks_and_recipe_without_reading_weights(

@@ -1,5 +1,6 @@
 import json
 
+import needs
 import pytest
 import torch
 import transformers
@@ -10,7 +11,7 @@ from torch import nn
 
 from nanoquant.checkpoint import load, save_pretrained
 from nanoquant.checkpoint_files import read_header
-from nanoquant.hf_quantizer import NanoQuantHfConfig, digest
+from nanoquant.hf_quantizer import NanoQuantHfConfig, digest, packed_modules
 
 FILE = "model.safetensors"
 
@@ -130,3 +131,67 @@ def test_a_trained_scale_is_saved_under_a_new_id(folder, tmp_path):
     assert again.config.quantization_config.checkpoint_id != old
     scale = again.model.layers[0].mlp.up_proj.s1
     assert torch.equal(scale, model.model.layers[0].mlp.up_proj.s1)
+
+
+class Graphs(list):
+    """A backend of torch.compile that keeps the graphs and runs them as they are."""
+
+    def __call__(self, graph, inputs):
+        self.append(graph)
+        return graph
+
+    def calls(self, target):
+        return sum(node.target is target for graph in self for node in graph.graph.nodes)
+
+
+OPERATOR = torch.ops.nanoquant.binary_low_rank_linear.default
+
+
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2], ids=["llama", "gpt2"])
+def test_torch_compile_of_a_loaded_model_is_one_graph_with_the_operator_of_every_layer(
+    build, tmp_path
+):
+    model = load(save_pretrained(pack_randomly(build()), tmp_path / "out"))
+    windows, graphs = random_windows(2, 8), Graphs()
+    compiled = torch.compile(model, fullgraph=True, backend=graphs)
+    with torch.no_grad():
+        expected = model(input_ids=windows, use_cache=False).logits
+        assert torch.equal(compiled(input_ids=windows, use_cache=False).logits, expected)
+    assert len(graphs) == 1
+    assert graphs.calls(OPERATOR) == len(model.config.quantization_config.modules) > 0
+
+
+def test_a_decode_step_over_a_static_cache_is_one_graph(folder):
+    model, graphs = load(folder), Graphs()
+    compiled = torch.compile(model.__call__, fullgraph=True, backend=graphs)
+    windows = random_windows(1, 6)
+    with torch.no_grad():
+        expected = model(input_ids=windows).logits[:, -1]
+        cache = transformers.StaticCache(model.config, 16)
+        model(input_ids=windows[:, :4], past_key_values=cache)
+        for at in (4, 5):
+            positions = torch.tensor([[at]])
+            mask = (torch.arange(16) <= at).view(1, 1, 1, 16)
+            logits = compiled(
+                input_ids=windows[:, at : at + 1],
+                past_key_values=cache,
+                position_ids=positions,
+                attention_mask=mask,
+            ).logits
+    assert len(graphs) == 1 and graphs.calls(OPERATOR) == len(packed_modules(model))
+    torch.testing.assert_close(logits[:, -1], expected)
+
+
+@needs.compiler
+def test_a_model_compiled_by_inductor_gives_the_same_logits_and_still_generates(tmp_path):
+    model = load(save_pretrained(pack_randomly(tiny_llama(layers=1)), tmp_path / "out"))
+    windows = random_windows(2, 8)
+    with torch.no_grad():
+        expected = model(input_ids=windows, use_cache=False).logits
+        compiled = torch.compile(model, fullgraph=True)
+        logits = compiled(input_ids=windows, use_cache=False).logits
+        torch.testing.assert_close(logits, expected)
+        assert torch.equal(
+            compiled.generate(windows, max_new_tokens=4, do_sample=False),
+            model.generate(windows, max_new_tokens=4, do_sample=False),
+        )

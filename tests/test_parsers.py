@@ -1,10 +1,13 @@
 """Flags and YAML become the configuration of the library."""
 
+import dataclasses
+
 import pytest
 
 from nanoquant import parsers
 from nanoquant.commands import evaluate_command, generate_command, inspect_command
 from nanoquant.config import PRESETS
+from nanoquant.generation_settings import GenerationSettings
 
 
 def settings(*flags):
@@ -73,3 +76,22 @@ def test_dashes_and_underscores_are_the_same_and_switches_need_no_value():
     arguments = ["MODEL", "OUT", "--text", "TEXT", "--verbose", "--log-dir=my-logs"]
     job, config = parsers.parse_quantize([*arguments, "--block.dense-epochs", "9"])
     assert (job.verbose, job.log_dir, config.block.dense_epochs) == (True, "my-logs", 9)
+
+
+def test_a_prompt_may_be_given_several_times_and_is_never_read_as_yaml():
+    texts = ["the river", "null", '["a"]', "- a\n- b", "--bits", "a=b", "3"]
+    flags = [flag for text in texts[::2] for flag in ("--prompt", text)]
+    flags += [f"--prompt={text}" for text in texts[1::2]]
+    parser = parsers.command_parser("generate", generate_command, "")
+    assert parsers.parse(parser, ["MODEL", *flags]).prompt == texts[::2] + texts[1::2]
+    with pytest.raises(ValueError, match="prompt"):
+        parsers.parse(parser, ["MODEL", "--prompt"])
+
+
+def test_settings_of_generate_are_those_of_its_dataclass():
+    parser = parsers.command_parser("generate", generate_command, "")
+    values = vars(parsers.parse(parser, ["MODEL", "--options", '{"repetition_penalty": 1.1}']))
+    fields = {field.name: values[field.name] for field in dataclasses.fields(GenerationSettings)}
+    assert GenerationSettings(**fields) == GenerationSettings(options={"repetition_penalty": 1.1})
+    with pytest.raises(ValueError, match="flags near --temprature: --temperature"):
+        parsers.parse(parser, ["MODEL", "--temprature", "1"])
