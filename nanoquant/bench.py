@@ -27,6 +27,7 @@ from nanoquant.bench_shapes import (
 )
 from nanoquant.bench_timing import (
     BLOCK_BYTES,
+    AbsentError,
     CPUClock,
     CUDAClock,
     Rotation,
@@ -110,7 +111,7 @@ def run_bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
     with torch.no_grad():
         with progress.phase("roofs", 1):
             bench = make_bench(config, models, device)
-            results["device"] = roofs(bench, device)
+            results["device"] = roofs(bench, device, results)
         cases = [(target, bits) for target in models for bits in config.numbers("bits", float)]
         for part, measure in (("shapes", shape_rows), ("chain", chain_rows)):
             if part not in config.parts_asked:
@@ -123,13 +124,12 @@ def run_bench(config: BenchConfig, progress: Progress) -> dict[str, Any]:
                         results[part].append(target.depth | {"bits": bits} | row)
                     progress.advance(1)
         if "model" in config.parts_asked:
-            for target, bits in cases:
-                for linear in set(target.linears(bits)):
-                    check(bench, OPERATOR, linear, 1)
+            right = [case for case in cases if operator_is_right(bench, *case, results)]
             del bench  # its memory is for the models now
             with progress.phase("model", len(models)):
                 for target in models:
-                    results["model"] += model_rows(config, target, device, results)
+                    bits = [bits for model, bits in right if model is target]
+                    results["model"] += model_rows(config, target, bits, device, results)
                     progress.advance(1)
     return results
 
@@ -169,12 +169,15 @@ def make_bench(config: BenchConfig, models: list[Target], device: torch.device) 
     )
 
 
-def roofs(bench: Bench, device: torch.device) -> dict[str, Any]:
+def roofs(bench: Bench, device: torch.device, results: dict[str, Any]) -> dict[str, Any]:
     """What the device is and can do: bytes copied and operations multiplied in a second, measured here."""
     rates: dict[str, float | None] = {"copy_gb_per_s": None, "matmul_tflop_per_s": None}
     if bench.signs.asked:
-        rates["copy_gb_per_s"] = copy_bandwidth(bench.clock, bench.signs) / 1e9
-        rates["matmul_tflop_per_s"] = matmul_rate(bench.clock, device) / 1e12
+        try:
+            rates["copy_gb_per_s"] = copy_bandwidth(bench.clock, bench.signs) / 1e9
+            rates["matmul_tflop_per_s"] = matmul_rate(bench.clock, device) / 1e12
+        except AbsentError as error:
+            _absentees(results, part="roofs")()("copy bandwidth or matmul", str(error))
     return {
         "name": device_name(device),
         "kind": device.type,
@@ -183,6 +186,21 @@ def roofs(bench: Bench, device: torch.device) -> dict[str, Any]:
         "rotation_bytes": bench.signs.asked,
         **rates,
     }
+
+
+def operator_is_right(bench: Bench, target: Target, bits: float, results: dict[str, Any]) -> bool:
+    """Compare the operator with float64 on all linears of a model; a model that it refuses is absent.
+
+    Raises:
+        FloatingPointError: it is wrong.
+    """
+    try:
+        for linear in set(target.linears(bits)):
+            check(bench, OPERATOR, linear, 1)
+    except AbsentError as error:
+        _absentees(results, part="model", **target.depth)()(_packed(bits), str(error))
+        return False
+    return True
 
 
 def shape_rows(
@@ -207,14 +225,17 @@ def chain_rows(
 
 
 def model_rows(
-    config: BenchConfig, target: Target, device: torch.device, results: dict[str, Any]
+    config: BenchConfig,
+    target: Target,
+    bits: list[float],
+    device: torch.device,
+    results: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Decoding with the dense model and with a packed one for each number of bits, as far as memory reaches."""
     free = available_bytes(device)
     absent = _absentees(results, part="model", **target.depth)
     arms = []
-    for bits, ranks in ((None, None), *target.ranks.items()):
-        name = DENSE if bits is None else f"packed, {bits} bit"
+    for name, ranks in {DENSE: None, **{_packed(one): target.ranks[one] for one in bits}}.items():
         need = measure_sizes(build(target.config, ranks)).bytes_resident
         if free is not None and need > free:
             absent()(name, f"weights of {need:,} bytes do not fit into {free:,} free bytes")
@@ -240,6 +261,11 @@ def model_rows(
         case = {"arm": name, "context": config.context, "ratio_to_dense": ratio}
         rows.append(target.depth | case | row)
     return rows
+
+
+def _packed(bits: float) -> str:
+    """Name of the arm that decodes with packed layers."""
+    return f"packed, {bits:g} bit"
 
 
 def _with_copy(row: dict[str, Any], device: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
 from nanoquant.bench_shapes import skeleton
@@ -91,19 +91,21 @@ class Decoding:
         self.model, device = model, model.device
         self.cache = StaticCache(config=model.config, max_cache_len=context + steps + WARM_STEPS)
         prompt = torch.arange(context, device=device)[None] % model.config.vocab_size
-        self.token = prompt[:, -1:].clone()
-        self.advance = self._step
-        with torch.no_grad():
-            model(input_ids=prompt, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-            for _ in range(WARM_STEPS - 1):
-                self._step()
-            if device.type == "cuda":
-                self.advance = captured([self._step]).replay
+        self.token = self._next(prompt)  # (1, 1); steps read and write it in place
+        for _ in range(WARM_STEPS - 1):
+            self._step()
+        self.advance = captured([self._step]).replay if device.type == "cuda" else self._step
 
     @torch.no_grad()
+    def _next(self, tokens: Tensor) -> Tensor:
+        """The most probable token (1, 1) after tokens (1, n) that follow those in the cache."""
+        out = self.model(
+            input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+        )
+        return out.logits[:, -1:].argmax(-1)
+
     def _step(self) -> None:
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
-        self.token.copy_(out.logits[:, -1:].argmax(-1))
+        self.token.copy_(self._next(self.token))
 
     def seconds(self) -> float:
         """Take one step and give its duration."""

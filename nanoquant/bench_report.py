@@ -105,7 +105,7 @@ def _depth(row: dict[str, Any]) -> str:
 
 def _where(item: dict[str, Any]) -> str:
     """The case of an absent figure in one line."""
-    words = [item["part"], item["model"]]
+    words = [item["part"], *([item["model"]] if "model" in item else [])]
     words += [f"{item['d_out']} x {item['d_in']}"] if "d_out" in item else []
     words += [f"{item[key]:g} {key}" for key in ("bits", "tokens") if key in item]
     return ", ".join(words)
@@ -150,13 +150,14 @@ def plot_roofline(results: dict[str, Any], file: str) -> None:
         axes.plot(
             [x for x, _ in points], [row["tflop_per_s"] for _, row in points], ".", label=name
         )
-    ends = [min(intensity, default=1), max(intensity, default=1) * 2]
-    slope, flat = device["copy_gb_per_s"] / 1e3, device["matmul_tflop_per_s"]
-    knee = min(max(flat / slope, ends[0]), ends[1])
-    line = [min(x * slope, flat) for x in (ends[0], knee, ends[1])]
-    axes.plot(
-        [ends[0], knee, ends[1]], line, "k-", label="copy bandwidth and bf16 matmul of this run"
-    )
+    copy, flat = device["copy_gb_per_s"], device["matmul_tflop_per_s"]
+    if rows and copy is not None and flat is not None:
+        ends = min(intensity), 2 * max(intensity)
+        knee = min(max(flat / copy * 1e3, ends[0]), ends[1])
+        roof = [(x, min(x * copy / 1e3, flat)) for x in (ends[0], knee, ends[1])]
+        axes.plot(
+            *zip(*roof, strict=True), "k-", label="copy bandwidth and bf16 matmul of this run"
+        )
     axes.set_xlabel("operations per byte of weights")
     axes.set_ylabel("TFLOP/s")
     axes.set_title(f"{device['name']}, {device['threads']} threads, {results['date'][:10]}")

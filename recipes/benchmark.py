@@ -7,6 +7,7 @@
 Any flag of "nanoquant bench" works. The plot is drawn where matplotlib is installed.
 """
 
+import argparse
 import importlib.util
 import sys
 from datetime import datetime
@@ -23,7 +24,11 @@ def benchmark(arguments: list[str]) -> int:
     RUNS.mkdir(exist_ok=True)
     name = RUNS / f"bench-{datetime.now():%Y%m%d-%H%M%S}"
     flags = ["--json", f"{name}.json"]
-    shapes = "--config-only" not in arguments and "--parts" not in arguments
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-only", "--config_only")
+    parser.add_argument("--parts", default="shapes")
+    known, _ = parser.parse_known_args(arguments)
+    shapes = "shapes" in known.parts and known.config_only is None
     if shapes and importlib.util.find_spec("matplotlib") is not None:
         flags += ["--plot", f"{name}.png"]
     return main(["bench", *flags, *arguments])

@@ -174,6 +174,27 @@ def test_a_plot_without_matplotlib_is_refused_before_anything_is_measured(capsys
     assert "pip install 'nanoquant[plots]'" in line
 
 
+def test_roofs_that_would_take_too_long_are_absent_and_so_are_the_rest(tiny, tmp_path, capsys):
+    flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts chain --rotate-megabytes 1".split()
+    file = tmp_path / "bench.json"
+    code, out, _ = call(capsys, "bench", *flags, "--most-seconds", "1e-9", "--json", file)
+    figures = json.loads(file.read_text())
+    assert (code, figures["chain"], figures["device"]["copy_gb_per_s"]) == (0, [], None)
+    assert [item["part"] for item in figures["absent"]] == ["roofs"] + ["chain"] * (1 + len(PACKED))
+    assert out.count("--most-seconds allows") == 2 + len(PACKED)
+
+
+def test_a_model_whose_layers_the_operator_refuses_is_absent(tiny, tmp_path, capsys, monkeypatch):
+    def refuses(*arguments):
+        raise ValueError("not on this machine")
+
+    monkeypatch.setitem(bench_linears.PACKED, "operator", refuses)
+    flags = f"--model {tiny} --bits 0.8 --parts model".split()
+    monkeypatch.setattr("nanoquant.bench.time_arms", lambda arms, absent: {})
+    code, out, _ = call(capsys, "bench", *flags)
+    assert code == 0 and "packed, 0.8 bit: refused: not on this machine" in out
+
+
 def test_config_only_measures_one_model_without_tables_of_shapes():
     config = BenchConfig(config_only="llama-2-70b")
     assert (config.models, config.parts_asked) == (["llama-2-70b"], ["chain", "model"])
