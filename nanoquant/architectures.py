@@ -27,6 +27,7 @@ __all__ = [
     "as_linear",
     "capture_block_inputs",
     "check_supported",
+    "decoder_from_structure",
     "evaluation_mode",
     "find_decoder",
     "input_device",
@@ -72,6 +73,21 @@ def as_linear(module: nn.Module) -> nn.Linear:
     return linear.train(module.training)
 
 
+def decoder_from_structure(model: nn.Module) -> Decoder:
+    """Blocks and linears without a forward pass: in order of registration, ungrouped, also on the meta device.
+
+    Raises:
+        ValueError: as :func:`find_decoder`.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; give a decoder-only model")
+    path, blocks = _largest_module_list(model)
+    names = [[n for n, m in block.named_modules() if is_quantizable(m)] for block in blocks]
+    found = Decoder(blocks, path, tuple(map(tuple, names)), groups=((),) * len(blocks))
+    check_supported(model, found)
+    return found
+
+
 def find_decoder(model: nn.Module) -> Decoder:
     """Find the decoder blocks and their linears from the structure of the model.
 
@@ -84,12 +100,8 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         ValueError: There is no such list, or the blocks hold parts that cannot be quantized.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder; give a decoder-only model")
-    path, blocks = _largest_module_list(model)
-    names = [[n for n, m in block.named_modules() if is_quantizable(m)] for block in blocks]
-    found = Decoder(blocks, path, tuple(map(tuple, names)), groups=((),) * len(blocks))
-    check_supported(model, found)
+    found = decoder_from_structure(model)
+    blocks, path = found.blocks, found.path
     _report_kept(model, path)
     reads = _trace_reads(model, found)
     decoder = Decoder(

@@ -1,4 +1,4 @@
-"""The command line: ``nanoquant quantize | evaluate | generate | inspect``.
+"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """
@@ -22,6 +22,7 @@ commands:
   evaluate MODEL --text FILE        perplexity of a dense or quantized model
   generate MODEL --prompt TEXT      continue a text
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
+  bench                             speed and memory of packed layers and models on this machine
 
 "nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
 NANOQUANT_DEBUG=1 shows the traceback of an error.
@@ -109,6 +110,15 @@ def _quantize(arguments: list[str]) -> None:
     run_job(job, config)
 
 
+def _bench(arguments: list[str]) -> None:
+    from nanoquant.parsers import parse_bench
+
+    config = parse_bench(arguments)
+    from nanoquant.commands import bench_command
+
+    bench_command(config)
+
+
 def _other(name: str, what: str) -> Callable[[list[str]], None]:
     """The command whose function in commands.py has the flags as its arguments."""
 
@@ -129,4 +139,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "inspect": _other(
         "inspect", "Show sizes, ranks and recipe of a checkpoint without its weights."
     ),
+    "bench": _bench,
 }

@@ -161,8 +161,8 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] = ()) -> str:
     return "\n".join(text)
 
 
-def check_json_path(file: str | None) -> None:
-    """Refuse a file for figures that could not be written at the end.
+def check_json_path(file: str | None, flag: str = "--json") -> None:
+    """Refuse a file for figures, given with ``flag``, that could not be written at the end.
 
     Raises:
         ValueError: its folder does not exist or can't be written to, or it is a folder.
@@ -171,10 +171,10 @@ def check_json_path(file: str | None) -> None:
         return
     path = Path(file)
     if path.is_dir():
-        raise ValueError(f"--json {file} is a folder; give a file")
+        raise ValueError(f"{flag} {file} is a folder; give a file")
     if not path.parent.is_dir():
-        raise ValueError(f"--json {file}: there is no folder {path.parent}; make it first")
-    check_writable(path.parent, f"--json {file}")
+        raise ValueError(f"{flag} {file}: there is no folder {path.parent}; make it first")
+    check_writable(path.parent, f"{flag} {file}")
 
 
 def write_json(file: str | None, figures: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import jsonargparse
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
+from nanoquant.bench_config import BenchConfig
 from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
 from nanoquant.job import JobConfig
 
@@ -89,6 +90,23 @@ def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
     parser = quantize_parser(preset)
     built = parser.instantiate_classes(parse(parser, arguments))
     return _pick(JobConfig, built), _pick(NanoQuantConfig, built)
+
+
+def bench_parser() -> ArgumentParser:
+    """Parser of ``bench``."""
+    what = "Measure packed linears and models against bf16 on this machine, with random weights."
+    parser = _empty("bench", "[flags]", what)
+    parser.add_class_arguments(BenchConfig, None)
+    return parser
+
+
+def parse_bench(arguments: list[str]) -> BenchConfig:
+    """Settings of ``bench``.
+
+    Raises:
+        ValueError: unknown flag, or a value out of its range.
+    """
+    return _pick(BenchConfig, parse(bench_parser(), arguments))
 
 
 class _YamlFile(jsonargparse.ActionConfigFile):

@@ -71,10 +71,17 @@ def test_make_targets_named_exist():
 
 def test_readme_commands_parse():
     lines = re.findall(r"^nanoquant (\w+) (.*)$", README, re.MULTILINE)
-    assert [command for command, _ in lines] == ["quantize", "evaluate", "generate", "inspect"]
+    assert [command for command, _ in lines] == [
+        "quantize",
+        "evaluate",
+        "generate",
+        "inspect",
+        "bench",
+    ]
+    own = {"quantize": parsers.parse_quantize, "bench": parsers.parse_bench}
     for command, arguments in lines:
-        if command == "quantize":
-            parsers.parse_quantize(shlex.split(arguments))
+        if command in own:
+            own[command](shlex.split(arguments))
         else:
             function = getattr(importlib.import_module("nanoquant.commands"), f"{command}_command")
             parsers.parse(parsers.command_parser(command, function, ""), shlex.split(arguments))

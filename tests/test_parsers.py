@@ -22,8 +22,9 @@ def settings(*flags):
         parsers.command_parser("evaluate", evaluate_command, ""),
         parsers.command_parser("generate", generate_command, ""),
         parsers.command_parser("inspect", inspect_command, ""),
+        parsers.bench_parser(),
     ],
-    ids=["quantize", "evaluate", "generate", "inspect"],
+    ids=["quantize", "evaluate", "generate", "inspect", "bench"],
 )
 def test_help_explains_every_flag(parser):
     unexplained = [action.dest for action in parser._actions if not action.help]

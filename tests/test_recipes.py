@@ -82,6 +82,20 @@ def test_demo_passes_flags_on_and_never_reuses_a_folder(recipe, tmp_path, monkey
     assert (job.text, job.json) == ("recipes/data/wiki_train.txt", f"{calls[0][2]}.json")
 
 
+def test_benchmark_passes_flags_on_and_plots_where_there_are_shapes(recipe, tmp_path, monkeypatch):
+    benchmark = recipe("benchmark")
+    calls = []
+    monkeypatch.setattr(benchmark, "main", calls.append)
+    monkeypatch.setattr(benchmark, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: name)
+    for flags in (["--model", "demo"], ["--config-only=demo"], ["--parts", "chain"]):
+        benchmark.benchmark(flags)
+    configs = [parsers.parse_bench(call[1:]) for call in calls]
+    assert [config.plot is not None for config in configs] == [True, False, False]
+    assert {Path(config.json).parent for config in configs} == {tmp_path / "runs"}
+    assert [config.models for config in configs[:2]] == [["demo"], ["demo"]]
+
+
 @pytest.fixture
 def model_recipe(recipe, tmp_path, monkeypatch):
     """The recipe of the demo model with a small wheel in its cache and a conversion that only copies."""

@@ -1,0 +1,123 @@
+"""Shapes of published models, from their configurations alone: no weight is read or made.
+
+The models are built on the meta device by transformers, so a shape is what transformers makes of a configuration.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from nanoquant.architectures import decoder_from_structure
+from nanoquant.budget import BudgetConfig, allocate_ranks
+from nanoquant.checkpoint_files import read_json
+
+LLAMA_2 = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama-2-7b": LLAMA_2
+    | {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32},
+    "llama-2-70b": LLAMA_2
+    | {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8},
+    "qwen3-8b": {"model_type": "qwen3", "vocab_size": 151936, "max_position_embeddings": 40960}
+    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+    "demo": {"model_type": "llama", "vocab_size": 49152, "max_position_embeddings": 8192}
+    | {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+}
+"""What sets the shapes of published models; "demo" is SmolLM2-135M. A model more is an entry more."""
+
+
+def model_config(name: str, layers: int | None = None) -> PreTrainedConfig:
+    """Configuration of a published model or of a local folder.
+
+    Args:
+        name: a name of :data:`CONFIGS`, a folder with a config.json, or such a file.
+        layers: cut the model to its first layers; None keeps all.
+
+    Raises:
+        ValueError: the name is neither, the file is no causal language model's, or layers is out of range.
+    """
+    config = _whole_config(name)
+    most = config.num_hidden_layers
+    if layers is None:
+        return config
+    if not 1 <= layers <= most:
+        raise ValueError(f"layers must be 1 to {most}, the layers of {name}, got {layers}")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    return config
+
+
+def _whole_config(name: str) -> PreTrainedConfig:
+    """The configuration in its whole depth, without a quantization that it may state."""
+    file = Path(name, "config.json") if Path(name).is_dir() else Path(name)
+    if name in CONFIGS:
+        values = dict(CONFIGS[name])
+    elif file.is_file():
+        values = read_json(file)
+    else:
+        raise ValueError(
+            f"there is no model {name!r} and no {file}; give one of {', '.join(CONFIGS)}, or a "
+            "folder with a config.json"
+        )
+    values.pop("quantization_config", None)
+    kind = values.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(kind, **values)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is no configuration that transformers knows (model_type {kind!r}): {error}"
+        ) from error
+    config.dtype = torch.bfloat16
+    return config
+
+
+def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
+    """The dense bf16 model on the meta device, in evaluation mode.
+
+    Raises:
+        ValueError: the configuration is not that of a causal language model.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, trust_remote_code=False
+        )
+    return model.eval()
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Full name of every linear of the decoder blocks, in order, to (d_out, d_in).
+
+    Raises:
+        ValueError: the blocks hold parts that can't be quantized.
+    """
+    linears = decoder_from_structure(model).linear_modules()
+    shapes = {name: tuple(module.weight.shape) for name, module in linears.items()}
+    plain = {name: isinstance(module, torch.nn.Linear) for name, module in linears.items()}
+    return {name: shape if plain[name] else shape[::-1] for name, shape in shapes.items()}
+
+
+def ranks_at(shapes: dict[str, tuple[int, int]], bits: float) -> dict[str, int]:
+    """Rank of every linear as quantization at ``bits`` per weight would choose it."""
+    return allocate_ranks(shapes, BudgetConfig(bits=bits))
+
+
+def distinct_shapes(
+    shapes: dict[str, tuple[int, int]], ranks: dict[str, int]
+) -> dict[tuple[int, int], tuple[int, str]]:
+    """Every shape (d_out, d_in) once, with its commonest rank and the linears that have it: "q_proj, o_proj"."""
+    found = {}
+    for shape in dict.fromkeys(shapes.values()):
+        names = [name for name in shapes if shapes[name] == shape]
+        rank = Counter(ranks[name] for name in names).most_common(1)[0][0]
+        kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
+        found[shape] = rank, ", ".join(kinds)
+    return found

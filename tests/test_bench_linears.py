@@ -1,0 +1,142 @@
+"""Implementations are right before they are timed; what is wrong is refused, what can't be taken is absent."""
+
+import pytest
+import torch
+
+from nanoquant import bench_linears
+from nanoquant.bench_linears import (
+    DENSE,
+    OPERATOR,
+    PACKED,
+    Bench,
+    Linear,
+    check,
+    dense_product,
+    packed_product,
+    time_chain,
+    time_linear,
+)
+from nanoquant.bench_timing import CPUClock, Rotation
+from nanoquant_kernels import unpack_signs
+
+SMALL = Linear(48, 40, 32)
+
+
+@pytest.fixture
+def bench():
+    torch.manual_seed(0)
+    signs = torch.randint(0, 256, (2**16,), dtype=torch.uint8)
+    reals = torch.randn(2**15).bfloat16()
+    rotations = Rotation(10**6, 10**5, signs), Rotation(10**6, 10**6, reals)
+    return Bench(*rotations, CPUClock(20, 5.0), most_error=8e-3, cache=10**6)
+
+
+def none_absent(name, why):
+    raise AssertionError(f"{name}: {why}")
+
+
+@pytest.mark.parametrize("linear", [SMALL, Linear(30, 21, 13), Linear(24, 1100, 1050)], ids=str)
+def test_the_float64_product_is_that_of_the_dense_weight(bench, linear):
+    u, v, s1, s2, bias, rank = bench.arguments(OPERATOR, linear)
+    x = torch.randn(5, linear.d_in, dtype=torch.float64)
+    U, V = (unpack_signs(u, rank, torch.float64), unpack_signs(v, linear.d_in, torch.float64))
+    weight = s1.double()[:, None] * (U @ V) * s2.double()
+    torch.testing.assert_close(packed_product(x, u, v, s1, s2, bias, rank), x @ weight.mT)
+    torch.testing.assert_close(dense_product(x, weight), x @ weight.mT)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("name", [DENSE, *PACKED])
+def test_every_implementation_is_right(bench, name, tokens):
+    for linear in (SMALL, Linear(30, 21, 13)):
+        assert 0 < check(bench, name, linear, tokens) < bench.most_error
+
+
+def flipped_sign(*arguments):
+    y = PACKED["reference"](*arguments)
+    y[..., 3] *= -1
+    return y
+
+
+def wrong_row(*arguments):
+    y = PACKED["reference"](*arguments)
+    y[len(y) // 3] = 0
+    return y
+
+
+WRONG = {
+    "one output": flipped_sign,
+    "one token": wrong_row,
+    "not finite": lambda *arguments: PACKED["reference"](*arguments) * torch.nan,
+    "a shape": lambda *arguments: PACKED["reference"](*arguments)[..., :-1],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
+def test_a_wrong_implementation_is_refused_and_not_timed(bench, wrong, monkeypatch):
+    monkeypatch.setitem(PACKED, OPERATOR, wrong)
+    monkeypatch.setattr(bench_linears, "interleaved", None)
+    with pytest.raises(FloatingPointError, match=OPERATOR):
+        time_linear(bench, SMALL, 300, none_absent)
+    with pytest.raises(FloatingPointError, match=OPERATOR):
+        time_chain(bench, [SMALL], 300, none_absent)
+
+
+def test_what_an_implementation_refuses_is_absent_and_the_others_are_measured(bench, monkeypatch):
+    def refuses(*arguments):
+        raise ValueError("serves 1 to 16 tokens, got 17")
+
+    monkeypatch.setitem(PACKED, OPERATOR, refuses)
+    absent = []
+    rows = time_linear(bench, SMALL, 17, lambda *what: absent.append(what))
+    assert [row["implementation"] for row in rows] == [DENSE, "reference"]
+    assert absent == [(OPERATOR, "refused: serves 1 to 16 tokens, got 17")]
+
+
+def test_figures_of_a_linear_fit_together(bench):
+    rows = {row["implementation"]: row for row in time_linear(bench, SMALL, 2, none_absent)}
+    assert list(rows) == [DENSE, *PACKED]
+    assert rows[DENSE]["ratio_to_dense"] == 1 and rows[DENSE]["weight_bytes"] == 2 * 48 * 40
+    for row in rows.values():
+        seconds = row["microseconds"] / 1e6
+        assert row["gb_per_s"] == pytest.approx(row["weight_bytes"] / seconds / 1e9)
+        assert row["ratio_to_dense"] == pytest.approx(
+            rows[DENSE]["microseconds"] / row["microseconds"]
+        )
+    packed = rows[OPERATOR]
+    assert packed["weight_bytes"] == 48 * 4 + 32 * 5 + 2 * (48 + 40)
+    assert packed["operations"] == 2 * 2 * 32 * (48 + 40)
+
+
+def test_without_a_dense_figure_there_is_no_ratio(bench, monkeypatch):
+    monkeypatch.setattr(bench_linears, "function_of", lambda name: PACKED.get(name, _out_of_memory))
+    absent = []
+    rows = time_linear(bench, SMALL, 1, lambda *what: absent.append(what))
+    assert {row["ratio_to_dense"] for row in rows} == {None}
+    assert absent == [(DENSE, "out of memory: too large")]
+
+
+def _out_of_memory(*arguments):
+    raise MemoryError("too large")
+
+
+def test_weights_are_said_to_come_from_a_cache_unless_four_times_its_size_passes_between(bench):
+    assert bench.in_cache(3_999_999) is True and bench.in_cache(4_000_000) is False
+    bench.cache = None
+    assert bench.in_cache(10**12) is None
+
+
+def test_a_chain_runs_every_linear_in_order_with_weights_of_its_own(bench, monkeypatch):
+    linears, calls = [SMALL, Linear(40, 48, 32), SMALL], []
+
+    def noted(x, u_signs, *rest):
+        calls.append((u_signs.data_ptr(), x.shape[-1]))
+        return PACKED["reference"](x, u_signs, *rest)
+
+    monkeypatch.setitem(PACKED, OPERATOR, noted)
+    rows = time_chain(bench, linears, 2, none_absent)
+    timed = calls[2:]  # the first two are checks of the two shapes
+    assert [width for _, width in timed[:6]] == [40, 48, 40] * 2
+    assert len(set(timed)) == 3 and timed[:3] == timed[3:6] == timed[-3:]
+    assert {(row["linears"], row["in_cache"]) for row in rows} == {(3, True)}
+    assert rows[1]["weight_bytes"] == sum(linear.packed_bytes for linear in linears)

@@ -1,0 +1,120 @@
+"""Models from a configuration alone: packed without a dense weight, sane activations, steps that a graph can hold."""
+
+import dataclasses
+
+import pytest
+import torch
+from tiny_models import FAMILIES, random_windows, tiny_llama
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nanoquant.bench_model import WARM_STEPS, Arm, Decoding, build, fill, memory_figures
+from nanoquant.bench_process import time_arms
+from nanoquant.bench_shapes import linear_shapes, skeleton
+from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.sizes import measure_sizes
+
+
+def ranks_of(config, rank=32):
+    return dict.fromkeys(linear_shapes(skeleton(config)), rank)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_packed_model_of_any_family_has_no_dense_linear_and_finite_outputs(family):
+    config = FAMILIES[family]().config
+    ranks = ranks_of(config)
+    model = build(config, ranks)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    packed = {n for n, m in model.named_modules() if isinstance(m, PackedBinaryLinear)}
+    assert packed == ranks.keys()
+    model = fill(model, "cpu")
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert set(linears) <= {"lm_head"} and model.dtype == torch.bfloat16
+    logits = model(random_windows(1, 12)).logits
+    assert logits.isfinite().all() and logits.std() > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "qwen3", "gpt2"])
+def test_norms_and_position_tables_are_those_of_the_family(family):
+    config = FAMILIES[family]().config
+    ours, theirs = fill(build(config, None), "cpu"), FAMILIES[family](dtype=torch.bfloat16)
+    for name, buffer in theirs.named_buffers():
+        assert torch.equal(ours.get_buffer(name), buffer), name
+    for name, parameter in theirs.named_parameters():
+        found = ours.get_parameter(name)
+        if parameter.ndim == 1:
+            assert torch.equal(found, parameter), name
+        else:
+            assert found.shape == parameter.shape and found.float().std() > 0.01
+
+
+def test_a_tied_head_stays_tied():
+    model = fill(build(tiny_llama(tie=True).config, None), "cpu")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_signs_past_the_last_column_are_zero_as_in_the_stored_layout():
+    config = tiny_llama(intermediate_size=99).config
+    model = fill(build(config, ranks_of(config, 13)), "cpu")
+    down = model.model.layers[0].mlp.down_proj
+    assert not (down.u_signs[:, -1] >> 5).any() and not (down.v_signs[:, -1] >> 3).any()
+    assert down.u_signs.unique().numel() > 100 or down.u_signs.numel() < 200
+
+
+class Noted(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_step_of_decoding_reads_no_value_back_so_a_graph_can_hold_it(packed):
+    config = tiny_llama().config
+    model = fill(build(config, ranks_of(config) if packed else None), "cpu")
+    decoding = Decoding(model, context=5, steps=2)
+    with Noted() as noted:
+        decoding.advance()
+    assert len(noted.names) > 20
+    assert not [name for name in noted.names if "_local_scalar_dense" in name or "nonzero" in name]
+
+
+def test_decoding_continues_as_a_forward_pass_without_a_cache_does():
+    model = fill(build(tiny_llama(tie=False).config, None), "cpu").float()
+    decoding = Decoding(model, context=6, steps=4)
+    sequence = torch.arange(6)[None]
+    for step in range(WARM_STEPS + 4):
+        sequence = torch.cat([sequence, model(sequence).logits[:, -1:].argmax(-1)], dim=-1)
+        if step >= WARM_STEPS:
+            decoding.advance()
+        if step >= WARM_STEPS - 1:
+            assert decoding.token.item() == sequence[0, -1]
+    assert len(sequence.unique()) > 6
+
+
+def test_memory_counts_the_weights_that_are_resident():
+    model = fill(build(tiny_llama().config, None), "cpu")
+    figures = memory_figures(model, None)
+    assert figures == {"weight_bytes": measure_sizes(model).bytes_resident, "peak_bytes": None}
+
+
+def test_arms_run_in_processes_of_their_own_and_one_that_fails_is_absent():
+    config = tiny_llama().config
+    common = {"device": "cpu", "threads": 1, "context": 4, "repeats": 20, "most_seconds": 60.0}
+    dense = Arm(name="dense", config=config, ranks=None, **common)
+    packed = dataclasses.replace(dense, name="packed", ranks=ranks_of(config))
+    broken = dataclasses.replace(dense, name="broken", ranks={"model.layers.0.mlp.up_proj": 0})
+    slow = dataclasses.replace(dense, name="slow", most_seconds=1e-9)
+    absent = {}
+    figures = time_arms([dense, broken, slow, packed], absent.__setitem__)
+    assert list(figures) == ["dense", "packed"]
+    assert "must be at least 1" in absent["broken"] and "--most-seconds" in absent["slow"]
+    for row in figures.values():
+        assert row["tokens_per_s"] == pytest.approx(1e3 / row["milliseconds"])
+        assert row["peak_bytes"] is None or row["peak_bytes"] > 0
+    assert figures["packed"]["weight_bytes"] < figures["dense"]["weight_bytes"]
