@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from nanoquant.compiling import compiler_obstacle
 from nanoquant.decoder import evaluation_mode, input_device, most_positions
 from nanoquant.generation_settings import GenerationSettings, end_tokens, own_config
+from nanoquant.shared_launch import prepare_for_decoding
 from nanoquant.streaming import BatchStreamer, Write
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def generate(
     _check_padding(batches, config)
     new_tokens = _new_tokens(model, config, settings.max_new_tokens, lengths)
     _choose_cache(model, config, settings.compile)
+    prepare_for_decoding(model)
     device = input_device(model)
     done = Generation(prompt_tokens=lengths)
     with contextlib.ExitStack() as stack:
