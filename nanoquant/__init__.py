@@ -31,6 +31,8 @@ _MODULES = {
     "ModelReconstructor": "model_reconstruction",
     "PackedBinaryLinear": "packed_linear",
     "PackedBinaryTensor": "packed_tensor",
+    "EmbeddingConfig": "embedding",
+    "quantize_embeddings": "embedding",
 }
 
 __all__ = [*_MODULES, "__version__"]

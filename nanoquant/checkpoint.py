@@ -23,6 +23,7 @@ from nanoquant.checkpoint_files import (
     resolve_folder,
     verify_folder,
 )
+from nanoquant.embedding import swap_embeddings
 from nanoquant.hf_quantizer import (
     PARTS,
     NanoQuantHfConfig,
@@ -207,6 +208,7 @@ def read_sizes(model: nn.Module | str | Path) -> Sizes:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     swap_modules(skeleton, config.quantization_config["modules"], stored)
+    swap_embeddings(skeleton, config.quantization_config.get("tables", {}))
     check_tensors(skeleton, stored)
     sizes = measure_sizes(skeleton)
     stored_bytes = sum(

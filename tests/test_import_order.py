@@ -31,6 +31,7 @@ ORDER = (
     "model_reconstruction",
     "packed_linear",
     "packed_tensor",
+    "embedding",
     "sizes",
     "checkpoint_files",
     "hf_quantizer",
