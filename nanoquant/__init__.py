@@ -32,7 +32,7 @@ _MODULES = {
     "PackedBinaryLinear": "packed_linear",
     "PackedBinaryTensor": "packed_tensor",
     "EmbeddingConfig": "embedding",
-    "quantize_embeddings": "embedding",
+    "quantize_embeddings": "model_embeddings",
 }
 
 __all__ = [*_MODULES, "__version__"]

@@ -23,7 +23,6 @@ from nanoquant.checkpoint_files import (
     resolve_folder,
     verify_folder,
 )
-from nanoquant.embedding import swap_embeddings
 from nanoquant.hf_quantizer import (
     PARTS,
     NanoQuantHfConfig,
@@ -33,6 +32,7 @@ from nanoquant.hf_quantizer import (
     swap_modules,
 )
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.model_embeddings import swap_embeddings
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import Sizes, measure_sizes
 

@@ -27,7 +27,12 @@ from nanoquant.checkpoint_files import (
     read_headers,
     verify_folder,
 )
-from nanoquant.embedding import dense_embeddings, quantized_tables, swap_embeddings, table_entries
+from nanoquant.model_embeddings import (
+    dense_embeddings,
+    quantized_tables,
+    swap_embeddings,
+    table_entries,
+)
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import packed_parts
 

@@ -19,9 +19,9 @@ from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Init
 from nanoquant.budget import allocate_ranks, body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
-from nanoquant.embedding import check_embeddings, quantize_embeddings
 from nanoquant.evaluate import check_length
 from nanoquant.importance import Importance, collect_importances
+from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
 from nanoquant.sizes import Sizes, measure_sizes

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from nanoquant.embedding import quantized_tables
+from nanoquant.model_embeddings import quantized_tables
 from nanoquant.packed_linear import PackedBinaryLinear
 
 

@@ -25,16 +25,15 @@ from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
 
 from nanoquant.checkpoint import load, read_sizes, save_pretrained
 from nanoquant.checkpoint_files import read_header
+from nanoquant.commands import inspect_command
 from nanoquant.embedding import (
     EmbeddingConfig,
     QuantizedEmbedding,
     QuantizedHead,
-    find_embeddings,
-    quantize_embeddings,
     quantize_table,
-    quantized_tables,
 )
 from nanoquant.generate import generate
+from nanoquant.model_embeddings import find_embeddings, quantize_embeddings, quantized_tables
 from nanoquant.sizes import measure_sizes
 
 WINDOWS = random_windows(2, 16)
@@ -321,6 +320,25 @@ def test_a_copy_of_the_model_is_tied_and_computes_the_same():
     assert torch.equal(logits(again), logits(model))
     assert again.lm_head.codes is again.model.embed_tokens.codes
     assert again.lm_head.codes is not model.lm_head.codes
+
+
+@BOTH
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma3])
+def test_a_compiler_traces_the_whole_model_in_one_graph(build, config):
+    model = small(build, config)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(WINDOWS, use_cache=False).logits
+    torch.testing.assert_close(found, logits(model))
+
+
+def test_inspect_shows_bits_and_weights_of_the_embedding(tmp_path, capsys):
+    folder = save_pretrained(small(dtype=torch.bfloat16), tmp_path / "out")
+    inspect_command(str(folder))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {" ".join(words[:-1]): words[-1] for words in lines if words}
+    assert rows["bits per weight, embedding and head"] == "4.7500"
+    assert rows["weights in embedding and head"] == "8,192"
 
 
 def test_sizes_without_tables_say_so():

@@ -32,6 +32,7 @@ ORDER = (
     "packed_linear",
     "packed_tensor",
     "embedding",
+    "model_embeddings",
     "sizes",
     "checkpoint_files",
     "hf_quantizer",

@@ -39,7 +39,8 @@ def dense_rows(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """Dense entries (m, d) of rows of a table, computed in float32, in the dtype of ``scales``."""
     if codes.dtype == torch.uint8:
         codes = unpack_codes(codes)
-    values = codes.float().unflatten(-1, (scales.shape[-1], -1))  # (m, G, d / G)
+    m, d = codes.shape
+    values = codes.float().view(m, scales.shape[-1], d // scales.shape[-1])  # (m, G, d / G)
     if zeros is not None:
         values = values - zeros.float().unsqueeze(-1)
     return (values * scales.float().unsqueeze(-1)).flatten(-2).to(scales.dtype)
@@ -49,7 +50,8 @@ def table_rows(ids: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None)
     """Rows of a table by their numbers: ids (...) to (..., d) in the dtype of ``scales``."""
     parts = [None if t is None else F.embedding(ids, t) for t in (codes, scales, zeros)]
     flat = [None if t is None else t.reshape(-1, t.shape[-1]) for t in parts]
-    return dense_rows(*flat).view(*ids.shape, -1)
+    rows = dense_rows(*flat)
+    return rows.view(*ids.shape, rows.shape[-1])
 
 
 def chunks(codes: Tensor, scales: Tensor, zeros: Tensor | None) -> Iterator[tuple[slice, Tensor]]:

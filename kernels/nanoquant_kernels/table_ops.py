@@ -126,7 +126,7 @@ def cpu_table_linear(
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """PyTorch's own product with int8 codes; on a CPU only bfloat16 is fast."""
     flat = x.reshape(-1, x.shape[-1]).contiguous()
-    y = torch._weight_int8pack_mm(flat, codes, scales.flatten()).view(*x.shape[:-1], -1)
+    y = torch._weight_int8pack_mm(flat, codes, scales.flatten()).view(*x.shape[:-1], len(codes))
     return y if bias is None else y + bias.to(x.dtype)
 
 
