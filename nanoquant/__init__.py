@@ -32,6 +32,8 @@ _MODULES = {
     "ModelReconstructor": "model_reconstruction",
     "PackedBinaryLinear": "packed_linear",
     "PackedBinaryTensor": "packed_tensor",
+    "EmbeddingConfig": "embedding",
+    "quantize_embeddings": "model_embeddings",
 }
 
 __all__ = [*_MODULES, "__version__"]

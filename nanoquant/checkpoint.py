@@ -32,6 +32,7 @@ from nanoquant.hf_quantizer import (
     swap_modules,
 )
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.model_embeddings import swap_embeddings
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import Sizes, measure_sizes
 
@@ -207,6 +208,7 @@ def read_sizes(model: nn.Module | str | Path) -> Sizes:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     swap_modules(skeleton, config.quantization_config["modules"], stored)
+    swap_embeddings(skeleton, config.quantization_config.get("tables", {}))
     check_tensors(skeleton, stored)
     sizes = measure_sizes(skeleton)
     stored_bytes = sum(

@@ -13,7 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 QUANT_METHOD = "nanoquant"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest; 2 adds quantized embeddings and heads, and a checkpoint without those stays at 1."""
 CHECKPOINT_KEY = "nanoquant_checkpoint"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -139,6 +140,13 @@ def check_format(quantization_config: dict[str, Any] | None, where: str) -> None
         rank = entry.get("rank") if isinstance(entry, dict) else None
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"{where} lists {name} with {entry!r}; it needs a rank >= 1")
+    if not isinstance(quantization_config.get("tables", {}), dict):
+        raise ValueError(f"{where} has tables that are no object in its config.json")
+
+
+def lowest_version(tables: dict[str, Any] | None) -> int:
+    """Version of the stored layout that a checkpoint needs."""
+    return 2 if tables else 1
 
 
 def shard_files(folder: Path) -> list[Path]:

@@ -204,11 +204,15 @@ def bench_command(config: BenchConfig) -> None:
 
 
 def sizes_table(sizes: Sizes, file_bytes: int) -> str:
-    """The four sizes; those that do not apply are left out."""
+    """The sizes; those that do not apply are left out."""
     rows = []
     if sizes.body_bits_per_weight is not None:
         rows.append(["bits per weight, body", f"{sizes.body_bits_per_weight:.4f}"])
         rows.append(["weights in quantized linears", f"{sizes.body_weights:,}"])
+    if sizes.embedding_bits_per_weight is not None:
+        bits = f"{sizes.embedding_bits_per_weight:.4f}"
+        rows.append(["bits per weight, embedding and head", bits])
+        rows.append(["weights in embedding and head", f"{sizes.embedding_weights:,}"])
     rows += [
         ["bits per weight, whole model", f"{sizes.model_bits_per_parameter:.4f}"],
         ["bytes on disk", f"{file_bytes:,}"],

@@ -15,6 +15,7 @@ from torchao.core.config import AOBaseConfig
 from nanoquant.admm import ADMMConfig
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.budget import BudgetConfig
+from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.training import OptimizerConfig, RunConfig
@@ -67,6 +68,8 @@ class NanoQuantConfig(AOBaseConfig):
     """Block reconstruction."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Model reconstruction."""
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    """Storage of the token embedding and the language model head."""
     run: RunConfig = field(default_factory=RunConfig)
     """Devices, precision, seed."""
 

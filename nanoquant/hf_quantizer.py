@@ -20,17 +20,24 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nanoquant.checkpoint_files import (
     CHECKPOINT_KEY,
-    FORMAT_VERSION,
     QUANT_METHOD,
     StoredTensor,
     check_format,
+    lowest_version,
     read_headers,
     verify_folder,
+)
+from nanoquant.model_embeddings import (
+    dense_embeddings,
+    quantized_tables,
+    swap_embeddings,
+    table_entries,
 )
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import packed_parts
 
 PARTS = ("u_signs", "v_signs", "s1", "s2")
+BYTES = {torch.uint8: "U8", torch.int8: "I8"}
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -40,27 +47,40 @@ class NanoQuantHfConfig(QuantizationConfigMixin):
 
     Args:
         modules: full module name to {"rank": r}, for every quantized linear.
-        format_version: version of the stored layout; a newer one than this library's is refused.
+        format_version: version of the stored layout, None for the lowest that the content needs; one
+            that is newer than this library's is refused.
         recipe: how the model was made, any JSON object; nothing reads it.
         checkpoint_id: digest of the tensors at saving, repeated in every shard. It ties shards
             together so that they are not mixed up; it does not verify content when loading.
         quant_method: always "nanoquant".
+        tables: full name of a quantized embedding or head to its bits and, at 4 bits, group size; not
+            written where there is none.
     """
 
     def __init__(
         self,
         modules: dict[str, dict[str, int]] | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int | None = None,
         recipe: dict[str, Any] | None = None,
         checkpoint_id: str | None = None,
         quant_method: str = QUANT_METHOD,
+        tables: dict[str, dict[str, int]] | None = None,
     ) -> None:
         self.quant_method = quant_method
-        self.format_version = format_version
+        self.format_version = lowest_version(tables) if format_version is None else format_version
         self.modules = {} if modules is None else modules
         self.recipe = {} if recipe is None else recipe
         self.checkpoint_id = checkpoint_id
+        if tables:
+            self.tables = tables
         check_format(self.__dict__, "the checkpoint")
+
+    def set_tables(self, tables: dict[str, dict[str, int]]) -> None:
+        """Record the quantized embedding and head; without any the configuration has no such entry."""
+        self.__dict__.pop("tables", None)
+        if tables:
+            self.tables = tables
+        self.format_version = lowest_version(tables)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -76,6 +96,7 @@ class NanoQuantHfQuantizer(HfQuantizer):
         """Check the files, swap the listed modules, check every stored tensor against the model."""
         stored = self._read_files(model, [Path(file) for file in checkpoint_files or []])
         swap_modules(model, self.quantization_config.modules, stored)
+        swap_embeddings(model, getattr(self.quantization_config, "tables", {}))
         check_tensors(model, stored)
 
     def _read_files(self, model: PreTrainedModel, files: list[Path]) -> dict[str, StoredTensor]:
@@ -101,6 +122,8 @@ class NanoQuantHfQuantizer(HfQuantizer):
         """Freeze the packed tensors and make sure that nothing was left without a value."""
         for module in packed_modules(model).values():
             module.requires_grad_(False)
+        for table in quantized_tables(model).values():
+            table.scales.requires_grad_(False)
         offloaded = len(set(getattr(model, "hf_device_map", {}).values())) > 1
         tensors = [*model.named_parameters(), *model.named_buffers()]
         empty = [name for name, tensor in tensors if tensor.is_meta]
@@ -112,6 +135,7 @@ class NanoQuantHfQuantizer(HfQuantizer):
         """Bring the configuration up to date; ``save_pretrained`` calls this first."""
         config = self.quantization_config
         config.modules = {name: {"rank": m.rank} for name, m in packed_modules(model).items()}
+        config.set_tables(table_entries(model))
         config.checkpoint_id = digest(model)
         return None, {CHECKPOINT_KEY: config.checkpoint_id}
 
@@ -125,6 +149,7 @@ class NanoQuantHfQuantizer(HfQuantizer):
             linear.weight = nn.Parameter(packed.dequantize().to(dtype), requires_grad=False)
             linear.bias = bias
             model.set_submodule(name, linear.train(packed.training))
+        dense_embeddings(model, dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -213,11 +238,13 @@ def check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> No
         )
     for name, tensor in stored.items():
         want = expected[name]
-        signs = want.dtype == torch.uint8
-        if tensor.shape != tuple(want.shape) or signs != (tensor.dtype == "U8"):
+        kind = BYTES.get(want.dtype)
+        if tensor.shape != tuple(want.shape) or kind != (
+            tensor.dtype if tensor.dtype in BYTES.values() else None
+        ):
             raise ValueError(
                 f"{name} in {tensor.file} is {tensor.dtype} of shape {tensor.shape}, but the model "
-                f"asks for {'U8' if signs else want.dtype} of shape {tuple(want.shape)}"
+                f"asks for {kind or want.dtype} of shape {tuple(want.shape)}"
             )
 
 

@@ -21,6 +21,7 @@ from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluate import check_length
 from nanoquant.importance import Importance, collect_importances
+from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
 from nanoquant.sizes import Sizes, measure_sizes
@@ -110,6 +111,7 @@ def quantize(
             del teacher
     with progress.phase("pack", 1):
         pack_model(model)
+        quantize_embeddings(model, config.embedding)
         progress.advance(1)
     report.sizes, report.seconds = measure_sizes(model), progress.seconds
     return report
@@ -131,10 +133,11 @@ def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> 
     """Refuse what could only fail later.
 
     Raises:
-        ValueError: weights are not finite (named) or float16, the precision does not fit, or the text has
-            tokens that the model does not know.
+        ValueError: weights are not finite (named) or float16, the precision or the embedding's group
+            size does not fit, or the text has tokens that the model does not know.
     """
     check_finite(model)
+    check_embeddings(model, config.embedding)
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"the model is in {model.dtype}; load it with dtype=torch.bfloat16")
     if precision_of(model, config) == "32-true" and model.dtype != torch.float32:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
+from nanoquant.model_embeddings import quantized_tables
 from nanoquant.packed_linear import PackedBinaryLinear
 
 
@@ -26,6 +28,10 @@ class Sizes:
     """Dense weights of the quantized linears, without biases."""
     parameters: int
     """Parameters of the dense model."""
+    embedding_bits_per_weight: float | None = None
+    """Stored bits of codes, scales and zero points per dense weight of a quantized embedding and head; None without."""
+    embedding_weights: int = 0
+    """Dense weights of the quantized embedding and head; a tied head adds none."""
 
     def to_dict(self) -> dict[str, float | int | None]:
         """Plain values by name, for JSON."""
@@ -67,13 +73,17 @@ def measure_sizes(model: nn.Module) -> Sizes:
             body_bits += weight.bits
             body_weights += weight.numel()
             packed_numel += weight.numel()
+    tables = {id(table.codes): table for table in quantized_tables(model).values()}.values()
+    table_tensors = [part for table in tables for part in table if part is not None]
+    table_weights = sum(math.prod(table.shape) for table in tables)
     stored_names = model.state_dict().keys()
     parameters = list(model.parameters())
     buffers = dict(model.named_buffers())
     stored = tensor_bytes(parameters) + tensor_bytes(
         b for name, b in buffers.items() if name in stored_names
     )
-    dense_count = sum(p.numel() for p in parameters) - packed_numel + body_weights
+    packed_numel += sum(part.numel() for part in table_tensors)
+    dense_count = sum(p.numel() for p in parameters) - packed_numel + body_weights + table_weights
     if dense_count == 0:
         raise ValueError(
             f"{type(model).__name__} has no parameters, so it has no bits per parameter"
@@ -85,4 +95,8 @@ def measure_sizes(model: nn.Module) -> Sizes:
         bytes_resident=tensor_bytes(parameters) + tensor_bytes(buffers.values()),
         body_weights=body_weights,
         parameters=dense_count,
+        embedding_bits_per_weight=(
+            8 * tensor_bytes(table_tensors) / table_weights if table_weights else None
+        ),
+        embedding_weights=table_weights,
     )

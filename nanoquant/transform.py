@@ -13,7 +13,8 @@ A handler sees neither the whole model nor text, so the rank of each linear is t
 own budget allows, and block and model reconstruction do not happen: that is ``nanoquant.quantize``.
 By default ``quantize_`` selects every ``nn.Linear``, the language model head too; a head tied to the embedding then
 gets a weight of its own. A ``filter_fn(module, name)`` that wants ``isinstance(module, nn.Linear)`` and ``"layers" in
-name`` leaves it alone.
+name`` leaves it alone. Embedding and head at 8 or 4 bits come after that, from ``nanoquant.quantize_embeddings``, which
+sees both and keeps them tied.
 """
 
 from __future__ import annotations
@@ -109,6 +110,11 @@ def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
         raise ValueError(
             f"got blocks={config.blocks}, but quantize_ sees one linear at a time; "
             "choose linears with its filter_fn(module, name) instead"
+        )
+    if config.embedding.bits != 16:
+        raise ValueError(
+            f"got embedding.bits={config.embedding.bits}, but quantize_ sees one module at a time; "
+            "call nanoquant.quantize_embeddings(model, EmbeddingConfig(bits=...)) after it instead"
         )
     if config.step == "prepare":
         return prepare(module, config.importance)

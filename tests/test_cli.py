@@ -39,6 +39,11 @@ BAD_FLAGS = {
     "blocks not a slice": (["--blocks", "first"], "must look like 0:10"),
     "blocks of another model": (["--blocks", "7:9"], "none of the 2 decoder blocks"),
     "unknown schedule": (["--block.schedule", "mine"], "one of published, grouped, algorithm1"),
+    "bits of the embedding": (["--embedding.bits", "3"], "must be 16, 8 or 4, got 3"),
+    "group of the embedding": (
+        ["--embedding.bits", "4", "--embedding.group-size", "96"],
+        "group_size=96 does not divide the 64 columns",
+    ),
     "unknown logger": (["--logger", "paper"], "one of none, csv, wandb"),
     "text too short": (["--calibration.windows", "1000"], "needed are 32064"),
     "held-out text too short": (

@@ -32,6 +32,8 @@ ORDER = (
     "packed_linear",
     "shared_launch",
     "packed_tensor",
+    "embedding",
+    "model_embeddings",
     "sizes",
     "checkpoint_files",
     "hf_quantizer",

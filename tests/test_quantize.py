@@ -11,6 +11,7 @@ from nanoquant.admm import ADMMConfig
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, NanoQuantConfig
+from nanoquant.embedding import EmbeddingConfig
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.progress import Progress
@@ -265,3 +266,25 @@ def test_full_precision_is_refused_on_a_bfloat16_model():
 def test_a_precision_that_would_cast_latents_is_refused():
     with pytest.raises(ValueError, match="bf16-mixed or 32-true"):
         RunConfig(precision="bf16-true")
+
+
+def test_embedding_and_head_are_quantized_at_the_end_if_asked(tmp_path):
+    model, plain = tiny_llama(), tiny_llama()
+    report = quantize(model, TOKENS, dataclasses.replace(QUICK, embedding=EmbeddingConfig(bits=4)))
+    assert report.sizes.embedding_weights == 128 * 64
+    assert (
+        report.sizes.body_bits_per_weight
+        == quantize(plain, TOKENS, QUICK).sizes.body_bits_per_weight
+    )
+    for name, layer in packed_layers(plain).items():
+        assert torch.equal(layer.u_signs, packed_layers(model)[name].u_signs)
+    again = nanoquant.load(nanoquant.save_pretrained(model, tmp_path / "out"))
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_groups_that_do_not_fit_the_embedding_are_refused_before_work():
+    model = tiny_llama()
+    config = dataclasses.replace(QUICK, embedding=EmbeddingConfig(bits=4, group_size=96))
+    with pytest.raises(ValueError, match="does not divide the 64 columns"):
+        quantize(model, TOKENS, config)
+    assert not packed_layers(model)

@@ -18,6 +18,7 @@ from nanoquant.admm import ADMMConfig
 from nanoquant.binary import relative_error
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import NanoQuantConfig
+from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import collect_importances
 from nanoquant.packed_tensor import PackedBinaryTensor
 from nanoquant.training import RunConfig
@@ -276,3 +277,9 @@ def test_a_quantized_transformers_model_saves_and_reloads_bit_for_bit(head, tmp_
     loaded = nanoquant.load(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=WINDOWS).logits, expected)
+
+
+def test_bits_of_the_embedding_are_refused_with_what_to_call_instead():
+    config = NanoQuantConfig(embedding=EmbeddingConfig(bits=8))
+    with pytest.raises(ValueError, match=r"embedding.bits=8.*nanoquant.quantize_embeddings"):
+        quantize_(tiny_llama(), config)

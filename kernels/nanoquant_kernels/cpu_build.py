@@ -1,4 +1,4 @@
-"""Compile ``cpu_kernels.cpp`` on first use, keep the result in a cache, and load it; None where that can't be done.
+"""Compile the C++ loops on first use, keep the result in a cache, and load it; None where that can't be done.
 
 The cache is ``$NANOQUANT_CACHE``, else ``$XDG_CACHE_HOME/nanoquant``, else ``~/.cache/nanoquant``; a file is named by
 what it was made from, so an update makes a new one. ``NANOQUANT_NO_EXTENSION=1`` switches the extension off.
@@ -19,7 +19,9 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu_kernels.cpp")
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_table.cpp", "cpu_types.h")
+]
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++11", "-shared", "-fPIC")
 PATHS = ("plain", "avx2", "avx512", "neon")
@@ -47,6 +49,12 @@ def library() -> ctypes.CDLL | None:
         *(pointer, pointer, number, size),  # u, s1, d_out
         *(pointer, number, pointer, number, number),  # bias, y, path, threads
     ]
+    loaded.nq_table.restype = None
+    loaded.nq_table.argtypes = [
+        *(pointer, number, size, size),  # x, tokens, d
+        *(pointer, number, pointer, number, size, pointer, size),  # codes, scales, groups, zeros, n
+        *(pointer, number, pointer, number, number),  # bias, y, path, threads
+    ]
     return loaded
 
 
@@ -60,7 +68,7 @@ def available_paths() -> tuple[str, ...]:
 
 def _cached_file() -> Path:
     """The compiled library; OSError where there is none and none can be made."""
-    key = hashlib.sha256(SOURCE.read_bytes())
+    key = hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES))
     key.update(repr((FLAGS, platform.machine(), platform.system())).encode())
     name = f"cpu-{key.hexdigest()[:20]}.so"
     folder = _cache_folder()
@@ -101,10 +109,11 @@ def _compile(target: Path) -> None:
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise OSError(f"there is no C++ compiler ({', '.join(COMPILERS)}, or one named by CXX)")
+    files = [str(source) for source in SOURCES if source.suffix == ".cpp"]
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".building-") as folder:
         built = Path(folder, target.name)
         for threads in (["-fopenmp"], []):  # not every clang brings OpenMP
-            command = [*compiler.split(), *FLAGS, *threads, str(SOURCE), "-o", str(built)]
+            command = [*compiler.split(), *FLAGS, *threads, *files, "-o", str(built)]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
                 os.replace(built, target)

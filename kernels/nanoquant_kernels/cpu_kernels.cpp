@@ -11,6 +11,8 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu_types.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
@@ -21,61 +23,6 @@ namespace {
 
 const int ROWS = 32;    // rows of a block
 const int PADDED = 32;  // columns are padded with zeros to a multiple of this
-
-// ---- element types: 0 float32, 1 bfloat16, 2 float16 -------------------------------------------------------------
-
-float from_half(uint16_t h) {
-    uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 1023, bits;
-    if (exponent == 31) {
-        bits = sign | 0x7F800000 | mantissa << 13;
-    } else if (exponent) {
-        bits = sign | (exponent + 112) << 23 | mantissa << 13;
-    } else {  // subnormal: mantissa * 2^-24
-        float value = mantissa * 5.9604644775390625e-8f;
-        return sign ? -value : value;
-    }
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-uint16_t to_half(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    uint32_t sign = (bits >> 16) & 0x8000, magnitude = bits & 0x7FFFFFFF;
-    if (magnitude > 0x7F800000) return uint16_t(sign | 0x7E00);
-    if (magnitude >= 0x477FF000) return uint16_t(sign | 0x7C00);  // rounds to infinity
-    if (magnitude < 0x38800000) {                                 // subnormal: let the float adder round
-        float scaled;
-        std::memcpy(&scaled, &magnitude, 4);
-        scaled += 0.5f;
-        std::memcpy(&magnitude, &scaled, 4);
-        return uint16_t(sign | (magnitude - 0x3F000000));
-    }
-    return uint16_t(sign | ((magnitude - 0x38000000 + 0xFFF + ((magnitude >> 13) & 1)) >> 13));
-}
-
-uint16_t to_bfloat(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    if ((bits & 0x7FFFFFFF) > 0x7F800000) return uint16_t((bits >> 16) | 0x40);
-    return uint16_t((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-
-float load(const void* data, int type, int64_t i) {
-    if (type == 0) return static_cast<const float*>(data)[i];
-    uint16_t half = static_cast<const uint16_t*>(data)[i];
-    if (type == 2) return from_half(half);
-    uint32_t bits = uint32_t(half) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
-
-void store(void* data, int type, int64_t i, float value) {
-    if (type == 0) static_cast<float*>(data)[i] = value;
-    else static_cast<uint16_t*>(data)[i] = type == 1 ? to_bfloat(value) : to_half(value);
-}
 
 int64_t padded(int64_t columns) { return (columns + PADDED - 1) / PADDED * PADDED; }
 

@@ -1,0 +1,346 @@
+"""Embedding and head at 8 or 4 bits: torchao's values, ties kept, sizes from bytes, bit for bit after a reload."""
+
+import copy
+import dataclasses
+import json
+
+import pytest
+import torch
+import transformers
+from packed_models import pack_randomly
+from test_public_api import python
+from tiny_models import (
+    FAMILIES,
+    random_windows,
+    tiny_gemma3,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_opt,
+    tiny_phi,
+    tiny_tokenizer,
+)
+from torch import nn
+from torch.nn import functional as F
+from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
+
+from nanoquant.checkpoint import load, read_sizes, save_pretrained
+from nanoquant.checkpoint_files import read_header
+from nanoquant.commands import inspect_command
+from nanoquant.embedding import (
+    EmbeddingConfig,
+    QuantizedEmbedding,
+    QuantizedHead,
+    quantize_table,
+)
+from nanoquant.generate import generate
+from nanoquant.model_embeddings import find_embeddings, quantize_embeddings, quantized_tables
+from nanoquant.sizes import measure_sizes
+
+WINDOWS = random_windows(2, 16)
+EIGHT, FOUR = EmbeddingConfig(bits=8), EmbeddingConfig(bits=4)
+BOTH = pytest.mark.parametrize("config", [EIGHT, FOUR], ids=["8", "4"])
+
+
+def small(build=tiny_llama, config=FOUR, **options):
+    """Packed body, quantized embedding and head."""
+    return quantize_embeddings(pack_randomly(build(**options)), config)
+
+
+@torch.no_grad()
+def logits(model):
+    return model(WINDOWS).logits
+
+
+def simulated(model, config):
+    """The model with embedding and head rounded by torchao alone, in dense matrices."""
+    for module in find_embeddings(model).values():
+        weight = module.weight.detach()
+        eight = config.bits == 8
+        rounded = IntxUnpackedToInt8Tensor.from_hp(
+            weight,
+            (1, weight.shape[1] if eight else config.group_size),
+            torch.int8 if eight else torch.int4,
+            mapping_type=MappingType.SYMMETRIC if eight else MappingType.ASYMMETRIC,
+        )
+        module.weight = nn.Parameter(rounded.dequantize())
+    model.tie_weights()
+    return model
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_entries_are_those_of_torchao(config, dtype):
+    weight = torch.randn(48, 96, generator=torch.manual_seed(0)).to(dtype)
+    weight[3] = 0
+    embedding = nn.Embedding.from_pretrained(weight.clone())
+    quantized = QuantizedEmbedding.from_embedding(embedding, quantize_table(weight, config))
+    eight = config.bits == 8
+    rounded = IntxUnpackedToInt8Tensor.from_hp(
+        weight,
+        (1, 96 if eight else 32),
+        torch.int8 if eight else torch.int4,
+        mapping_type=MappingType.SYMMETRIC if eight else MappingType.ASYMMETRIC,
+    )
+    assert torch.equal(quantized(torch.arange(48)), rounded.dequantize())
+    assert torch.equal(quantized.dequantize(), rounded.dequantize())
+    worst = (quantized.dequantize() - weight).abs().amax() / weight.abs().amax()
+    assert worst <= (0.006 if eight else 0.08)
+
+
+@BOTH
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_computes_with_the_rounded_values(family, config):
+    model = FAMILIES[family]()
+    expected = logits(simulated(copy.deepcopy(model), config))
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    found = logits(quantize_embeddings(model, config))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    shared = model.get_output_embeddings().codes is model.get_input_embeddings().codes
+    assert shared == tied
+
+
+def test_an_embedding_that_scales_its_rows_keeps_its_forward():
+    model = tiny_gemma3()
+    dense = copy.deepcopy(model.get_input_embeddings())
+    quantize_embeddings(model, FOUR)
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, type(dense)) and isinstance(embedding, QuantizedEmbedding)
+    rows = embedding.dequantize()[WINDOWS] * dense.embed_scale
+    assert dense.embed_scale != 1 and torch.equal(embedding(WINDOWS), rows)
+
+
+def test_sixteen_bits_change_nothing():
+    model = pack_randomly(tiny_llama())
+    before = dict(model.named_parameters())
+    assert quantize_embeddings(model, EmbeddingConfig()) is model
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(before[n] is after[n] for n in before)
+
+
+MODELS = {
+    "tied llama": tiny_llama,
+    "untied llama": lambda: tiny_llama(tie=False),
+    "bfloat16 llama": lambda: tiny_llama(dtype=torch.bfloat16),
+    "gemma3": tiny_gemma3,
+    "gpt2": tiny_gpt2,
+    "opt": tiny_opt,
+    "phi, whose head has a bias": tiny_phi,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("name", MODELS)
+def test_loaded_and_saved_again_the_logits_are_the_same_bits(name, config, tmp_path):
+    model = small(MODELS[name], config)
+    expected, sizes = logits(model), measure_sizes(model)
+    first = load(save_pretrained(model, tmp_path / "first"))
+    first.save_pretrained(tmp_path / "second")
+    second = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "second")
+    for loaded in (first, second):
+        assert torch.equal(logits(loaded), expected)
+        before, after = dict(model.named_parameters()), dict(loaded.named_parameters())
+        assert {n: p.dtype for n, p in before.items()} == {n: p.dtype for n, p in after.items()}
+        assert not any(p.requires_grad for n, p in after.items() if n.endswith("scales"))
+        assert measure_sizes(loaded) == sizes
+    assert (tmp_path / "first/config.json").read_bytes() == (
+        tmp_path / "second/config.json"
+    ).read_bytes()
+
+
+@BOTH
+def test_a_tied_head_has_no_tensors_of_its_own_in_memory_or_on_disk(config, tmp_path):
+    model = small(config=config)
+    folder = save_pretrained(model, tmp_path / "out")
+    stored, _ = read_header(folder / "model.safetensors")
+    assert not [name for name in stored if name.startswith("lm_head")]
+    for tied in (model, load(folder)):
+        tied.tie_weights()
+        head, embedding = tied.get_output_embeddings(), tied.get_input_embeddings()
+        assert isinstance(head, QuantizedHead) and head.codes is embedding.codes
+        assert head.scales is embedding.scales and head.zeros is embedding.zeros
+
+
+@BOTH
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_sizes_are_the_bytes_of_the_file_within_its_header(config, tie, tmp_path):
+    dense = tiny_llama(tie=tie, dtype=torch.bfloat16)
+    parameters = measure_sizes(dense).parameters
+    folder = save_pretrained(quantize_embeddings(pack_randomly(dense), config), tmp_path / "out")
+    file = folder / "model.safetensors"
+    header = 8 + int.from_bytes(file.open("rb").read(8), "little")
+    for sizes in (read_sizes(folder), measure_sizes(load(folder))):
+        assert sizes.bytes_on_disk == file.stat().st_size - header
+        assert sizes.parameters == parameters
+        assert sizes.embedding_weights == 128 * 64 * (1 if tie else 2)
+        expected = 8 + 16 / 64 if config.bits == 8 else 4 + 16 / 32 + 8 / 32
+        assert sizes.embedding_bits_per_weight == expected
+
+
+LOAD = """
+import sys
+import torch
+import nanoquant
+from transformers import AutoModelForCausalLM
+from torch.utils._python_dispatch import TorchDispatchMode
+dense = []
+class Watch(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        for t in out if isinstance(out, tuple) else (out,):
+            if isinstance(t, torch.Tensor) and t.is_floating_point() and not t.is_meta:
+                dense.extend([func] * (t.untyped_storage().nbytes() >= 2 * 128 * 64))
+        return out
+with Watch():
+    model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+windows = torch.randint(3, 128, (2, 16), generator=torch.manual_seed(0))
+largest = max(p.numel() for p in model.parameters() if p.is_floating_point())
+with torch.no_grad():
+    print(torch.equal(model(windows).logits, torch.load(sys.argv[2])), largest < 128 * 64, dense)
+"""
+
+
+@BOTH
+def test_a_fresh_process_loads_it_without_a_dense_table(config, tmp_path):
+    model = small(config=config)
+    folder = save_pretrained(model, tmp_path / "out")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    assert python(LOAD, folder, tmp_path / "logits.pt") == "True True []"
+
+
+def test_the_format_version_rises_only_where_a_table_is_stored(tmp_path):
+    plain = save_pretrained(pack_randomly(tiny_llama()), tmp_path / "plain")
+    table = save_pretrained(small(), tmp_path / "table")
+    settings = [
+        json.loads((folder / "config.json").read_text())["quantization_config"]
+        for folder in (plain, table)
+    ]
+    assert settings[0]["format_version"] == 1 and "tables" not in settings[0]
+    assert settings[1]["format_version"] == 2
+    entry = {"bits": 4, "group_size": 32}
+    assert settings[1]["tables"] == {"model.embed_tokens": entry, "lm_head": entry}
+
+
+@BOTH
+def test_text_is_generated(config):
+    model = small(config=config, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    text = generate(model, tiny_tokenizer(), "the river", 8)
+    assert text == generate(model, tiny_tokenizer(), "the river", 8)
+    out = model.generate(WINDOWS[:, :4], max_new_tokens=4, do_sample=False)
+    assert out.shape[0] == 2 and out.shape[1] > 4
+
+
+@BOTH
+def test_a_dequantized_model_is_dense_tied_and_computes_the_same(config, tmp_path):
+    model = quantize_embeddings(pack_randomly(tiny_llama(), scale_dtype=torch.float32), config)
+    expected = logits(model)
+    dense = load(save_pretrained(model, tmp_path / "out")).dequantize()
+    assert type(dense.get_input_embeddings()) is nn.Embedding and not quantized_tables(dense)
+    assert dense.get_output_embeddings().weight is dense.get_input_embeddings().weight
+    torch.testing.assert_close(logits(dense), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradients_pass_through_the_head_to_the_body():
+    table = quantize_table(torch.randn(40, 64, generator=torch.manual_seed(0)), FOUR)
+    head = QuantizedHead(table)
+    x = torch.randn(3, 64, generator=torch.manual_seed(1), requires_grad=True)
+    y = torch.randn(3, 40, generator=torch.manual_seed(2))
+    (found,) = torch.autograd.grad((head(x) * y).sum(), x)
+    (expected,) = torch.autograd.grad((F.linear(x, head.dequantize()) * y).sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_weight_that_others_see_has_shape_dtype_and_device_and_no_memory():
+    model = small(dtype=torch.bfloat16)
+    for module in find_embeddings(model).values():
+        weight = module.weight
+        assert weight.shape == (128, 64) and weight.dtype == torch.bfloat16
+        assert weight.isnan().all() and weight.untyped_storage().nbytes() == 2
+
+
+@pytest.mark.parametrize("bits", [3, 0, 32])
+def test_other_bits_are_refused_with_the_allowed_ones(bits):
+    with pytest.raises(ValueError, match=rf"must be 16, 8 or 4, got {bits}"):
+        EmbeddingConfig(bits=bits)
+
+
+@pytest.mark.parametrize("group_size", [0, 16, 48, -32])
+def test_groups_that_do_not_fit_the_layout_are_refused(group_size):
+    with pytest.raises(ValueError, match=rf"multiple of 32, got {group_size}"):
+        EmbeddingConfig(group_size=group_size)
+
+
+def test_a_group_that_does_not_divide_the_width_is_refused_before_anything_changes():
+    model = tiny_llama()
+    with pytest.raises(ValueError, match="group_size=96 does not divide the 64 columns.*32 or 64"):
+        quantize_embeddings(model, EmbeddingConfig(bits=4, group_size=96))
+    assert type(model.get_input_embeddings()) is nn.Embedding
+    quantize_embeddings(model, EmbeddingConfig(bits=8, group_size=96))
+
+
+def test_a_model_without_an_embedding_is_refused():
+    model = tiny_llama()
+    model.model.embed_tokens = nn.Identity()
+    with pytest.raises(ValueError, match="found no token embedding in LlamaForCausalLM"):
+        quantize_embeddings(model, EIGHT)
+
+
+def test_a_head_that_is_no_linear_and_a_second_time_are_refused():
+    model = tiny_llama(tie=False)
+    model.lm_head = nn.Sequential(model.lm_head)
+    with pytest.raises(ValueError, match="head is a Sequential"):
+        quantize_embeddings(model, EIGHT)
+    with pytest.raises(ValueError, match="model.embed_tokens is quantized already"):
+        quantize_embeddings(small(), FOUR)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t["tables"].update({"model.norm": {"bits": 8}}), "lists model.norm"),
+        (lambda t: t["tables"].update({"lm_head": {"bits": 3}}), "needs bits, 8 or 4"),
+        (lambda t: t["tables"].update({"lm_head": {"bits": 4}}), "group_size"),
+        (lambda t: t["tables"]["model.embed_tokens"].update(group_size=64), "shape"),
+        (lambda t: t.pop("tables"), "lacks"),
+    ],
+    ids=["foreign", "bits", "no group", "other group", "none"],
+)
+def test_a_configuration_that_does_not_fit_is_refused(change, message, tmp_path):
+    folder = save_pretrained(small(), tmp_path / "out")
+    content = json.loads((folder / "config.json").read_text())
+    change(content["quantization_config"])
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
+def test_a_copy_of_the_model_is_tied_and_computes_the_same():
+    model = small()
+    again = copy.deepcopy(model)
+    assert torch.equal(logits(again), logits(model))
+    assert again.lm_head.codes is again.model.embed_tokens.codes
+    assert again.lm_head.codes is not model.lm_head.codes
+
+
+@BOTH
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma3])
+def test_a_compiler_traces_the_whole_model_in_one_graph(build, config):
+    model = small(build, config)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        found = compiled(WINDOWS, use_cache=False).logits
+    torch.testing.assert_close(found, logits(model))
+
+
+def test_inspect_shows_bits_and_weights_of_the_embedding(tmp_path, capsys):
+    folder = save_pretrained(small(dtype=torch.bfloat16), tmp_path / "out")
+    inspect_command(str(folder))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {" ".join(words[:-1]): words[-1] for words in lines if words}
+    assert rows["bits per weight, embedding and head"] == "4.7500"
+    assert rows["weights in embedding and head"] == "8,192"
+
+
+def test_sizes_without_tables_say_so():
+    sizes = dataclasses.asdict(measure_sizes(tiny_llama()))
+    assert sizes["embedding_bits_per_weight"] is None and sizes["embedding_weights"] == 0
