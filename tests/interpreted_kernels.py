@@ -9,7 +9,16 @@ import json
 import torch
 from test_kernels_ops import arguments, expected
 
-from nanoquant_kernels import pack_signs, triton_dot, triton_flip, triton_stack, triton_unpack, tune
+from nanoquant_kernels import (
+    pack_signs,
+    table,
+    triton_dot,
+    triton_flip,
+    triton_stack,
+    triton_table,
+    triton_unpack,
+    tune,
+)
 from nanoquant_kernels.layout import align_rows
 from nanoquant_kernels.planes import from_planes, to_planes
 from nanoquant_kernels.tiles import DotTile, FlipTile
@@ -88,8 +97,22 @@ def main():
     for kernel, tile in (("dot", DotTile(rows=16)), ("flip", FlipTile(rows=8))):
         print(json.dumps([f"{kernel}, tuned stage", stage_error(kernel, tile)]))
 
+    for bits, lead in ((8, (3,)), (4, (3,)), (8, (1, 1)), (4, (13,))):
+        print(json.dumps([f"table, {bits} bits, {lead}", table_error(bits, lead)]))
     for name, case in STACKS.items():
         print(json.dumps([f"stack, {name}", stack_error(**case)]))
+
+
+def table_error(bits, lead):
+    """Error of a product with a table of codes, with a bias for one token only."""
+    x, *rest, bias = triton_table.trial("cpu", torch.float16, bits)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(*lead, x.shape[-1], generator=g).half()
+    args = x, *rest, bias if lead == (1, 1) else None
+    exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
+    y, truth = triton_table.table_linear(*args), table.table_linear(*exact)
+    assert y.shape == truth.shape and y.dtype == x.dtype
+    return ((y.double() - truth).norm() / truth.norm()).item()
 
 
 def stack_error(shapes, lead, bias, align=False):

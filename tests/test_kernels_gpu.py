@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_kernels_ops import arguments, expected
 
-from nanoquant_kernels import binary_low_rank_linear, gpu, reference, tiles
+from nanoquant_kernels import binary_low_rank_linear, cards, gpu, reference, tiles
 
 CARD = torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -16,16 +16,17 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 @pytest.fixture
 def card(monkeypatch):
     """A card of compute capability 8.6 on which every kernel is the reference."""
-    monkeypatch.setattr(gpu, "architecture", lambda device: 86)
-    monkeypatch.setattr(gpu, "_missing_triton", lambda: "")
-    monkeypatch.setattr(gpu, "_verdicts", {})
+    for module in (gpu, cards):
+        monkeypatch.setattr(module, "architecture", lambda device: 86)
+    monkeypatch.setattr(cards, "missing_triton", lambda: "")
+    monkeypatch.setattr(cards, "_verdicts", {})
     monkeypatch.setattr(gpu, "run", lambda name, *args: reference.binary_low_rank_linear(*args))
     trial = gpu.trial
     monkeypatch.setattr(gpu, "trial", lambda device, *rest: trial("cpu", *rest))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    gpu.unavailable.cache_clear()
+    cards.unavailable.cache_clear()
     yield monkeypatch
-    gpu.unavailable.cache_clear()
+    cards.unavailable.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,12 @@ def test_a_kernel_that_is_wrong_here_is_not_used_and_reported_once(card, caplog)
     card.setattr(gpu, "run", lambda name, *args: 1.1 * reference.binary_low_rank_linear(*args))
     for _ in range(2):
         assert gpu.choose(CARD, torch.float16, 1) == "reference"
-    assert caplog.text.count("kernel flip is wrong on cuda:0 (relative error 1.0e-01)") == 1
+    assert (
+        caplog.text.count(
+            "kernel flip, torch.float16, 1 tokens is wrong on cuda:0 (relative error 1.0e-01)"
+        )
+        == 1
+    )
 
 
 def test_a_kernel_that_can_not_run_here_is_not_used_and_reported_once(card, caplog):
@@ -56,7 +62,7 @@ def test_a_kernel_that_can_not_run_here_is_not_used_and_reported_once(card, capl
     card.setattr(gpu, "run", fails)
     for _ in range(2):
         assert gpu.choose(CARD, torch.float16, 100) == "reference"
-    assert caplog.text.count("kernel dot can't run on cuda:0") == 1
+    assert caplog.text.count("kernel dot, torch.float16, 70 tokens can't run on cuda:0") == 1
 
 
 def test_more_tokens_than_a_shared_launch_takes_run_alone(card):
@@ -79,9 +85,9 @@ def test_nothing_is_tried_while_a_graph_is_captured(card):
     "reason, arch", [("compute capability 7.5 is below 8.0", 75), ("Triton 3.5.1 is too old", 86)]
 )
 def test_a_card_or_a_triton_that_is_too_old_is_named_once(card, caplog, reason, arch):
-    card.setattr(gpu, "architecture", lambda device: arch)
+    card.setattr(cards, "architecture", lambda device: arch)
     if arch == 86:
-        card.setattr(gpu, "_missing_triton", lambda: "Triton 3.5.1 is too old")
+        card.setattr(cards, "missing_triton", lambda: "Triton 3.5.1 is too old")
     for _ in range(2):
         assert gpu.choose(CARD, torch.float16, 1) == "reference"
     assert caplog.text.count(reason) == 1
@@ -89,9 +95,9 @@ def test_a_card_or_a_triton_that_is_too_old_is_named_once(card, caplog, reason, 
 
 def test_an_old_triton_is_recognised(monkeypatch):
     triton = pytest.importorskip("triton")
-    assert gpu._missing_triton() == ""
+    assert cards.missing_triton() == ""
     monkeypatch.setattr(triton, "__version__", "3.5.1")
-    assert "3.5.1 is too old, 3.6 or newer is needed" in gpu._missing_triton()
+    assert "3.5.1 is too old, 3.6 or newer is needed" in cards.missing_triton()
 
 
 def test_the_table_serves_every_architecture_token_count_and_shape():

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import sass
 from interpreted_kernels import CASES, KERNELS, STACKS
 
-from nanoquant_kernels import pack_signs, tiles, triton_dot, triton_flip
+from nanoquant_kernels import pack_signs, tiles, triton_dot, triton_flip, triton_table
 from nanoquant_kernels.planes import as_words, from_planes, to_planes
 
 
@@ -54,6 +54,13 @@ def test_kernels_give_the_dense_product_and_write_every_element(case, interprete
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nan_spreads_as_in_a_dense_product(kernel, interpreted):
     assert interpreted[f"{kernel}, NaN"] == 1
+
+
+@pytest.mark.parametrize(
+    "case", ["8 bits, (3,)", "4 bits, (3,)", "8 bits, (1, 1)", "4 bits, (13,)"]
+)
+def test_a_head_of_codes_gives_the_dense_product(case, interpreted):
+    assert interpreted[f"table, {case}"] < 1e-3
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -129,3 +136,20 @@ def test_prefill_unpacks_in_registers_and_fits_the_card(tokens, arch):
     assert code.count("STS") == 0 and code.stack == 0
     products = code.count("HMMA", "HGMMA")
     assert products >= (16 if arch == 90 else 0.3 * len(code.loop))
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_head_of_codes_fits_every_card(bits, arch):
+    types = dict.fromkeys(("x", "scales", "bias", "out"), "*bf16") | {"N": "i32", "tokens": "i32"}
+    constants = {"D": 576, "BLOCK_R": triton_table.BLOCK_R, "M": 8}
+    if bits == 8:
+        kernel, types = triton_table.eight_bit_rows, types | {"codes": "*i8"}
+        constants |= {"BLOCK_D": 128}
+    else:
+        kernel, types = triton_table.four_bit_rows, types | {"codes": "*u8", "zeros": "*i8"}
+        constants |= {"G": 18}
+    compiled = sass.compile_kernel(kernel, types, constants, arch, warps=2)
+    code = sass.disassemble(compiled)
+    assert compiled.metadata.shared <= SHARED[arch] * 1024
+    assert code.count("HMMA") > 0 and code.stack == 0

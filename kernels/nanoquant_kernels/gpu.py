@@ -1,28 +1,15 @@
-"""The product with a packed weight on CUDA: the kernel that the table names, once it has shown that it is right here.
-
-Before its first use on a card each kernel is run on a small case and compared with the reference. One that fails, or
-that can't be compiled, is not used again in this process: the log says so once, and plain PyTorch takes over.
-"""
+"""The product with a packed weight on CUDA: the kernel that the table names, if it can be trusted here."""
 
 from __future__ import annotations
-
-import functools
-import logging
 
 import torch
 from torch import Tensor
 
 from nanoquant_kernels import reference
+from nanoquant_kernels.cards import architecture, trusted, unavailable
 from nanoquant_kernels.layout import pack_signs
 from nanoquant_kernels.planes import words_of
 
-logger = logging.getLogger(__name__)
-
-OLDEST_TRITON = (3, 6)
-OLDEST_ARCHITECTURE = 80
-"""Compute capability 8.0: the first with bfloat16 on tensor cores."""
-TOLERANCE = 2e-2
-"""Relative error that tells a kernel that works from one that does not, whatever the dtype."""
 TRIALS = (1, 16, 70)
 """Tokens with which a kernel is tried before its first use with as many or fewer; the last stands for all above."""
 
@@ -52,40 +39,7 @@ def choose(device: torch.device, dtype: torch.dtype, tokens: int) -> str:
     name = tiles.kernel_for(architecture(device), tokens)
     if dtype == torch.float32:  # tensor cores would round it
         name = "unpack"
-    trial_tokens = min(t for t in TRIALS if t >= min(tokens, TRIALS[-1]))
-    return name if works(name, device, dtype, trial_tokens) else "reference"
-
-
-@functools.cache
-def architecture(device: torch.device) -> int:
-    """Compute capability as one number, such as 86."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@functools.cache
-def unavailable(device: torch.device) -> str:
-    """Why no kernel can run on this device, empty if some can; logged once."""
-    reason = _missing_triton()
-    if not reason and architecture(device) < OLDEST_ARCHITECTURE:
-        reason = (
-            f"compute capability {architecture(device) / 10} is below {OLDEST_ARCHITECTURE / 10}"
-        )
-    if reason:
-        logger.warning("packed layers run through plain PyTorch on %s: %s", device, reason)
-    return reason
-
-
-def _missing_triton() -> str:
-    """What is wrong with the installed Triton, or nothing."""
-    try:
-        import triton
-    except ImportError as error:
-        return f"Triton can't be imported ({error})"
-    wanted = ".".join(map(str, OLDEST_TRITON))
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
-        return f"Triton {triton.__version__} is too old, {wanted} or newer is needed"
-    return ""
+    return name if works(name, device, dtype, tokens) else "reference"
 
 
 def run(
@@ -121,7 +75,7 @@ def can_stack(
 
     if not triton_stack.serves(x, u_signs, v_signs, s1, s2):
         return False
-    return works("stack", x.device, x.dtype, min(t for t in TRIALS if t * x.shape[-1] >= x.numel()))
+    return works("stack", x.device, x.dtype, x.numel() // x.shape[-1])
 
 
 def run_stacked(x: Tensor, *lists: list) -> list[Tensor]:
@@ -134,39 +88,16 @@ def run_stacked(x: Tensor, *lists: list) -> list[Tensor]:
     return triton_stack.binary_low_rank_linears(x, *lists, tile)
 
 
-_verdicts: dict[tuple[str, torch.device, torch.dtype, int], bool] = {}
-
-
 def works(name: str, device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
-    """Whether the kernel gave the reference's result on this device; asked for anew until it could be tried."""
-    key = name, device, dtype, tokens
-    if key not in _verdicts:
-        if torch.cuda.is_current_stream_capturing():  # trying it needs a synchronisation
-            return False
-        _verdicts[key] = _try(*key)
-    return _verdicts[key]
+    """Whether the kernel gives the reference's result for about so many tokens on this device."""
+    count = min(t for t in TRIALS if t >= min(tokens, TRIALS[-1]))
 
+    def attempt() -> tuple[Tensor, Tensor]:
+        args = trial(device, dtype, count)
+        exact = (t.double() if t.is_floating_point() else t for t in args[:-1])
+        return run(name, *args), reference.binary_low_rank_linear(*exact, args[-1])
 
-def _try(name: str, device: torch.device, dtype: torch.dtype, tokens: int) -> bool:
-    """Compare with the reference in float64 on one small case."""
-    args = trial(device, dtype, tokens)
-    truth = reference.binary_low_rank_linear(
-        *(t.double() if t.is_floating_point() else t for t in args[:-1]), args[-1]
-    )
-    try:
-        error = float((run(name, *args).double() - truth).norm() / truth.norm())
-    except Exception as failure:  # whatever a compiler or driver raises, the reference still works
-        logger.warning(
-            "kernel %s can't run on %s, plain PyTorch takes over: %s", name, device, failure
-        )
-        return False
-    if not error <= TOLERANCE:
-        logger.warning(
-            "kernel %s is wrong on %s (relative error %.1e), plain PyTorch takes over; "
-            "please report this with the versions of Triton and the driver",
-            *(name, device, error),
-        )
-    return error <= TOLERANCE
+    return trusted(f"{name}, {dtype}, {count} tokens", device, attempt)
 
 
 def trial(device: torch.device, dtype: torch.dtype, tokens: int) -> tuple:

@@ -1,7 +1,7 @@
 """The operator ``nanoquant::table_linear``: the head's product with a table of 8-bit or 4-bit codes.
 
-Few tokens multiply with the codes themselves, by the compiled loop of ``cpu_table.cpp``; 8-bit codes without it by
-PyTorch's own kernel. Else the reference makes some rows dense at a time.
+Few tokens multiply with the codes themselves: on a CPU by the compiled loop of ``cpu_table.cpp``, or for 8 bits by
+PyTorch's own kernel where there is no compiler; on a GPU by Triton. Else the reference makes some rows dense at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanoquant_kernels import table
+from nanoquant_kernels.cards import trusted, unavailable
 from nanoquant_kernels.cpu import SIGNS_A_THREAD as WORK_A_THREAD
 from nanoquant_kernels.cpu import TYPES
 from nanoquant_kernels.cpu_build import PATHS, available_paths, library
@@ -77,6 +78,27 @@ def _cpu(
         return cpu_table_linear(x, codes, scales, zeros, bias)
     if zeros is None and scales.dtype == x.dtype == torch.bfloat16 and x.numel() <= 4 * x.shape[-1]:
         return int8_linear(x, codes, scales, bias)
+    return table.table_linear(x, codes, scales, zeros, bias)
+
+
+@torch.library.impl(_library, "table_linear", "CUDA")
+def _cuda(
+    x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """The Triton kernel where it serves and can be trusted, else the reference."""
+    check_arguments(x, codes, scales, zeros, bias)
+    if not unavailable(x.device):
+        from nanoquant_kernels import triton_table
+
+        bits = 8 if zeros is None else 4
+
+        def attempt() -> tuple[Tensor, Tensor]:
+            args = triton_table.trial(x.device, x.dtype, bits)
+            exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
+            return triton_table.table_linear(*args), table.table_linear(*exact)
+
+        if triton_table.serves(x) and trusted(f"{bits}-bit table, {x.dtype}", x.device, attempt):
+            return triton_table.table_linear(x, codes, scales, zeros, bias)
     return table.table_linear(x, codes, scales, zeros, bias)
 
 

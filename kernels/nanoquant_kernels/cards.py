@@ -1,0 +1,89 @@
+"""What a GPU can run: its architecture, a Triton that fits, and kernels that have shown that they are right on it.
+
+Before its first use on a card a kernel runs on a small case and is compared with the reference. One that fails, or that
+can't be compiled, is not used again in this process: the log says so once, and plain PyTorch takes over.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+OLDEST_TRITON = (3, 6)
+OLDEST_ARCHITECTURE = 80
+"""Compute capability 8.0: the first with bfloat16 on tensor cores."""
+TOLERANCE = 2e-2
+"""Relative error that tells a kernel that works from one that does not, whatever the dtype."""
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number, such as 86."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str:
+    """Why no kernel can run on this device, empty if some can; logged once."""
+    reason = missing_triton()
+    if not reason and architecture(device) < OLDEST_ARCHITECTURE:
+        found, oldest = architecture(device) / 10, OLDEST_ARCHITECTURE / 10
+        reason = f"compute capability {found} is below {oldest}"
+    if reason:
+        logger.warning("packed layers run through plain PyTorch on %s: %s", device, reason)
+    return reason
+
+
+def missing_triton() -> str:
+    """What is wrong with the installed Triton, or nothing."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton can't be imported ({error})"
+    wanted = ".".join(map(str, OLDEST_TRITON))
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
+        return f"Triton {triton.__version__} is too old, {wanted} or newer is needed"
+    return ""
+
+
+_verdicts: dict[tuple[str, torch.device], bool] = {}
+
+
+def trusted(
+    kernel: str, device: torch.device, attempt: Callable[[], tuple[Tensor, Tensor]]
+) -> bool:
+    """Whether ``attempt`` gives a result close to the truth; tried once, and not while a graph is captured."""
+    key = kernel, device
+    if key not in _verdicts:
+        if torch.cuda.is_current_stream_capturing():  # trying it needs a synchronisation
+            return False
+        _verdicts[key] = _succeeds(kernel, device, attempt)
+    return _verdicts[key]
+
+
+def _succeeds(
+    kernel: str, device: torch.device, attempt: Callable[[], tuple[Tensor, Tensor]]
+) -> bool:
+    """Try it, and log why it can't be trusted."""
+    try:
+        result, truth = attempt()
+        error = float((result.double() - truth).norm() / truth.norm())
+    except Exception as failure:  # whatever a compiler or driver raises, the reference still works
+        logger.warning(
+            "kernel %s can't run on %s, plain PyTorch takes over: %s", kernel, device, failure
+        )
+        return False
+    if not error <= TOLERANCE:
+        logger.warning(
+            "kernel %s is wrong on %s (relative error %.1e), plain PyTorch takes over; "
+            "please report this with the versions of Triton and the driver",
+            *(kernel, device, error),
+        )
+    return error <= TOLERANCE
