@@ -85,7 +85,7 @@ def test_a_step_of_decoding_reads_no_value_back_so_a_graph_can_hold_it(packed):
 
 
 def test_decoding_continues_as_a_forward_pass_without_a_cache_does():
-    model = fill(build(tiny_llama(tie=False).config, None), "cpu").float()
+    model = tiny_llama(tie=False)
     decoding = Decoding(model, context=6, steps=4)
     sequence = torch.arange(6)[None]
     for step in range(WARM_STEPS + 4):
@@ -94,7 +94,7 @@ def test_decoding_continues_as_a_forward_pass_without_a_cache_does():
             decoding.advance()
         if step >= WARM_STEPS - 1:
             assert decoding.token.item() == sequence[0, -1]
-    assert len(sequence.unique()) > 6
+    assert len(sequence[0, 6:].unique()) > 2
 
 
 def test_memory_counts_the_weights_that_are_resident():
