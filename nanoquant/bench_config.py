@@ -53,8 +53,8 @@ class BenchConfig:
         for name in ("context", "most_seconds", "most_error"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.rotate_megabytes is not None and self.rotate_megabytes < 0:
-            raise ValueError(f"rotate_megabytes must be 0 or more, got {self.rotate_megabytes}")
+        if self.rotate_megabytes is not None and self.rotate_megabytes < 1:
+            raise ValueError(f"rotate_megabytes must be at least 1, got {self.rotate_megabytes}")
         unknown = [part for part in self.parts_asked if part not in PARTS]
         if unknown or not self.parts_asked:
             raise ValueError(f"parts are {', '.join(PARTS)}, got {self.parts!r}")
@@ -70,6 +70,11 @@ class BenchConfig:
         """Names of the parts to measure."""
         parts = _listed(self.parts)
         return parts if self.config_only is None else [part for part in parts if part != "shapes"]
+
+    @property
+    def times_linears(self) -> bool:
+        """Whether a part times linear layers, which takes memory to rotate over."""
+        return bool({"shapes", "chain"} & set(self.parts_asked))
 
     @property
     def models(self) -> list[str]:

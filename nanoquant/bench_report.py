@@ -7,6 +7,8 @@ from typing import Any
 
 from nanoquant.console import table
 
+PLACES = {None: "cache unknown", True: "cache", False: "memory"}
+"""Where weights come from, by whether they may be in a cache."""
 SIZE = (9, 6)
 """Of the plot, inches."""
 
@@ -31,7 +33,10 @@ def _device(results: dict[str, Any]) -> str:
         ["versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)],
         ["last cache, bytes", "unknown" if cache is None else f"{cache:,}"],
         ["weights rotate over, bytes", f"{device['rotation_bytes']:,}"],
-        ["copy, read + write, GB/s", number(device["copy_gb_per_s"], ".1f")],
+        [
+            f"copy, read + write, {PLACES[device['in_cache']]}, GB/s",
+            number(device["copy_gb_per_s"], ".1f"),
+        ],
         ["bf16 matmul, TFLOP/s", number(device["matmul_tflop_per_s"], ".3f")],
     ]
     return "\n".join(f"{name}: {value}" for name, value in rows)
@@ -53,7 +58,6 @@ def _linears(rows: list[dict[str, Any]], title: str) -> list[str]:
 
 
 def _line(row: dict[str, Any], shaped: bool) -> list[str]:
-    places = {None: "unknown", True: "cache", False: "memory"}
     return [
         f"{row['d_out']} x {row['d_in']}" if shaped else str(row["linears"]),
         str(row.get("rank", "")),
@@ -66,7 +70,7 @@ def _line(row: dict[str, Any], shaped: bool) -> list[str]:
         number(row["fraction_of_copy"], ".3f"),
         number(row["ratio_to_dense"], ".2f"),
         number(row.get("relative_error"), ".1e"),
-        places[row["in_cache"]],
+        PLACES[row["in_cache"]],
     ]
 
 

@@ -196,7 +196,7 @@ def bench_command(config: BenchConfig) -> None:
     if config.plot is not None:
         check_plot()
     show_logs(verbose=False)
-    results = run_bench(config, ConsoleProgress(["roofs", *config.parts_asked]))
+    results = run_bench(config, ConsoleProgress(["roofs", "correctness", *config.parts_asked]))
     say(report(results))
     write_json(config.json, results)
     if config.plot is not None:

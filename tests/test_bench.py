@@ -9,10 +9,10 @@ from command_line import call, refused
 from tiny_models import tiny_llama
 
 from nanoquant import bench_linears
-from nanoquant.bench import make_bench, targets
 from nanoquant.bench_config import BenchConfig
 from nanoquant.bench_linears import DENSE, PACKED
 from nanoquant.bench_report import plot_roofline, report
+from nanoquant.bench_setup import make_bench, targets
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -62,7 +62,14 @@ def test_every_figure_is_in_the_json(measured, tiny):
     }
     assert {"nanoquant", "torch", "cuda"} <= figures["versions"].keys()
     device = figures["device"]
-    assert device.keys() == {"name", "kind", "threads", "cache_bytes", "rotation_bytes"} | {
+    assert device.keys() == {
+        "name",
+        "kind",
+        "threads",
+        "cache_bytes",
+        "rotation_bytes",
+        "in_cache",
+    } | {
         "copy_gb_per_s",
         "matmul_tflop_per_s",
     }
@@ -84,7 +91,11 @@ def test_every_case_is_measured_once(measured):
     assert [(r["tokens"], r["implementation"]) for r in figures["chain"]] == [
         (tokens, name) for tokens in (1, 3) for name in names
     ]
-    assert [row["arm"] for row in figures["model"]] == [DENSE, "packed, 0.8 bit"]
+    dense, packed = figures["model"]
+    assert (dense["arm"], packed["arm"]) == (DENSE, "packed, 0.8 bit")
+    assert 0 < packed["weight_bytes"] < dense["weight_bytes"] and dense["ratio_to_dense"] == 1
+    assert all(row["peak_bytes"] is None or row["peak_bytes"] > 0 for row in (dense, packed))
+    assert packed["tokens_per_s"] == pytest.approx(1e3 / packed["milliseconds"])
     assert {(row["layers"], row["of_layers"]) for row in figures["model"]} == {(1, 2)}
 
 
@@ -113,7 +124,7 @@ def test_what_was_not_measured_is_a_dash_and_a_reason(measured):
     text = report(figures)
     assert f"chain, x, 0.8 bits, 3 tokens: {DENSE}: too slow" in text
     line = next(line for line in text.splitlines() if line.startswith("256 x 256"))
-    assert line.split()[-4] == line.split()[-3] == "-" and line.endswith("unknown")
+    assert line.split()[-5] == line.split()[-4] == "-" and line.endswith("cache unknown")
 
 
 def test_a_plot_is_a_png_with_every_implementation(measured, tmp_path):
@@ -127,6 +138,7 @@ def test_a_wrong_implementation_ends_the_run_without_figures(tiny, tmp_path, cap
         bench_linears.PACKED, "operator", lambda x, u, v, s1, *rest: x.new_zeros(len(x), len(s1))
     )
     flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts chain --rotate-megabytes 1".split()
+    monkeypatch.setattr(bench_linears, "interleaved", None)
     line = refused(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
     assert "operator is wrong: relative error 1 against float64" in line
     assert list(tmp_path.iterdir()) == []
@@ -146,7 +158,7 @@ BAD = {
     "no layers": (["--layers", "0"], "layers must be 1 to 30"),
     "unknown part": (["--parts", "shapes,speed"], "parts are shapes, chain, model"),
     "no context": (["--context", "0"], "context must be above 0"),
-    "negative rotation": (["--rotate-megabytes", "-1"], "rotate_megabytes must be 0 or more"),
+    "negative rotation": (["--rotate-megabytes", "-1"], "rotate_megabytes must be at least 1"),
     "rotation larger than memory": (
         ["--rotate-megabytes", "900000000"],
         "smaller --rotate-megabytes",
@@ -209,23 +221,19 @@ def test_defaults_cover_the_published_models_bits_and_tokens():
 
 
 def test_weights_rotate_over_four_times_the_last_cache_where_memory_reaches(tiny, monkeypatch):
-    monkeypatch.setattr("nanoquant.bench.cache_bytes", lambda device: 70 * 10**6)
-    monkeypatch.setattr("nanoquant.bench.available_bytes", lambda device: 10**12)
+    monkeypatch.setattr("nanoquant.bench_setup.cache_bytes", lambda device: 70 * 10**6)
+    monkeypatch.setattr("nanoquant.bench_setup.available_bytes", lambda device: 10**12)
     config = BenchConfig(model=str(tiny), bits="0.8")
     bench = make_bench(config, targets(config), torch.device("cpu"))
     assert bench.signs.asked == bench.reals.asked == 280 * 10**6
     assert bench.in_cache(bench.signs.asked) is False
-    monkeypatch.setattr("nanoquant.bench.available_bytes", lambda device: 8 * 10**6)
+    monkeypatch.setattr("nanoquant.bench_setup.available_bytes", lambda device: 8 * 10**6)
     bench = make_bench(config, targets(config), torch.device("cpu"))
     assert bench.signs.asked == 2 * 10**6 and bench.in_cache(bench.signs.asked) is True
 
 
 def test_a_model_that_does_not_fit_is_absent_not_estimated(tiny, capsys, monkeypatch, tmp_path):
-    real = []
-    monkeypatch.setattr(
-        "nanoquant.bench.available_bytes",
-        lambda device: real.append(device) or (10**12 if len(real) == 1 else 1000),
-    )
+    monkeypatch.setattr("nanoquant.bench.available_bytes", lambda device: 1000)
     flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts model".split()
     code, out, _ = call(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
     figures = json.loads((tmp_path / "bench.json").read_text())

@@ -85,7 +85,7 @@ def test_a_step_of_decoding_reads_no_value_back_so_a_graph_can_hold_it(packed):
 
 
 def test_decoding_continues_as_a_forward_pass_without_a_cache_does():
-    model = fill(build(tiny_llama(tie=False).config, None), "cpu").float()
+    model = tiny_llama(tie=False)
     decoding = Decoding(model, context=6, steps=4)
     sequence = torch.arange(6)[None]
     for step in range(WARM_STEPS + 4):
@@ -94,7 +94,7 @@ def test_decoding_continues_as_a_forward_pass_without_a_cache_does():
             decoding.advance()
         if step >= WARM_STEPS - 1:
             assert decoding.token.item() == sequence[0, -1]
-    assert len(sequence.unique()) > 6
+    assert len(sequence[0, 6:].unique()) > 2
 
 
 def test_memory_counts_the_weights_that_are_resident():
@@ -103,18 +103,12 @@ def test_memory_counts_the_weights_that_are_resident():
     assert figures == {"weight_bytes": measure_sizes(model).bytes_resident, "peak_bytes": None}
 
 
-def test_arms_run_in_processes_of_their_own_and_one_that_fails_is_absent():
+def test_an_arm_that_fails_or_is_too_slow_is_absent_with_the_reason():
+    common = {"device": "cpu", "threads": 1, "context": 4, "repeats": 20}
     config = tiny_llama().config
-    common = {"device": "cpu", "threads": 1, "context": 4, "repeats": 20, "most_seconds": 60.0}
-    dense = Arm(name="dense", config=config, ranks=None, **common)
-    packed = dataclasses.replace(dense, name="packed", ranks=ranks_of(config))
-    broken = dataclasses.replace(dense, name="broken", ranks={"model.layers.0.mlp.up_proj": 0})
-    slow = dataclasses.replace(dense, name="slow", most_seconds=1e-9)
+    slow = Arm(name="slow", config=config, ranks=ranks_of(config), most_seconds=1e-9, **common)
+    wrong = {"model.layers.0.mlp.up_proj": 0}
+    broken = dataclasses.replace(slow, name="broken", ranks=wrong)
     absent = {}
-    figures = time_arms([dense, broken, slow, packed], absent.__setitem__)
-    assert list(figures) == ["dense", "packed"]
+    assert time_arms([broken, slow], absent.__setitem__) == {}
     assert "must be at least 1" in absent["broken"] and "--most-seconds" in absent["slow"]
-    for row in figures.values():
-        assert row["tokens_per_s"] == pytest.approx(1e3 / row["milliseconds"])
-        assert row["peak_bytes"] is None or row["peak_bytes"] > 0
-    assert figures["packed"]["weight_bytes"] < figures["dense"]["weight_bytes"]

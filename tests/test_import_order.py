@@ -55,6 +55,7 @@ ORDER = (
     "bench_config",
     "bench_timing",
     "bench_linears",
+    "bench_setup",
     "bench_model",
     "bench_process",
     "bench",

@@ -1,0 +1,122 @@
+"""What is going to be measured, and with what: models and their ranks, memory that weights rotate in, clock, roofs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+
+from nanoquant.bench_config import BenchConfig
+from nanoquant.bench_linears import Bench, Linear
+from nanoquant.bench_shapes import linear_shapes, model_config, ranks_at, skeleton
+from nanoquant.bench_timing import (
+    BLOCK_BYTES,
+    AbsentError,
+    CPUClock,
+    CUDAClock,
+    Rotation,
+    available_bytes,
+    cache_bytes,
+    copy_bandwidth,
+    device_name,
+    matmul_rate,
+)
+
+LEAST_ROTATION = 256 * 10**6
+"""Bytes to rotate over where the cache is small or of unknown size."""
+MEMORY_SHARE = 0.25
+"""Most of the free memory that one of the two rotations takes, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to measure: its configuration, and the ranks of its linears for every number of bits."""
+
+    name: str
+    config: PreTrainedConfig
+    whole_layers: int
+    shapes: dict[str, tuple[int, int]]
+    ranks: dict[float, dict[str, int]]
+
+    @property
+    def depth(self) -> dict[str, Any]:
+        """Name and depth, as every figure states them."""
+        layers = self.config.num_hidden_layers
+        return {"model": self.name, "layers": layers, "of_layers": self.whole_layers}
+
+    def linears(self, bits: float) -> list[Linear]:
+        """All linears in order."""
+        return [Linear(*self.shapes[name], rank) for name, rank in self.ranks[bits].items()]
+
+
+def targets(config: BenchConfig) -> list[Target]:
+    """The models of a run.
+
+    Raises:
+        ValueError: a model is unknown, or can't have the bits that are asked for.
+    """
+    found = []
+    for name in config.models:
+        whole = model_config(name).num_hidden_layers
+        settings = model_config(name, config.layers)
+        shapes = linear_shapes(skeleton(settings))
+        ranks = {bits: ranks_at(shapes, bits) for bits in config.numbers("bits", float)}
+        found.append(Target(name, settings, whole, shapes, ranks))
+    return found
+
+
+def make_bench(config: BenchConfig, models: list[Target], device: torch.device) -> Bench:
+    """Clock, and random memory for packed and for dense weights.
+
+    Raises:
+        ValueError: the memory that is asked for is not there.
+    """
+    cache, free = cache_bytes(device), available_bytes(device)
+    linears = {one for model in models for bits in model.ranks for one in model.linears(bits)}
+    asked = max(4 * (cache or 0), LEAST_ROTATION) if config.times_linears else 0
+    if config.rotate_megabytes is not None:
+        asked = config.rotate_megabytes * 10**6
+    elif free is not None:
+        asked = min(asked, int(MEMORY_SHARE * free))
+    largest_packed = max(linear.packed_bytes for linear in linears)
+    largest_dense = max(linear.dense_bytes for linear in linears)
+    if free is not None and 2 * asked + largest_packed + largest_dense > free:
+        raise ValueError(
+            f"two rotations of {asked:,} bytes and the largest weights do not fit into the "
+            f"{free:,} bytes that are free; give a smaller --rotate-megabytes"
+        )
+    signs = torch.randint(0, 256, (BLOCK_BYTES,), dtype=torch.uint8, device=device)
+    reals = torch.randn(BLOCK_BYTES // 2, device=device).bfloat16()
+    clock = CPUClock(config.repeats, config.most_seconds)
+    if device.type == "cuda":
+        clock = CUDAClock(config.repeats, config.most_seconds, max(asked, LEAST_ROTATION))
+    return Bench(
+        Rotation(asked, largest_packed, signs),
+        Rotation(asked, largest_dense, reals),
+        clock,
+        config.most_error,
+        cache,
+    )
+
+
+def roofs(bench: Bench, device: torch.device, absent: Callable[[str, str], None]) -> dict[str, Any]:
+    """What the device is and can do: bytes copied and operations multiplied in a second, measured here."""
+    rates: dict[str, float | None] = {"copy_gb_per_s": None, "matmul_tflop_per_s": None}
+    if bench.signs.asked:
+        try:
+            rates["copy_gb_per_s"] = copy_bandwidth(bench.clock, bench.signs) / 1e9
+            rates["matmul_tflop_per_s"] = matmul_rate(bench.clock, device) / 1e12
+        except AbsentError as error:
+            absent("copy bandwidth or matmul", str(error))
+    return {
+        "name": device_name(device),
+        "kind": device.type,
+        "threads": torch.get_num_threads(),
+        "cache_bytes": bench.cache,
+        "rotation_bytes": bench.signs.asked,
+        "in_cache": bench.in_cache(bench.signs.asked),
+        **rates,
+    }
