@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,6 @@ from torch import Tensor, nn
 from nanoquant.packed_linear import frozen
 from nanoquant_kernels import pack_codes, table_linear, table_rows
 from nanoquant_kernels.table import COLUMNS, dense_rows
-
-if TYPE_CHECKING:
-    pass
 
 TABLE_PARTS = ("codes", "scales", "zeros")
 

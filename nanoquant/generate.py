@@ -95,10 +95,10 @@ def generate(
     new_tokens = _new_tokens(model, config, settings.max_new_tokens, lengths)
     _choose_cache(model, config, settings.compile)
     prepare_for_decoding(model)
-    device = input_device(model)
     done = Generation(prompt_tokens=lengths)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+        stack.enter_context(torch.random.fork_rng(cards))  # manual_seed seeds them all
         stack.enter_context(evaluation_mode(model))
         torch.manual_seed(settings.seed)
         for batch in batches:

@@ -41,6 +41,8 @@ class PackedBinaryLinear(nn.Module):
 
     shared: SharedLaunch | None = None
     """Launch that this layer shares with others that read the same tensor."""
+    traced = False
+    """Whether such others were looked for."""
 
     def __init__(
         self,
@@ -133,7 +135,7 @@ class PackedBinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (..., d_in), giving (..., d_out) in the dtype of ``x``."""
-        if self.shared is not None and self.shared.serves(x):
+        if self.shared is not None and self.shared.serves(self, x):
             return self.shared(self, x)
         return binary_low_rank_linear(
             x, self.u_signs, self.v_signs, self.s1, self.s2, self.bias, self.rank
@@ -141,8 +143,9 @@ class PackedBinaryLinear(nn.Module):
 
     def align_rows_(self) -> None:
         """Pad the distance of packed rows to what a GPU loads at once; values and shapes stay the same."""
-        self.u_signs.data = align_rows(self.u_signs.data)
-        self.v_signs.data = align_rows(self.v_signs.data)
+        for signs in (self.u_signs, self.v_signs):
+            if (aligned := align_rows(signs.data)) is not signs.data:
+                signs.data = aligned
 
     def extra_repr(self) -> str:
         """Shape, rank and bits per weight."""

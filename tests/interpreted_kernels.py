@@ -20,6 +20,7 @@ from nanoquant_kernels import (
     tune,
 )
 from nanoquant_kernels.layout import align_rows
+from nanoquant_kernels.outputs import parts
 from nanoquant_kernels.planes import from_planes, to_planes
 from nanoquant_kernels.tiles import DotTile, FlipTile
 
@@ -53,6 +54,12 @@ CASES |= {
     ("flip", "aligned rows"): dict(shape=(70, 200, 40), lead=(1,), align=True),
     ("unpack", "aligned rows"): dict(shape=(70, 200, 40), lead=(1,), align=True),
     ("unpack", "float32"): dict(shape=(24, 40, 16), lead=(3,), dtype=torch.float32),
+    ("dot", "strided"): dict(shape=(70, 200, 40), lead=(2,), stride=True),
+    ("flip", "strided"): dict(shape=(70, 200, 40), lead=(1,), stride=True),
+    ("unpack", "strided"): dict(shape=(70, 200, 40), lead=(2,), stride=True),
+    ("flip", "tiny"): dict(
+        shape=(24, 400, 16), lead=(1,), dtype=torch.float32, factor=1e-36, bias=False
+    ),
 }
 
 STACKS = {  # d_out, d_in, rank of each member
@@ -67,12 +74,23 @@ STACKS = {  # d_out, d_in, rank of each member
 }
 
 
-def error(kernel, shape, lead, dtype=torch.float16, factor=1.0, align=False, **options):
+def error(
+    kernel, shape, lead, dtype=torch.float16, factor=1.0, align=False, stride=False, **options
+):
     x, u, v, *rest = arguments(*shape, lead=lead, dtype=dtype, **options)
     args = x * factor, *((aligned(u), aligned(v)) if align else (u, v)), *rest
+    if stride:
+        args = [every_second(t) if torch.is_tensor(t) else t for t in args]
     y, truth = KERNELS[kernel].binary_low_rank_linear(*args), expected(*args)
     assert y.shape == truth.shape and y.dtype == dtype
     return ((y.double() - truth).norm() / truth.norm()).item() if truth.numel() else 0.0
+
+
+def every_second(tensor):
+    """The same values, not contiguous."""
+    wide = tensor.new_zeros(*tensor.shape, 2)
+    wide[..., 0] = tensor
+    return wide[..., 0]
 
 
 def aligned(signs):
@@ -121,10 +139,11 @@ def stack_error(shapes, lead, bias, align=False):
     x = members[0][0]
     if align:
         members = [(x, aligned(u), aligned(v), *rest) for _, u, v, *rest in members]
+    outs = [m[3].shape[0] for m in members]
     biases = [m[5] if has else None for m, has in zip(members, bias, strict=True)]
     u, v, s1, s2, _, ranks = (list(group) for group in list(zip(*members, strict=True))[1:])
-    assert triton_stack.serves(x, u, v, s1, s2)
-    outputs = triton_stack.binary_low_rank_linears(x, u, v, s1, s2, biases, ranks)
+    flat = triton_stack.binary_low_rank_linears(x, u, v, s1, s2, biases, ranks)
+    outputs = parts(flat, x, outs)
     errors = []
     for y, *rest in zip(outputs, u, v, s1, s2, biases, ranks, strict=True):
         truth = expected(x, *rest)

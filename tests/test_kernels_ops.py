@@ -135,3 +135,15 @@ def test_a_wrong_argument_is_named(message):
     args[index] = value
     with pytest.raises(ValueError, match=message):
         binary_low_rank_linear(*args)
+
+
+def test_tensors_on_another_device_are_named():
+    x, u, *rest = arguments(24, 40, 16)
+    with pytest.raises(ValueError, match="u_signs is on meta, but x on cpu; move one to the other"):
+        binary_low_rank_linear(x, u.to("meta"), *rest)
+
+
+def test_a_matrix_without_rank_is_refused():
+    x, u, v, s1, s2, bias, _ = arguments(24, 40, 16)
+    with pytest.raises(ValueError, match="must be at least 1, got 24, 40, 0"):
+        binary_low_rank_linear(x, u[:, :0], v[:0], s1, s2, bias, 0)

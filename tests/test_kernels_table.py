@@ -156,3 +156,10 @@ def test_arguments_that_do_not_fit_are_named(change, message):
         args[index] = value
     with pytest.raises(ValueError, match=message):
         table_linear(*args)
+
+
+def test_a_bias_that_trains_gets_its_gradient():
+    x, codes, scales, zeros, bias = arguments(40, 64, 2, 4)
+    y = table_linear(x, codes, scales, zeros, bias.requires_grad_())
+    y.sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, float(y[..., 0].numel())))

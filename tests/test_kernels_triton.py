@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 import sass
 from interpreted_kernels import CASES, KERNELS, STACKS
 
-from nanoquant_kernels import pack_signs, tiles, triton_dot, triton_flip, triton_table
+from nanoquant_kernels import pack_signs, tiles, triton_dot, triton_flip, triton_stack, triton_table
 from nanoquant_kernels.planes import as_words, from_planes, to_planes
 
 
@@ -80,6 +80,12 @@ def test_what_a_kernel_does_not_take_is_refused():
         triton_dot.binary_low_rank_linear(torch.zeros(1, 32), *rest)
     with pytest.raises(ValueError, match="takes one token, got 2"):
         triton_flip.binary_low_rank_linear(torch.zeros(2, 32), *rest)
+    x, codes, scales, _, bias = triton_table.trial("cpu", torch.bfloat16, 8)
+    with pytest.raises(ValueError, match=r"1 to 16 tokens .* got x of shape \(17, 256\)"):
+        triton_table.table_linear(x[:1].expand(17, -1), codes, scales, None, bias)
+    lists = [[value, value] for value in rest]
+    with pytest.raises(ValueError, match=r"can't share launches: x \(17, 32\)"):
+        triton_stack.binary_low_rank_linears(torch.zeros(17, 32).half(), *lists)
 
 
 TYPES = {

@@ -94,6 +94,56 @@ def test_any_order_and_any_x_give_what_each_gives_alone():
 
 
 @torch.no_grad()
+def test_a_tensor_that_was_written_to_is_read_again():
+    layers = members()
+    x = torch.randn(1, 64, generator=torch.manual_seed(0))
+    layers[0](x)
+    x.zero_()
+    assert not layers[1](x).any()
+
+
+@torch.no_grad()
+def test_a_mere_copy_of_a_member_runs_alone():
+    layers = members()
+    twin, x = copy.copy(layers[1]), torch.randn(1, 64)
+    assert torch.equal(twin(x), alone(layers[1], x))
+
+
+@torch.no_grad()
+def test_shared_launches_work_under_autocast():
+    layers = members()
+    x = torch.randn(1, 64, generator=torch.manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        together = [layer(x) for layer in layers]
+        separate = [alone(layer, x) for layer in layers]
+    for y, truth in zip(together, separate, strict=True):
+        assert y.dtype == torch.bfloat16 and torch.equal(y, truth)
+
+
+def test_what_shared_launches_do_not_take_is_refused():
+    layers = members()
+    lists = [
+        [getattr(m, n) for m in layers] for n in ("u_signs", "v_signs", "s1", "s2", "bias", "rank")
+    ]
+    x = torch.randn(1, 64)
+    with pytest.raises(ValueError, match="as many of everything"):
+        binary_low_rank_linears(x, lists[0][:1], *lists[1:])
+    with pytest.raises(ValueError, match="no gradients"):
+        binary_low_rank_linears(x.requires_grad_(), *lists)
+
+
+@torch.no_grad()
+def test_the_shared_operator_passes_opcheck():
+    layers = members()
+    lists = [
+        [getattr(m, n) for m in layers] for n in ("u_signs", "v_signs", "s1", "s2", "bias", "rank")
+    ]
+    operator = torch.ops.nanoquant.binary_low_rank_linears.default
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(operator, (torch.randn(2, 64), *lists), test_utils=tests)
+
+
+@torch.no_grad()
 def test_nothing_is_held_once_every_member_was_asked():
     layers = members()
     x = torch.randn(1, 64)
@@ -114,6 +164,9 @@ def test_aligned_rows_change_no_value_and_no_result():
     x = torch.randn(3, 72, generator=torch.manual_seed(0))
     before, state = layer(x), copy.deepcopy(layer.state_dict())
     layer.align_rows_()
+    places = layer.u_signs.data_ptr(), layer.v_signs.data_ptr()
+    layer.align_rows_()
+    assert places == (layer.u_signs.data_ptr(), layer.v_signs.data_ptr())  # once is enough
     assert layer.u_signs.stride(0) % 16 == 0 and layer.v_signs.stride(0) % 16 == 0
     assert torch.equal(layer(x), before)
     assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())

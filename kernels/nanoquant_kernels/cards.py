@@ -37,7 +37,9 @@ def unavailable(device: torch.device) -> str:
         found, oldest = architecture(device) / 10, OLDEST_ARCHITECTURE / 10
         reason = f"compute capability {found} is below {oldest}"
     if reason:
-        logger.warning("packed layers run through plain PyTorch on %s: %s", device, reason)
+        logger.warning(
+            "nothing runs through Triton on %s, but through plain PyTorch: %s", device, reason
+        )
     return reason
 
 
@@ -53,23 +55,34 @@ def missing_triton() -> str:
     return ""
 
 
-_verdicts: dict[tuple[str, torch.device], bool] = {}
+_verdicts: dict[tuple[tuple, torch.device], bool] = {}
 
 
 def trusted(
-    kernel: str, device: torch.device, attempt: Callable[[], tuple[Tensor, Tensor]]
+    kernel: tuple, device: torch.device, attempt: Callable[[], tuple[Tensor, Tensor]]
 ) -> bool:
-    """Whether ``attempt`` gives a result close to the truth; tried once, and not while a graph is captured."""
+    """Whether ``attempt`` gives a result close to the truth; tried once, and not while a graph is captured.
+
+    Args:
+        kernel: its name and what it is compiled for.
+        device: the card.
+        attempt: runs it, and gives its result and the truth.
+    """
     key = kernel, device
     if key not in _verdicts:
         if torch.cuda.is_current_stream_capturing():  # trying it needs a synchronisation
+            logger.warning(
+                "kernel %s is not in the captured graph on %s, plain PyTorch is: run once before "
+                "capturing, so that it can be tried",
+                *(name_of(kernel), device),
+            )
             return False
         _verdicts[key] = _succeeds(kernel, device, attempt)
     return _verdicts[key]
 
 
 def _succeeds(
-    kernel: str, device: torch.device, attempt: Callable[[], tuple[Tensor, Tensor]]
+    kernel: tuple, device: torch.device, attempt: Callable[[], tuple[Tensor, Tensor]]
 ) -> bool:
     """Try it, and log why it can't be trusted."""
     try:
@@ -77,13 +90,19 @@ def _succeeds(
         error = float((result.double() - truth).norm() / truth.norm())
     except Exception as failure:  # whatever a compiler or driver raises, the reference still works
         logger.warning(
-            "kernel %s can't run on %s, plain PyTorch takes over: %s", kernel, device, failure
+            "kernel %s can't run on %s, plain PyTorch takes over: %s",
+            *(name_of(kernel), device, failure),
         )
         return False
     if not error <= TOLERANCE:
         logger.warning(
             "kernel %s is wrong on %s (relative error %.1e), plain PyTorch takes over; "
             "please report this with the versions of Triton and the driver",
-            *(kernel, device, error),
+            *(name_of(kernel), device, error),
         )
     return error <= TOLERANCE
+
+
+def name_of(kernel: tuple) -> str:
+    """Kernel and what it is compiled for, as one string."""
+    return ", ".join(map(str, kernel))

@@ -30,7 +30,7 @@ ALIGNMENT = 16
 def align_rows(packed: Tensor) -> Tensor:
     """The same rows uint8 (R, B) a multiple of ``ALIGNMENT`` bytes apart: a view of a padded copy."""
     R, width = packed.shape
-    if width % ALIGNMENT == 0:
+    if packed.stride(0) % ALIGNMENT == 0 and packed.stride(1) == 1:
         return packed
     padded = packed.new_zeros(R, width + -width % ALIGNMENT)
     padded[:, :width] = packed

@@ -52,6 +52,14 @@ def check_arguments(
             f"v_signs has shape {tuple(v_signs.shape)}, but rank {rank} and s2 of length {d_in} "
             f"ask for ({rank}, {packed_width(d_in)}) bytes"
         )
+    if min(d_out, d_in, rank) < 1:
+        raise ValueError(f"d_out, d_in and rank must be at least 1, got {d_out}, {d_in}, {rank}")
+    others = {"u_signs": u_signs, "v_signs": v_signs, "s1": s1, "s2": s2, "bias": bias}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but x on {x.device}; move one to the other"
+            )
     for name, signs in (("u_signs", u_signs), ("v_signs", v_signs)):
         if signs.dtype != torch.uint8:
             raise ValueError(
@@ -107,7 +115,8 @@ def _cuda(
 ) -> Tensor:
     """The Triton kernel that serves, else the reference."""
     check_arguments(x, u_signs, v_signs, s1, s2, bias, rank)
-    return gpu.binary_low_rank_linear(x, u_signs, v_signs, s1, s2, bias, rank)
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return gpu.binary_low_rank_linear(x, u_signs, v_signs, s1, s2, bias, rank)
 
 
 @torch.library.register_fake(NAME, lib=_library)

@@ -79,4 +79,4 @@ def table_linear_backward(
 ) -> Tensor:
     """Gradient (..., d) at x of :func:`table_linear` from that at its result (..., n)."""
     parts = (grad[..., rows] @ dense.to(grad.dtype) for rows, dense in chunks(codes, scales, zeros))
-    return sum(parts)
+    return sum(part.float() for part in parts).to(grad.dtype)

@@ -14,6 +14,7 @@ from nanoquant_kernels.cards import trusted, unavailable
 from nanoquant_kernels.cpu import SIGNS_A_THREAD as WORK_A_THREAD
 from nanoquant_kernels.cpu import TYPES
 from nanoquant_kernels.cpu_build import PATHS, available_paths, library
+from nanoquant_kernels.reference import sum_tokens
 
 NAME = "nanoquant::table_linear"
 MOST_TOKENS = {"plain": 2, "avx2": 16, "neon": 8, "avx512": 32}
@@ -55,6 +56,12 @@ def check_arguments(
             f"scales {scales.dtype} {tuple(scales.shape)} and zeros {found} do not fit codes "
             f"{codes.dtype} {tuple(codes.shape)}; see nanoquant_kernels.table"
         )
+    others = {"codes": codes, "scales": scales, "zeros": zeros, "bias": bias}
+    for name, tensor in others.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name} is on {tensor.device}, but x on {x.device}; move one to the other"
+            )
     if bias is not None and bias.shape != (n,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}, but the table asks for ({n},)")
 
@@ -97,8 +104,10 @@ def _cuda(
             exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
             return triton_table.table_linear(*args), table.table_linear(*exact)
 
-        if triton_table.serves(x) and trusted(f"{bits}-bit table, {x.dtype}", x.device, attempt):
-            return triton_table.table_linear(x, codes, scales, zeros, bias)
+        with torch.cuda.device(x.device):  # Triton launches on the current one
+            kernel = f"{bits}-bit table", x.dtype
+            if triton_table.serves(x) and trusted(kernel, x.device, attempt):
+                return triton_table.table_linear(x, codes, scales, zeros, bias)
     return table.table_linear(x, codes, scales, zeros, bias)
 
 
@@ -163,13 +172,17 @@ def _fake(
 
 def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
     """Keep the table."""
-    _, codes, scales, zeros, _ = inputs
+    _, codes, scales, zeros, bias = inputs
     ctx.save_for_backward(codes, scales, zeros)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradient of x; the table does not train."""
-    return table.table_linear_backward(grad, *ctx.saved_tensors), None, None, None, None
+    """Gradients of x and bias; the table does not train."""
+    needs_x, *_, needs_bias = ctx.needs_input_grad
+    grad_x = table.table_linear_backward(grad, *ctx.saved_tensors) if needs_x else None
+    grad_bias = sum_tokens(grad, ctx.bias_dtype) if needs_bias else None
+    return grad_x, None, None, None, grad_bias
 
 
 torch.library.register_autograd(NAME, _backward, setup_context=_setup_context, lib=_library)

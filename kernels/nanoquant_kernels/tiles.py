@@ -1,7 +1,8 @@
 """Which kernel a GPU runs, and how it is cut: a static table by architecture, tokens and shape.
 
 ``tiles.json`` holds it. Nothing is tuned during a call: an architecture that the table does not list takes the next
-lower one, a number of tokens the next higher one, a shape the nearest one. ``nanoquant_kernels.tune`` measures tiles on
+lower one, a number of tokens the next higher one, a shape the nearest one. Entries without a date were chosen by
+instruction counts and not measured. ``nanoquant_kernels.tune`` measures tiles on
 a GPU and writes them there.
 """
 
@@ -55,8 +56,7 @@ def write(table: dict, path: str | Path) -> None:
         f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, table[name])) + "\n ]"
         for name in ("kernels", "tiles")
     )
-    measured = f' "measured": {json.dumps(table["measured"])}'
-    Path(path).write_text("{\n" + ",\n".join([measured, *lists]) + "\n}\n")
+    Path(path).write_text("{\n" + ",\n".join(lists) + "\n}\n")
 
 
 @functools.cache

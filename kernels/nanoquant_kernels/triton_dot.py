@@ -22,7 +22,9 @@ ONE = {torch.bfloat16: 0x3F80, torch.float16: 0x3C00}
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton's interpreter knows no inline instructions."""
 TOKENS_A_LAUNCH = 8192
-"""More tokens run in several launches, so that scratch stays small and offsets fit 32 bits."""
+"""More tokens run in several launches, so that scratch stays small."""
+LAST_OFFSET = 2**31 - 1
+"""Offsets are 32-bit numbers."""
 
 
 @triton.constexpr_function
@@ -152,8 +154,11 @@ def binary_low_rank_linear(
         raise ValueError(f"this kernel takes bfloat16 or float16, got {x.dtype}")
     d_in, d_out = s2.shape[0], s1.shape[0]
     y = x.new_empty((*x.shape[:-1], d_out))
+    s1, s2, bias = s1.contiguous(), s2.contiguous(), None if bias is None else bias.contiguous()
     rows = x.reshape(-1, d_in).contiguous(), y.view(-1, d_out)
-    for x_part, y_part in zip(*(t.split(TOKENS_A_LAUNCH) for t in rows), strict=True):
+    widest = 2 * max(d_in, d_out, rank, PLANES)  # padding less than doubles a row
+    step = max(1, min(TOKENS_A_LAUNCH, LAST_OFFSET // widest))
+    for x_part, y_part in zip(*(t.split(step) for t in rows), strict=True):
         if x_part.shape[0]:
             _product(x_part, y_part, (v_signs, s2, v_tile), (u_signs, s1, u_tile), bias, rank)
     return y
@@ -179,7 +184,7 @@ def launch(tile: DotTile | None, rows: int, words: int, x: Tensor) -> tuple[tupl
     """Grid and options of a stage of ``rows`` rows of ``words`` words for x (tokens, d_in)."""
     tokens = x.shape[0]
     tile = tile or DotTile()
-    m = min(tile.tokens, max(8, triton.next_power_of_2(tokens)))
+    m = 8 if tokens <= 8 else min(16, tile.tokens) if tokens <= 16 else tile.tokens
     options = {
         "asm": not INTERPRETED,
         "BLOCK_R": tile.rows,

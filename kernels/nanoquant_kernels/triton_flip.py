@@ -91,6 +91,7 @@ def scale_to_halves(
         sums += tl.abs(value * tl.load(scale + k, mask=k < K, other=0.0).to(tl.float32))
     norm = tl.sum(sums, 0)
     exponent = tl.where(norm == 0, 0.0, tl.floor(tl.log2(norm)) + 1 - SUM_BITS)
+    exponent = tl.maximum(exponent, -126.0)  # its power and that of its opposite are finite
     tl.store(undo, tl.exp2(exponent))
     for start in range(0, 16 * P, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -157,6 +158,7 @@ def binary_low_rank_linear(
     d_in, d_out = s2.shape[0], s1.shape[0]
     if x.numel() != d_in:
         raise ValueError(f"this kernel takes one token, got {x.numel() // d_in}")
+    s1, s2, bias = s1.contiguous(), s2.contiguous(), None if bias is None else bias.contiguous()
     v_words, u_words = as_words(v_signs, torch.int32), as_words(u_signs, torch.int32)
     Q, Q_rank = v_words.shape[1], u_words.shape[1]
     halves = x.new_empty(2 * PLANES * Q, dtype=torch.float16)

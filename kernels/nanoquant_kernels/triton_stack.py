@@ -6,7 +6,6 @@ padded. All members' latents stand in the plane order of the widest one; columns
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -14,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanoquant_kernels.planes import PLANES, as_words
+from nanoquant_kernels.layout import ALIGNMENT
+from nanoquant_kernels.outputs import starts_of
+from nanoquant_kernels.planes import PLANES
 from nanoquant_kernels.tiles import DotTile
 from nanoquant_kernels.triton_dot import ONE, launch, signed_sums
 
@@ -90,19 +91,32 @@ def stacked_output_stage(
 
 
 def serves(
-    x: Tensor, u_signs: list[Tensor], v_signs: list[Tensor], s1: list[Tensor], s2: list[Tensor]
+    x: Tensor,
+    u_signs: list[Tensor],
+    v_signs: list[Tensor],
+    s1: list[Tensor],
+    s2: list[Tensor],
+    bias: list[Tensor | None],
 ) -> bool:
-    """Whether one launch can take them all: few tokens, one dtype of scales, rows aligned in the same way."""
-    signs = (*u_signs, *v_signs)
+    """Whether one launch takes them all: few tokens, scales and biases of one dtype each, rows aligned alike."""
+    biases = [b for b in bias if b is not None]
+    vectors = (*s1, *s2, *biases)
     return (
         0 < x.numel() <= MOST_TOKENS * x.shape[-1]
         and x.dtype in ONE
         and len({t.dtype for t in (*s1, *s2)}) == 1
-        and s1[0].dtype in TYPES
-        and all(t.data_ptr() % 16 == 0 and as_words(t).data_ptr() == t.data_ptr() for t in signs)
-        and len({as_words(t).shape[1] for t in v_signs}) == 1
-        and all(t.is_contiguous() for t in (*s1, *s2))
+        and len({b.dtype for b in biases}) <= 1
+        and all(t.dtype in TYPES and t.is_contiguous() for t in vectors)
+        and all(map(_aligned, (*u_signs, *v_signs)))
+        and len({t.stride(0) for t in v_signs}) == 1
     )
+
+
+def _aligned(signs: Tensor) -> bool:
+    """Whether rows of signs start at whole words, with nothing but padding between them."""
+    gap = signs.stride(0) - signs.shape[1]
+    even = signs.stride(0) % 2 == 0 and signs.data_ptr() % ALIGNMENT == 0
+    return signs.shape[0] > 1 and even and signs.stride(1) == 1 and 0 <= gap < ALIGNMENT
 
 
 def binary_low_rank_linears(
@@ -114,30 +128,30 @@ def binary_low_rank_linears(
     bias: list[Tensor | None],
     ranks: list[int],
     tile: DotTile | None = None,
-) -> list[Tensor]:
-    """Each member's s1 * (U (V^T (s2 * x))) + bias for the same x (..., d_in); see :func:`serves`.
-
-    Returns:
-        A tensor (..., d_out) for each member, in the dtype of ``x``.
+) -> Tensor:
+    """Each member's s1 * (U (V^T (s2 * x))) + bias for the same x (..., d_in); see :mod:`nanoquant_kernels.outputs`.
 
     Raises:
-        ValueError: biases of several dtypes.
+        ValueError: :func:`serves` says no.
     """
-    biases = {b.dtype for b in bias if b is not None} or {torch.float32}
-    if len(biases) > 1:
-        raise ValueError(f"biases of stacked linears must share one dtype, got {biases}")
+    if not serves(x, u_signs, v_signs, s1, s2, bias):
+        raise ValueError(
+            f"these linears can't share launches: x {tuple(x.shape)} in {x.dtype} must be 1 to "
+            f"{MOST_TOKENS} tokens in bfloat16 or float16, scales of one dtype, biases of one dtype, "
+            "and packed rows aligned in the same way"
+        )
     d_in, outs = x.shape[-1], tuple(t.shape[0] for t in s1)
     x2 = x.reshape(-1, d_in).contiguous()
     tokens, members = x2.shape[0], len(ranks)
-    held = tuple(as_words(t).shape[1] for t in u_signs)
-    P, P_rank = as_words(v_signs[0]).shape[1], max(held)
+    held = tuple(t.stride(0) // 2 for t in u_signs)
+    P, P_rank = v_signs[0].stride(0) // 2, max(held)
     _, options = launch(tile, max(outs), max(P, P_rank), x2)
     addresses = (
         tuple(0 if t is None else t.data_ptr() for t in group)
         for group in (u_signs, v_signs, s1, s2, bias)
     )
     v_table, u_table, scales, starts = tables(
-        *addresses, P, held, outs, tuple(ranks), options["BLOCK_R"], x.device
+        (*addresses, P, held, outs, tuple(ranks), options["BLOCK_R"], x.device)
     )
     shared = {"FIELDS": FIELDS, "one": ONE[x.dtype]} | options
     scaled = x.new_empty(members, tokens, PLANES * P)
@@ -147,16 +161,16 @@ def binary_low_rank_linears(
     stacked_latent_stage[(len(v_table),)](
         *(v_table, scaled, latent, P, P_rank, tokens), UNIT=common_unit(P), **shared
     )
-    y = x.new_empty(tokens * sum(outs))
+    y = x.new_empty(tokens * starts_of(outs)[-1])
+    kinds = [b.dtype for b in bias if b is not None] or [torch.float32]
     stacked_output_stage[(len(u_table),)](
         *(u_table, latent, y, starts, P_rank, tokens),
         UNIT=common_unit(*held),
         SCALE=TYPES[s1[0].dtype],
-        BIAS=TYPES[biases.pop()],
+        BIAS=TYPES[kinds[0]],
         **shared,
     )
-    parts = y.split([tokens * d_out for d_out in outs])
-    return [part.view(*x.shape[:-1], -1) for part in parts]
+    return y
 
 
 def common_unit(*words: int) -> int:
@@ -164,34 +178,27 @@ def common_unit(*words: int) -> int:
     return math.gcd(16, *words)
 
 
-@functools.lru_cache(maxsize=4096)
-def tables(
-    u_signs: tuple[int, ...],
-    v_signs: tuple[int, ...],
-    s1: tuple[int, ...],
-    s2: tuple[int, ...],
-    bias: tuple[int, ...],
-    P: int,
-    held: tuple[int, ...],
-    outs: tuple[int, ...],
-    ranks: tuple[int, ...],
-    block: int,
-    device: torch.device,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_tables: dict[tuple, tuple[Tensor, Tensor, Tensor, Tensor]] = {}
+
+
+def tables(key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Tiles of both stages, addresses of s2, and where each member's output starts, as int64 on the device.
 
-    Arguments are addresses and sizes: they are all that a table holds, so it is right whenever they are the same.
+    The key is addresses and sizes: they are all that a table holds, so it is right whenever they are the same. Tables
+    are kept for good, because captured graphs read them; they are small.
     """
-    v_tiles, u_tiles = [], []
-    v_unit, u_unit = common_unit(P), common_unit(*held)
-    for i, (rank, d_out) in enumerate(zip(ranks, outs, strict=True)):
-        for first in range(0, PLANES * max(held), block):
-            v_tiles.append([v_signs[i], P // v_unit, rank, first, i, P, 0, 0])
-        for first in range(0, d_out, block):
-            tile = [u_signs[i], held[i] // u_unit, d_out, first, i, held[i], s1[i], bias[i]]
-            u_tiles.append(tile)
-    starts = [sum(outs[:i]) for i in range(len(outs))]
-    return tuple(
-        torch.tensor(values, dtype=torch.int64).to(device)
-        for values in (v_tiles, u_tiles, s2, starts)
-    )
+    if key not in _tables:
+        u_signs, v_signs, s1, s2, bias, P, held, outs, ranks, block, device = key
+        v_tiles, u_tiles = [], []
+        v_unit, u_unit = common_unit(P), common_unit(*held)
+        for i, (rank, d_out) in enumerate(zip(ranks, outs, strict=True)):
+            for first in range(0, PLANES * max(held), block):
+                v_tiles.append([v_signs[i], P // v_unit, rank, first, i, P, 0, 0])
+            for first in range(0, d_out, block):
+                tile = [u_signs[i], held[i] // u_unit, d_out, first, i, held[i], s1[i], bias[i]]
+                u_tiles.append(tile)
+        _tables[key] = tuple(
+            torch.tensor(values, dtype=torch.int64).to(device)
+            for values in (v_tiles, u_tiles, s2, starts_of(outs)[:-1])
+        )
+    return _tables[key]

@@ -89,9 +89,19 @@ def serves(x: Tensor) -> bool:
 def table_linear(
     x: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """As :func:`nanoquant_kernels.table.table_linear`, for what :func:`serves` takes."""
+    """As :func:`nanoquant_kernels.table.table_linear`, for what :func:`serves` takes.
+
+    Raises:
+        ValueError: no tokens, too many, or a dtype that tensor cores do not multiply.
+    """
+    if not serves(x):
+        raise ValueError(
+            f"this kernel takes 1 to {MOST_TOKENS} tokens in bfloat16 or float16, got "
+            f"x of shape {tuple(x.shape)} in {x.dtype}"
+        )
     x2 = x.reshape(-1, x.shape[-1]).contiguous()
     codes, scales = codes.contiguous(), scales.contiguous()
+    bias = None if bias is None else bias.contiguous()
     (tokens, D), N = x2.shape, codes.shape[0]
     y = x.new_empty(tokens, N)
     grid = (triton.cdiv(N, BLOCK_R),)

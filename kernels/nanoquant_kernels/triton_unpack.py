@@ -28,7 +28,7 @@ def unpack_rows(signs, out, K, stride, BLOCK: tl.constexpr):
 
 def unpack_signs(packed: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
     """As :func:`nanoquant_kernels.layout.unpack_signs`: uint8 (R, ceil(K / 8)) to (R, K) in ``dtype``."""
-    packed = packed.contiguous()
+    packed = packed if packed.stride(1) == 1 else packed.contiguous()
     out = torch.empty(packed.shape[0], columns, dtype=dtype, device=packed.device)
     if out.numel():
         grid = packed.shape[0], triton.cdiv(columns, 1024)
@@ -45,11 +45,10 @@ def binary_low_rank_linear(
     bias: Tensor | None,
     rank: int,
 ) -> Tensor:
-    """As :func:`nanoquant_kernels.reference.binary_low_rank_linear`."""
-    dtype = x.dtype
-    z = signed_product(x * s2.to(dtype), v_signs)
-    y = signed_product(z, u_signs) * s1.to(dtype)
-    return y if bias is None else y + bias.to(dtype)
+    """As :func:`nanoquant_kernels.reference.binary_low_rank_linear`; scales and bias act in float32."""
+    z = signed_product((x.float() * s2.float()).to(x.dtype), v_signs)
+    y = signed_product(z, u_signs).float() * s1.float()
+    return (y if bias is None else y + bias.float()).to(x.dtype)
 
 
 def signed_product(x: Tensor, signs: Tensor) -> Tensor:

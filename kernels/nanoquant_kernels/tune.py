@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import logging
+import math
 from collections.abc import Callable, Iterable
 from datetime import date
 
@@ -18,23 +20,29 @@ import torch
 from torch import Tensor
 
 from nanoquant_kernels import tiles
+from nanoquant_kernels.cards import TOLERANCE
 from nanoquant_kernels.layout import unpack_signs
 from nanoquant_kernels.planes import PLANES, as_words, from_planes, to_planes, words_of
 from nanoquant_kernels.tiles import DotTile, FlipTile
 
+logger = logging.getLogger(__name__)
+
 ROTATED = 256 * 2**20
 """Bytes of signs that are read in turn, so that no cache holds them."""
 REPLAYS = 20
-Measure = Callable[[str, "DotTile | FlipTile", int, int, int], float]
+Tile = DotTile | FlipTile | None
+Measure = Callable[[str, Tile, int, int, int], float]
 """(kernel, tile, rows, words, tokens) to microseconds; infinite where a tile does not run or is wrong."""
 
 
-def candidates(tokens: int) -> Iterable[tuple[str, DotTile | FlipTile]]:
+def candidates(tokens: int) -> Iterable[tuple[str, Tile]]:
     """Kernels and tiles that are worth a try for so many tokens."""
     if tokens == 1:
         for rows, warps in itertools.product((8, 16, 32), (1, 2, 4)):
             yield "flip", FlipTile(rows, warps)
     few = tokens <= 16
+    if not few:
+        yield "unpack", None
     grid = itertools.product(
         (16, 32, 64) if few else (64, 128),
         (32, 64, 128) if few else (16, 32),
@@ -53,29 +61,32 @@ def tuned(
         name: [e for e in table[name] if e["architecture"] != arch or e["tokens"] not in tokens]
         for name in ("kernels", "tiles")
     }
+    today = {"measured": date.today().isoformat()}
     for count in tokens:
-        totals: dict[str, float] = {}
+        totals = {kernel: 0.0 for kernel, _ in candidates(count)}
         for rows, words in shapes:
-            best: dict[str, tuple[float, DotTile | FlipTile]] = {}
+            best: dict[str, tuple[float, Tile]] = dict.fromkeys(totals, (math.inf, None))
             for kernel, tile in candidates(count):
                 time = measure(kernel, tile, rows, words, count)
-                if time < best.get(kernel, (float("inf"), tile))[0]:
+                if time < best[kernel][0]:
                     best[kernel] = time, tile
             for kernel, (time, tile) in best.items():
-                totals[kernel] = totals.get(kernel, 0.0) + time
+                totals[kernel] += time
+                if tile is None:
+                    continue
                 entry = {"architecture": arch, "kernel": kernel, "tokens": count}
                 entry |= {"shape": [rows, words], "tile": dataclasses.asdict(tile)}
-                new["tiles"].append(entry | {"microseconds": round(time, 2)})
-        if not totals:
-            raise RuntimeError(f"no tile runs on architecture {arch} with {count} tokens")
+                new["tiles"].append(entry | {"microseconds": round(time, 2)} | today)
         fastest = min(totals, key=totals.__getitem__)
-        new["kernels"].append({"architecture": arch, "tokens": count, "kernel": fastest})
-    return {"measured": date.today().isoformat()} | new
+        if totals[fastest] == math.inf:
+            raise RuntimeError(
+                f"no kernel runs on architecture {arch} with {count} tokens on all shapes"
+            )
+        new["kernels"].append({"architecture": arch, "tokens": count, "kernel": fastest} | today)
+    return new
 
 
-def measure_on_gpu(
-    kernel: str, tile: DotTile | FlipTile, rows: int, words: int, tokens: int
-) -> float:
+def measure_on_gpu(kernel: str, tile: Tile, rows: int, words: int, tokens: int) -> float:
     """Microseconds of a first stage, the median of graph replays divided by the launches in a graph."""
     copies = max(1, ROTATED // (2 * rows * words))
     g = torch.Generator("cuda").manual_seed(0)
@@ -87,23 +98,30 @@ def measure_on_gpu(
     )
     planes = to_planes(x)
     try:
-        z = from_planes(stage(kernel, tile, planes, signs[0]), rows)
+        given = x if kernel == "unpack" else planes
+        z = stage(kernel, tile, given, signs[0])
+        z = z if kernel == "unpack" else from_planes(z, rows)
         truth = x.double() @ unpack_signs(signs[0], PLANES * words, torch.float64).T
-        if not (z.double() - truth).norm() <= 1e-2 * truth.norm():
-            return float("inf")
+        error = float((z.double() - truth).norm() / truth.norm())
+        if not error <= TOLERANCE:
+            logger.warning("%s %s is wrong: relative error %.1e", kernel, tile, error)
+            return math.inf
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for matrix in signs:
-                stage(kernel, tile, planes, matrix)
+                stage(kernel, tile, given, matrix)
         return median_replay(graph) / copies
-    except Exception:  # a tile that does not fit the card; what a compiler raises is not documented
-        return float("inf")
+    except Exception as failure:  # what a compiler raises is not documented
+        logger.info("%s %s does not run: %s", kernel, tile, failure)
+        return math.inf
 
 
-def stage(kernel: str, tile: DotTile | FlipTile, planes: Tensor, signs: Tensor) -> Tensor:
+def stage(kernel: str, tile: Tile, planes: Tensor, signs: Tensor) -> Tensor:
     """One launch of a first stage: activations (tokens, 16 P) and latents in plane order, signs (R, 2 P)."""
-    from nanoquant_kernels import triton_dot, triton_flip
+    from nanoquant_kernels import triton_dot, triton_flip, triton_unpack
 
+    if kernel == "unpack":  # activations are not in plane order
+        return triton_unpack.signed_product(planes, signs)
     tokens, R = planes.shape[0], signs.shape[0]
     P, P_out = planes.shape[1] // PLANES, words_of(R)
     out = planes.new_empty(tokens, PLANES * P_out)
@@ -152,6 +170,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 16, 64, 2048])
     parser.add_argument("--out", default=str(tiles.TABLE), help="table to write")
     arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device, and none is available")
     major, minor = torch.cuda.get_device_capability()
