@@ -32,7 +32,7 @@ from nanoquant.embedding import (
     QuantizedHead,
     quantize_table,
 )
-from nanoquant.generate import generate
+from nanoquant.generate import greedy_sample
 from nanoquant.model_embeddings import find_embeddings, quantize_embeddings, quantized_tables
 from nanoquant.sizes import measure_sizes
 
@@ -224,8 +224,8 @@ def test_the_format_version_rises_only_where_a_table_is_stored(tmp_path):
 def test_text_is_generated(config):
     model = small(config=config, dtype=torch.bfloat16)
     torch.manual_seed(0)
-    text = generate(model, tiny_tokenizer(), "the river", 8)
-    assert text == generate(model, tiny_tokenizer(), "the river", 8)
+    text = greedy_sample(model, tiny_tokenizer(), "the river", 8)
+    assert text == greedy_sample(model, tiny_tokenizer(), "the river", 8)
     out = model.generate(WINDOWS[:, :4], max_new_tokens=4, do_sample=False)
     assert out.shape[0] == 2 and out.shape[1] > 4
 
