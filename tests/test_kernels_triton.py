@@ -159,3 +159,24 @@ def test_the_head_of_codes_fits_every_card(bits, arch):
     code = sass.disassemble(compiled)
     assert compiled.metadata.shared <= SHARED[arch] * 1024
     assert code.count("HMMA") > 0 and code.stack == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("stage", ["stacked_latent_stage", "stacked_output_stage"])
+def test_shared_launches_compile_to_wide_loads_without_spills(stage, arch):
+    tile = tiles.tile_for(arch, "dot", 8, 4096, 256)
+    types = {"table": "*i64", "x": "*bf16", "out": "*bf16", "starts": "*i64"}
+    types |= {"P_OUT": "i32", "tokens": "i32"}
+    constants = {
+        "P": 256, "FIELDS": triton_stack.FIELDS, "UNIT": 16, "one": 0x3F80, "asm": True,
+        "BLOCK_R": tile.rows, "BLOCK_P": tile.words, "M": 8,
+    }  # fmt: skip
+    if stage == "stacked_output_stage":
+        constants |= dict.fromkeys(("SCALE", "BIAS"), triton_stack.TYPES[torch.bfloat16])
+    kernel = sass.compile_kernel(
+        getattr(triton_stack, stage), types, constants, arch, tile.warps, tile.stages
+    )
+    code = sass.disassemble(kernel)
+    assert code.stack == 0 and code.count("HMMA") == 64
+    assert len(code.loop) * 32 * tile.warps / (tile.rows * tile.words * 16) <= 1.5
+    assert any(".128" in op for op in code.loop if "LDG" in op)

@@ -21,7 +21,7 @@ from nanoquant_kernels.triton_dot import ONE, launch, signed_sums
 
 MOST_TOKENS = 16
 FIELDS = 8
-"""Of a tile: address of words, units between rows, rows, first row, member, words held, addresses of scale and bias."""
+"""Of a tile: address of words, units between rows, rows, first row, member, units held, addresses of scale and bias."""
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -49,7 +49,7 @@ def stacked_latent_stage(
     words = tl.multiple_of(tl.load(tile).to(tl.pointer_type(tl.int16)), 16)
     stride, R = tl.load(tile + 1).to(tl.int32), tl.load(tile + 2).to(tl.int32)
     rows = tl.load(tile + 3).to(tl.int32) + tl.arange(0, BLOCK_R)
-    member, held = tl.load(tile + 4).to(tl.int32), tl.load(tile + 5).to(tl.int32)
+    member, held = tl.load(tile + 4).to(tl.int32), tl.load(tile + 5).to(tl.int32) * UNIT
     m = tl.arange(0, M)
     x += member * tokens * 16 * P
     acc = signed_sums(
@@ -73,7 +73,7 @@ def stacked_output_stage(
     words = tl.multiple_of(tl.load(tile).to(tl.pointer_type(tl.int16)), 16)
     stride, R = tl.load(tile + 1).to(tl.int32), tl.load(tile + 2).to(tl.int32)
     rows = tl.load(tile + 3).to(tl.int32) + tl.arange(0, BLOCK_R)
-    member, held = tl.load(tile + 4).to(tl.int32), tl.load(tile + 5).to(tl.int32)
+    member, held = tl.load(tile + 4).to(tl.int32), tl.load(tile + 5).to(tl.int32) * UNIT
     m = tl.arange(0, M)
     x += member * tokens * 16 * P
     acc = signed_sums(
@@ -82,8 +82,8 @@ def stacked_output_stage(
     scale = tl.load(tile + 6).to(tl.pointer_type(SCALE))
     acc *= tl.load(scale + rows, mask=rows < R, other=0.0).to(tl.float32)[:, None]
     bias = tl.load(tile + 7)
-    has_bias = (rows < R) & (bias != 0)
-    added = tl.load(bias.to(tl.pointer_type(BIAS)) + rows, mask=has_bias, other=0.0)
+    biased = tl.where(bias != 0, R, 0)
+    added = tl.load(bias.to(tl.pointer_type(BIAS)) + rows, mask=rows < biased, other=0.0)
     acc += added.to(tl.float32)[:, None]
     out += tl.load(starts + member) * tokens
     inside = (m[None, :] < tokens) & (rows[:, None] < R)
@@ -193,9 +193,10 @@ def tables(key: tuple) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         v_unit, u_unit = common_unit(P), common_unit(*held)
         for i, (rank, d_out) in enumerate(zip(ranks, outs, strict=True)):
             for first in range(0, PLANES * max(held), block):
-                v_tiles.append([v_signs[i], P // v_unit, rank, first, i, P, 0, 0])
+                v_tiles.append([v_signs[i], P // v_unit, rank, first, i, P // v_unit, 0, 0])
             for first in range(0, d_out, block):
-                tile = [u_signs[i], held[i] // u_unit, d_out, first, i, held[i], s1[i], bias[i]]
+                units = held[i] // u_unit
+                tile = [u_signs[i], units, d_out, first, i, units, s1[i], bias[i]]
                 u_tiles.append(tile)
         _tables[key] = tuple(
             torch.tensor(values, dtype=torch.int64).to(device)
