@@ -56,6 +56,8 @@ def missing_triton() -> str:
 
 
 _verdicts: dict[tuple[tuple, torch.device], bool] = {}
+_left_out: set[tuple[tuple, torch.device]] = set()
+"""What the log has named as left out of a captured graph."""
 
 
 def trusted(
@@ -71,11 +73,13 @@ def trusted(
     key = kernel, device
     if key not in _verdicts:
         if torch.cuda.is_current_stream_capturing():  # trying it needs a synchronisation
-            logger.warning(
-                "kernel %s is not in the captured graph on %s, plain PyTorch is: run once before "
-                "capturing, so that it can be tried",
-                *(name_of(kernel), device),
-            )
+            if key not in _left_out:
+                _left_out.add(key)
+                logger.warning(
+                    "kernel %s is not in the captured graph on %s, plain PyTorch is: run once before "
+                    "capturing, so that it can be tried",
+                    *(name_of(kernel), device),
+                )
             return False
         _verdicts[key] = _succeeds(kernel, device, attempt)
     return _verdicts[key]
