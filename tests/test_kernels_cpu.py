@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_kernels_ops import arguments, expected
 
-from nanoquant_kernels import binary_low_rank_linear, cpu, cpu_build, reference
+from nanoquant_kernels import binary_low_rank_linear, compiled, cpu, cpu_build, reference
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of the result only
 SHAPES = [(24, 40, 16), (17, 23, 5), (1, 9, 1), (33, 1, 65), (96, 1100, 70)]  # d_out, d_in, rank
@@ -89,8 +89,9 @@ def test_the_operator_takes_the_loop_for_few_tokens_of_known_dtypes(monkeypatch)
     assert calls == [most]
 
 
-def test_without_the_extension_the_reference_serves(monkeypatch):
+def test_without_the_extension_and_without_generated_code_the_reference_serves(monkeypatch):
     monkeypatch.setattr(cpu, "available_paths", tuple)
+    monkeypatch.setattr(compiled, "works", lambda: False)
     args = arguments(24, 40, 16)
     assert torch.equal(binary_low_rank_linear(*args), reference.binary_low_rank_linear(*args))
 
@@ -133,7 +134,7 @@ def test_a_compiler_that_fails_is_named_and_leaves_nothing(fresh, monkeypatch, c
 @needs_compiler
 def test_a_damaged_file_in_the_cache_costs_speed_and_says_so(fresh, caplog):
     cpu_build._cached_file().write_bytes(b"not a library")
-    assert cpu_build.library() is None and "plain PyTorch on the CPU" in caplog.text
+    assert cpu_build.library() is None and "without their C++ loop on the CPU" in caplog.text
 
 
 @needs_compiler

@@ -18,12 +18,16 @@ SIGNS_A_THREAD = 2**19
 """Signs times tokens that are worth a thread of their own."""
 
 
+def exists() -> bool:
+    """Whether the extension could be built and loaded."""
+    return bool(available_paths())
+
+
 def serves(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the compiled loop takes these arguments: few tokens, and dtypes that it knows."""
-    paths = available_paths()
-    if not paths or any(t is not None and t.dtype not in TYPES for t in (x, *others)):
+    if not exists() or any(t is not None and t.dtype not in TYPES for t in (x, *others)):
         return False
-    return x.numel() <= MOST_TOKENS[paths[-1]] * x.shape[-1]
+    return x.numel() <= MOST_TOKENS[available_paths()[-1]] * x.shape[-1]
 
 
 def binary_low_rank_linear(

@@ -36,9 +36,7 @@ def library() -> ctypes.CDLL | None:
     try:
         loaded = ctypes.CDLL(str(_cached_file()))
     except OSError as error:
-        logger.warning(
-            "packed layers run through plain PyTorch on the CPU, which is slow: %s", error
-        )
+        logger.warning("packed layers run without their C++ loop on the CPU, slower: %s", error)
         return None
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     loaded.nq_paths.restype = number

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoquant_kernels import cpu, gpu, reference
+from nanoquant_kernels import compiled, cpu, gpu, reference
 from nanoquant_kernels.layout import packed_width
 
 NAME = "nanoquant::binary_low_rank_linear"
@@ -97,9 +97,13 @@ def _cpu(
     bias: Tensor | None,
     rank: int,
 ) -> Tensor:
-    """The compiled loop where it serves, else the reference."""
+    """The extension's loop where it serves, else generated code where there is no extension, else the reference."""
     check_arguments(x, u_signs, v_signs, s1, s2, bias, rank)
-    implementation = cpu if cpu.serves(x, s1, s2, bias) else reference
+    implementation = reference
+    if cpu.serves(x, s1, s2, bias):
+        implementation = cpu
+    elif not cpu.exists() and compiled.serves(x, v_signs, u_signs):
+        implementation = compiled
     return implementation.binary_low_rank_linear(x, u_signs, v_signs, s1, s2, bias, rank)
 
 
