@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoquant.bench import run_bench
-from nanoquant.bench_config import BenchConfig
-from nanoquant.bench_report import check_plot, plot_roofline, report
+from nanoquant.benchmark.config import BenchConfig
+from nanoquant.benchmark.report import check_plot, plot_roofline, report
+from nanoquant.benchmark.run import run_bench
 from nanoquant.checkpoint import read_sizes
 from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
 from nanoquant.console import (

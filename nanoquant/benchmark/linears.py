@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import nanoquant_kernels
-from nanoquant.bench_timing import (
+from nanoquant.benchmark.timing import (
     MOST_CALLS,
     AbsentError,
     Call,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
-from nanoquant.bench_shapes import skeleton
-from nanoquant.bench_timing import captured
+from nanoquant.benchmark.shapes import skeleton
+from nanoquant.benchmark.timing import captured
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 

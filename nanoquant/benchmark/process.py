@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanoquant.bench_timing import TRIALS, AbsentError, check_duration, timing
+from nanoquant.benchmark.timing import TRIALS, AbsentError, check_duration, timing
 from nanoquant.console import quiet
 
 if TYPE_CHECKING:
-    from nanoquant.bench_model import Arm  # the process silences transformers before it imports it
+    from nanoquant.benchmark.model import (
+        Arm,  # the process silences transformers before it imports it
+    )
 
 
 def serve(pipe: Connection) -> None:
@@ -24,7 +26,7 @@ def serve(pipe: Connection) -> None:
     quiet()
     try:
         arm: Arm = pipe.recv()
-        from nanoquant.bench_model import Decoding, build, fill, memory_figures, resident_bytes
+        from nanoquant.benchmark.model import Decoding, build, fill, memory_figures, resident_bytes
 
         torch.set_num_threads(arm.threads)
         before = resident_bytes()["VmRSS"]

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from nanoquant.bench_config import PARTS, BenchConfig
-from nanoquant.bench_linears import (
+from nanoquant.benchmark.config import PARTS, BenchConfig
+from nanoquant.benchmark.linears import (
     DENSE,
     OPERATOR,
     PACKED,
@@ -25,11 +25,11 @@ from nanoquant.bench_linears import (
     time_chain,
     time_linear,
 )
-from nanoquant.bench_model import Arm, build
-from nanoquant.bench_process import time_arms
-from nanoquant.bench_setup import Target, make_bench, roofs, targets
-from nanoquant.bench_shapes import distinct_shapes
-from nanoquant.bench_timing import AbsentError, available_bytes
+from nanoquant.benchmark.model import Arm, build
+from nanoquant.benchmark.process import time_arms
+from nanoquant.benchmark.setup import Target, make_bench, roofs, targets
+from nanoquant.benchmark.shapes import distinct_shapes
+from nanoquant.benchmark.timing import AbsentError, available_bytes
 from nanoquant.figures import versions
 from nanoquant.progress import Progress
 from nanoquant.sizes import measure_sizes

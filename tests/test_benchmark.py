@@ -8,11 +8,11 @@ import torch
 from command_line import call, refused
 from tiny_models import tiny_llama
 
-from nanoquant import bench_linears
-from nanoquant.bench_config import BenchConfig
-from nanoquant.bench_linears import DENSE, PACKED
-from nanoquant.bench_report import plot_roofline, report
-from nanoquant.bench_setup import make_bench, targets
+from nanoquant.benchmark import linears
+from nanoquant.benchmark.config import BenchConfig
+from nanoquant.benchmark.linears import DENSE, PACKED
+from nanoquant.benchmark.report import plot_roofline, report
+from nanoquant.benchmark.setup import make_bench, targets
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -135,10 +135,10 @@ def test_a_plot_is_a_png_with_every_implementation(measured, tmp_path):
 
 def test_a_wrong_implementation_ends_the_run_without_figures(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
-        bench_linears.PACKED, "operator", lambda x, u, v, s1, *rest: x.new_zeros(len(x), len(s1))
+        linears.PACKED, "operator", lambda x, u, v, s1, *rest: x.new_zeros(len(x), len(s1))
     )
     flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts chain --rotate-megabytes 1".split()
-    monkeypatch.setattr(bench_linears, "interleaved", None)
+    monkeypatch.setattr(linears, "interleaved", None)
     line = refused(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
     assert "operator is wrong: relative error 1 against float64" in line
     assert list(tmp_path.iterdir()) == []
@@ -200,9 +200,9 @@ def test_a_model_whose_layers_the_operator_refuses_is_absent(tiny, tmp_path, cap
     def refuses(*arguments):
         raise ValueError("not on this machine")
 
-    monkeypatch.setitem(bench_linears.PACKED, "operator", refuses)
+    monkeypatch.setitem(linears.PACKED, "operator", refuses)
     flags = f"--model {tiny} --bits 0.8 --parts model".split()
-    monkeypatch.setattr("nanoquant.bench.time_arms", lambda arms, absent: {})
+    monkeypatch.setattr("nanoquant.benchmark.run.time_arms", lambda arms, absent: {})
     code, out, _ = call(capsys, "bench", *flags)
     assert code == 0 and "packed, 0.8 bit: refused: not on this machine" in out
 
@@ -221,19 +221,19 @@ def test_defaults_cover_the_published_models_bits_and_tokens():
 
 
 def test_weights_rotate_over_four_times_the_last_cache_where_memory_reaches(tiny, monkeypatch):
-    monkeypatch.setattr("nanoquant.bench_setup.cache_bytes", lambda device: 70 * 10**6)
-    monkeypatch.setattr("nanoquant.bench_setup.available_bytes", lambda device: 10**12)
+    monkeypatch.setattr("nanoquant.benchmark.setup.cache_bytes", lambda device: 70 * 10**6)
+    monkeypatch.setattr("nanoquant.benchmark.setup.available_bytes", lambda device: 10**12)
     config = BenchConfig(model=str(tiny), bits="0.8")
     bench = make_bench(config, targets(config), torch.device("cpu"))
     assert bench.signs.asked == bench.reals.asked == 280 * 10**6
     assert bench.in_cache(bench.signs.asked) is False
-    monkeypatch.setattr("nanoquant.bench_setup.available_bytes", lambda device: 8 * 10**6)
+    monkeypatch.setattr("nanoquant.benchmark.setup.available_bytes", lambda device: 8 * 10**6)
     bench = make_bench(config, targets(config), torch.device("cpu"))
     assert bench.signs.asked == 2 * 10**6 and bench.in_cache(bench.signs.asked) is True
 
 
 def test_a_model_that_does_not_fit_is_absent_not_estimated(tiny, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("nanoquant.bench.available_bytes", lambda device: 1000)
+    monkeypatch.setattr("nanoquant.benchmark.run.available_bytes", lambda device: 1000)
     flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts model".split()
     code, out, _ = call(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
     figures = json.loads((tmp_path / "bench.json").read_text())

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from nanoquant.bench_config import BenchConfig
-from nanoquant.bench_linears import Bench, Linear
-from nanoquant.bench_shapes import linear_shapes, model_config, ranks_at, skeleton
-from nanoquant.bench_timing import (
+from nanoquant.benchmark.config import BenchConfig
+from nanoquant.benchmark.linears import Bench, Linear
+from nanoquant.benchmark.shapes import linear_shapes, model_config, ranks_at, skeleton
+from nanoquant.benchmark.timing import (
     BLOCK_BYTES,
     AbsentError,
     CPUClock,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from nanoquant import bench_linears
-from nanoquant.bench_linears import (
+from nanoquant.benchmark import linears
+from nanoquant.benchmark.linears import (
     DENSE,
     OPERATOR,
     PACKED,
@@ -16,7 +16,7 @@ from nanoquant.bench_linears import (
     time_chain,
     time_linear,
 )
-from nanoquant.bench_timing import CPUClock, Rotation
+from nanoquant.benchmark.timing import CPUClock, Rotation
 from nanoquant_kernels import unpack_signs
 
 SMALL = Linear(48, 40, 32)
@@ -75,7 +75,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_wrong_implementation_is_refused_and_not_timed(bench, wrong, monkeypatch):
     monkeypatch.setitem(PACKED, OPERATOR, wrong)
-    monkeypatch.setattr(bench_linears, "interleaved", None)
+    monkeypatch.setattr(linears, "interleaved", None)
     with pytest.raises(FloatingPointError, match=OPERATOR):
         time_linear(bench, SMALL, 300, none_absent)
     with pytest.raises(FloatingPointError, match=OPERATOR):
@@ -109,7 +109,7 @@ def test_figures_of_a_linear_fit_together(bench):
 
 
 def test_without_a_dense_figure_there_is_no_ratio(bench, monkeypatch):
-    monkeypatch.setattr(bench_linears, "function_of", lambda name: PACKED.get(name, _out_of_memory))
+    monkeypatch.setattr(linears, "function_of", lambda name: PACKED.get(name, _out_of_memory))
     absent = []
     rows = time_linear(bench, SMALL, 1, lambda *what: absent.append(what))
     assert {row["ratio_to_dense"] for row in rows} == {None}
@@ -127,16 +127,16 @@ def test_weights_are_said_to_come_from_a_cache_unless_four_times_its_size_passes
 
 
 def test_a_chain_runs_every_linear_in_order_with_weights_of_its_own(bench, monkeypatch):
-    linears, calls = [SMALL, Linear(40, 48, 32), SMALL], []
+    layers, calls = [SMALL, Linear(40, 48, 32), SMALL], []
 
     def noted(x, u_signs, *rest):
         calls.append((u_signs.data_ptr(), x.shape[-1]))
         return PACKED["reference"](x, u_signs, *rest)
 
     monkeypatch.setitem(PACKED, OPERATOR, noted)
-    rows = time_chain(bench, linears, 2, none_absent)
+    rows = time_chain(bench, layers, 2, none_absent)
     timed = calls[2:]  # the first two are checks of the two shapes
     assert [width for _, width in timed[:6]] == [40, 48, 40] * 2
     assert len(set(timed)) == 3 and timed[:3] == timed[3:6] == timed[-3:]
     assert {(row["linears"], row["in_cache"]) for row in rows} == {(3, True)}
-    assert rows[1]["weight_bytes"] == sum(linear.packed_bytes for linear in linears)
+    assert rows[1]["weight_bytes"] == sum(linear.packed_bytes for linear in layers)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nanoquant.bench_timing import (
+from nanoquant.benchmark.timing import (
     AbsentError,
     CPUClock,
     Rotation,

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from nanoquant.bench_shapes import CONFIGS
+from nanoquant.benchmark.shapes import CONFIGS
 
 PARTS = ("shapes", "chain", "model")
 LEAST_REPEATS = 20

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_models import FAMILIES
 
-from nanoquant.bench_shapes import (
+from nanoquant.benchmark.shapes import (
     CONFIGS,
     distinct_shapes,
     linear_shapes,

@@ -8,9 +8,9 @@ from tiny_models import FAMILIES, random_windows, tiny_llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoquant.bench_model import WARM_STEPS, Arm, Decoding, build, fill, memory_figures
-from nanoquant.bench_process import time_arms
-from nanoquant.bench_shapes import linear_shapes, skeleton
+from nanoquant.benchmark.model import WARM_STEPS, Arm, Decoding, build, fill, memory_figures
+from nanoquant.benchmark.process import time_arms
+from nanoquant.benchmark.shapes import linear_shapes, skeleton
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 
