@@ -1,13 +1,8 @@
-"""One linear layer or all of a model in a row: first right against float64, then timed.
-
-Shapes: x (T, d_in), y (T, d_out), T tokens.
-"""
+"""What is compared: linear layers, random weights for them, and the implementations that multiply with these."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,17 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import nanoquant_kernels
-from nanoquant.benchmark.timing import (
-    MOST_CALLS,
-    AbsentError,
-    Call,
-    Clock,
-    Rotation,
-    Timing,
-    interleaved,
-)
+from nanoquant.benchmark.timing import AbsentError, Clock, Rotation
 from nanoquant.budget import layer_bits
-from nanoquant_kernels import packed_width, reference, unpack_signs
+from nanoquant_kernels import cpu, gpu, packed_width, reference
+from nanoquant_kernels.cpu_build import available_paths
+from nanoquant_kernels.layout import ALIGNMENT
 
 OPERATOR = "operator"
 PACKED: dict[str, Callable[..., Tensor]] = {
@@ -35,9 +24,8 @@ PACKED: dict[str, Callable[..., Tensor]] = {
 }
 """What is timed, by name: called as (x, u_signs, v_signs, s1, s2, bias, rank). One more is one line more."""
 DENSE = "F.linear bf16"
-CHECKED_TOKENS = 8
-CHUNK = 512
-"""Sign columns that are unpacked at a time for the float64 product."""
+SHARED = f"{OPERATOR}, shared launches"
+"""Linears that read the same tensor, launched together, as a packed model on a GPU does."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +40,11 @@ class Linear:
     def packed_bytes(self) -> int:
         """Bytes of signs and scales."""
         return layer_bits(self.d_out, self.d_in, self.rank) // 8
+
+    @property
+    def aligned_bytes(self) -> int:
+        """At least the bytes of signs and scales with rows aligned as on a GPU."""
+        return self.packed_bytes + ALIGNMENT * (self.d_out + self.rank)
 
     @property
     def dense_bytes(self) -> int:
@@ -81,6 +74,8 @@ class Bench:
     cache: int | None
     """Bytes of the last cache, None if unknown."""
     errors: dict[tuple, float] = field(default_factory=dict)
+    too_slow: dict[tuple, int] = field(default_factory=dict)
+    """Implementation and layers to the fewest tokens that took too long."""
 
     @property
     def device(self) -> torch.device:
@@ -91,13 +86,20 @@ class Bench:
         """Fresh random weights of one layer, as an implementation takes them after x."""
         if name == DENSE:
             return (self.reals.take([linear.d_out, linear.d_in], torch.bfloat16),)
-        u = self.signs.take([linear.d_out, packed_width(linear.rank)], torch.uint8)
-        v = self.signs.take([linear.rank, packed_width(linear.d_in)], torch.uint8)
-        for packed, columns in ((u, linear.rank), (v, linear.d_in)):
-            if columns % 8:  # bits past the last column are 0 in the stored layout
-                packed[:, -1] &= (1 << columns % 8) - 1
+        signs = (self._rows(linear.d_out, linear.rank), self._rows(linear.rank, linear.d_in))
         scales = (self.reals.take([size], torch.bfloat16) for size in (linear.d_out, linear.d_in))
-        return (u, v, *scales, None, linear.rank)
+        return (*signs, *scales, None, linear.rank)
+
+    def _rows(self, rows: int, columns: int) -> Tensor:
+        """Random packed signs, aligned on a GPU as ``prepare_for_decoding`` aligns them, zeros past the last."""
+        width = packed_width(columns)
+        gap = -width % ALIGNMENT if self.device.type == "cuda" else 0
+        packed = self.signs.take([rows, width + gap], torch.uint8)
+        if gap:
+            packed[:, width:] = 0
+        if columns % 8:
+            packed[:, width - 1] &= (1 << columns % 8) - 1
+        return packed[:, :width]
 
     def activations(self, tokens: int, width: int) -> Tensor:
         """Random bf16 activations (T, width)."""
@@ -108,179 +110,30 @@ class Bench:
         return None if self.cache is None else reuse_bytes < 4 * self.cache
 
 
+def kernel_of(name: str, x: Tensor, linear: Linear) -> str | None:
+    """What an implementation runs for this x: a path of the C++ loop, a Triton kernel, or the reference."""
+    if name != OPERATOR:
+        return None
+    if x.is_cuda:
+        return gpu.plan(x.device, x.dtype, len(x), linear.d_out, linear.d_in, linear.rank).kernel
+    return available_paths()[-1] if cpu.serves(x) else "reference"
+
+
 def function_of(name: str) -> Callable[..., Tensor]:
     """The implementation of a name."""
     return F.linear if name == DENSE else PACKED[name]
 
 
-def check(bench: Bench, name: str, linear: Linear, tokens: int) -> float:
-    """Compare an implementation with float64 on fresh weights, once per layer and token count.
-
-    The rows of some tokens are compared, and the sum of all rows with random signs, in which one wrong row shows.
-
-    Returns:
-        Relative error.
-
-    Raises:
-        FloatingPointError: the error is above what is allowed, or a value is not finite.
-        AbsentError: the implementation does not serve these arguments.
-    """
-    key = (name, linear, tokens)
-    if key in bench.errors:
-        return bench.errors[key]
-    x, weights = bench.activations(tokens, linear.d_in), bench.arguments(name, linear)
-    y = run(name, x, *weights)
-    if y.shape != (tokens, linear.d_out):
-        raise FloatingPointError(f"{name} gave shape {tuple(y.shape)} for {linear}")
-    product = dense_product if name == DENSE else packed_product
-    some = torch.linspace(0, tokens - 1, min(tokens, CHECKED_TOKENS), device=x.device).long()
-    exact = product(x[some].double(), *weights)
-    of_rows = (y[some].double() - exact).norm() / exact.norm()
-    scale = exact.norm() * (tokens / len(some)) ** 0.5  # about the norm of all rows
-    mix = 1 - 2 * torch.randint(2, (1, tokens), device=x.device).double()
-    of_mix = (mix @ y.double() - product(mix @ x.double(), *weights)).norm() / scale
-    error = torch.stack([of_rows, of_mix]).nan_to_num(torch.inf, torch.inf).max().item()
-    if error > bench.most_error:
-        raise FloatingPointError(
-            f"{name} is wrong: relative error {error:.2g} against float64 at {linear}, {tokens} "
-            f"tokens; allowed is {bench.most_error:g}. Nothing was timed with it"
-        )
-    bench.errors[key] = error
-    return error
-
-
-def check_all(bench: Bench, names: Iterable[str], linears: Iterable[Linear], tokens: int) -> None:
-    """Compare implementations with float64 on many layers; those that refuse one are let be.
-
-    Raises:
-        FloatingPointError: one is wrong.
-    """
-    for linear in linears:
-        for name in names:
-            with contextlib.suppress(AbsentError):
-                check(bench, name, linear, tokens)
-
-
 def run(name: str, *arguments: Any) -> Tensor:  # noqa: ANN401
     """Call an implementation; what it refuses is absent, not an error."""
+    return attempt(function_of(name), *arguments)
+
+
+def attempt(function: Callable[..., Any], *arguments: Any) -> Any:  # noqa: ANN401
+    """Call a function; what it refuses is absent, not an error."""
     try:
-        return function_of(name)(*arguments)
+        return function(*arguments)
     except (ValueError, NotImplementedError) as error:
         raise AbsentError(f"refused: {error}") from error
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise AbsentError(f"out of memory: {error}") from error
-
-
-def packed_product(
-    x: Tensor, u_signs: Tensor, v_signs: Tensor, s1: Tensor, s2: Tensor, bias: None, rank: int
-) -> Tensor:
-    """The product in float64, for x in float64; signs are unpacked a few columns at a time."""
-    scaled, y = x * s2.double(), x.new_zeros(len(x), len(s1))
-    for start in range(0, rank, CHUNK):
-        stop = min(start + CHUNK, rank)
-        V = unpack_signs(v_signs[start:stop], len(s2), torch.float64)  # (chunk, d_in)
-        U = unpack_signs(
-            u_signs[:, start // 8 : packed_width(stop)].contiguous(), stop - start, torch.float64
-        )  # (d_out, chunk)
-        y += scaled @ V.mT @ U.mT
-    return y * s1.double()
-
-
-def dense_product(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T in float64, for x in float64, a few rows of W at a time."""
-    return torch.cat([x @ rows.double().mT for rows in weight.split(CHUNK)], dim=-1)
-
-
-def time_linear(
-    bench: Bench, linear: Linear, tokens: int, absent: Callable[[str, str], None]
-) -> list[dict[str, Any]]:
-    """Figures of every implementation on one layer, in one interleaved run.
-
-    Args:
-        bench: memory and clock.
-        linear: the layer.
-        tokens: T.
-        absent: told the name and the reason where an implementation has no figure.
-    """
-    x = bench.activations(tokens, linear.d_in)
-
-    def make(name: str) -> Call:
-        return functools.partial(function_of(name), x, *bench.arguments(name, linear))
-
-    timings = _race(bench, make, {linear}, tokens, absent)
-    cached = bench.in_cache(min(bench.signs.asked, bench.reals.asked))
-    return [
-        _figures(name, timings, linear.weight_bytes(name), linear.operations(name, tokens))
-        | {"relative_error": bench.errors[name, linear, tokens], "in_cache": cached}
-        for name in timings
-    ]
-
-
-def time_chain(
-    bench: Bench, linears: list[Linear], tokens: int, absent: Callable[[str, str], None]
-) -> list[dict[str, Any]]:
-    """Figures of all linears of a model one after the other, as one CUDA graph or as a loop.
-
-    Every layer has weights of its own as far as the rotations reach, the same ones in each repeat: a model that is
-    smaller than the cache stays in the cache, as it does when it decodes, and its figures say so.
-    """
-    inputs = {linear.d_in: bench.activations(tokens, linear.d_in) for linear in linears}
-
-    @functools.cache
-    def make(name: str) -> Call:
-        function = function_of(name)
-        layers = [(inputs[one.d_in], *bench.arguments(name, one)) for one in linears]
-
-        def chain() -> None:
-            for layer in layers:
-                function(*layer)
-
-        return chain
-
-    timings = _race(bench, make, set(linears), tokens, absent, calls=1)
-    rows = []
-    for name in timings:
-        nbytes = sum(linear.weight_bytes(name) for linear in linears)
-        reused = min(nbytes, bench.reals.asked if name == DENSE else bench.signs.asked)
-        operations = sum(linear.operations(name, tokens) for linear in linears)
-        row = _figures(name, timings, nbytes, operations)
-        rows.append(row | {"linears": len(linears), "in_cache": bench.in_cache(reused)})
-    return rows
-
-
-def _race(
-    bench: Bench,
-    make: Callable[[str], Call],
-    linears: set[Linear],
-    tokens: int,
-    absent: Callable[[str, str], None],
-    calls: int = MOST_CALLS,
-) -> dict[str, Timing]:
-    """Check and prepare every implementation, then time those that can be, in turn."""
-    ready = {}
-    for name in (DENSE, *PACKED):
-        try:
-            for linear in linears:
-                check(bench, name, linear, tokens)
-            ready[name] = bench.clock.prepare(functools.partial(make, name), calls)
-        except AbsentError as error:
-            absent(name, str(error))
-    return interleaved(ready, bench.clock.repeats)
-
-
-def _figures(
-    name: str, timings: dict[str, Timing], weight_bytes: int, operations: int
-) -> dict[str, Any]:
-    """What all tables have: time, bytes and operations a second, and how much faster than dense."""
-    seconds = timings[name].seconds
-    dense = timings[DENSE].seconds if DENSE in timings else None
-    return {
-        "implementation": name,
-        "microseconds": seconds * 1e6,
-        "spread": timings[name].spread,
-        "weight_bytes": weight_bytes,
-        "gb_per_s": weight_bytes / seconds / 1e9,
-        "tflop_per_s": operations / seconds / 1e12,
-        "operations": operations,
-        "ratio_to_dense": None if dense is None else dense / seconds,
-    }
