@@ -114,7 +114,7 @@ def _bench(arguments: list[str]) -> None:
     from nanoquant.parsers import parse_bench
 
     config = parse_bench(arguments)
-    from nanoquant.commands import bench_command
+    from nanoquant.benchmark.command import bench_command
 
     bench_command(config)
 

@@ -1,4 +1,4 @@
-"""The commands ``evaluate``, ``generate``, ``inspect`` and ``bench``; ``quantize`` is in job.py."""
+"""The commands ``evaluate``, ``generate`` and ``inspect``; ``quantize`` and ``bench`` have files of their own."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoquant.bench import run_bench
-from nanoquant.bench_config import BenchConfig
-from nanoquant.bench_report import check_plot, plot_roofline, report
 from nanoquant.checkpoint import read_sizes
 from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
 from nanoquant.console import (
@@ -182,25 +179,6 @@ def inspect_command(model: str, json: str | None = None) -> None:
         say(line)
     figures = {"sizes": sizes.to_dict(), "file_bytes": weight_bytes(folder), "layers": kinds}
     write_json(json, figures | {"recipe": recipe, "format_version": settings["format_version"]})
-
-
-def bench_command(config: BenchConfig) -> None:
-    """Measure packed linears and models against bf16 on this machine; print, and write what is asked.
-
-    Raises:
-        ValueError: bad input, or matplotlib is missing for a plot.
-        FloatingPointError: an implementation is wrong, so nothing is reported.
-    """
-    check_json_path(config.json)
-    check_json_path(config.plot, "--plot")
-    if config.plot is not None:
-        check_plot()
-    show_logs(verbose=False)
-    results = run_bench(config, ConsoleProgress(["roofs", "correctness", *config.parts_asked]))
-    say(report(results))
-    write_json(config.json, results)
-    if config.plot is not None:
-        plot_roofline(results, config.plot)
 
 
 def sizes_table(sizes: Sizes, file_bytes: int) -> str:

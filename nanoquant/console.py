@@ -106,11 +106,13 @@ class ConsoleProgress(Progress):
             self.bar = _bar(self.label, total)
 
     def advance(self, done: int, note: str = "") -> None:
-        """``done`` more units are finished."""
+        """``done`` more units are finished; with 0, ``note`` says what begins."""
         self.done, self.state = min(self.done + done, self.total), note or self.state
         if self.bar is not None:
             self.bar.set_postfix_str(self.state, refresh=False)
             self.bar.update(self.done - self.bar.n)
+            if not done:
+                self.bar.refresh()  # what begins now may take minutes
         elif self.total > 1 and time.monotonic() - self.shown >= SECONDS_BETWEEN_LINES:
             self._line()
 

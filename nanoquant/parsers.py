@@ -16,7 +16,7 @@ from typing import Any
 import jsonargparse
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from nanoquant.bench_config import BenchConfig
+from nanoquant.benchmark.config import BenchConfig
 from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
 from nanoquant.job import JobConfig
 

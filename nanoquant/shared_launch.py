@@ -6,6 +6,8 @@ pass over a few tokens, and aligns the packed rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -90,25 +92,35 @@ def prepare_for_decoding(model: nn.Module) -> None:
         launch.warm_up(model.dtype)
 
 
-@torch.no_grad()
 def share_launches(model: nn.Module, layers: dict[str, PackedBinaryLinear]) -> None:
     """Give each group of ``layers`` that read the same tensor in a forward pass a :class:`SharedLaunch`."""
-    reads: list[tuple[Tensor, list[str]]] = []
-
-    def note(name: str, args: tuple, kwargs: dict) -> None:
-        x = args[0] if args else kwargs["x"]
-        if not reads or reads[-1][0] is not x:  # members of a group run one after the other
-            reads.append((x, []))
-        reads[-1][1].append(name)
-
     for layer in layers.values():
         layer.shared, layer.traced = None, True
-    tokens = torch.arange(TRACE_TOKENS, device=input_device(model))[None]
-    with evaluation_mode(model), observe_calls(layers, note):
-        model(input_ids=tokens, use_cache=False)
-    for _, names in reads:
-        members = [layers[name] for name in dict.fromkeys(names)]
+    for names in readers(model, layers):
+        members = [layers[name] for name in names]
         if len(members) > 1:
             launch = SharedLaunch(members)
             for member in members:
                 member.shared = launch
+
+
+@torch.no_grad()
+def readers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Names of ``layers`` in the order of a forward pass, those that read the same tensor together.
+
+    The model may be on the meta device.
+    """
+    reads: list[tuple[Tensor, list[str]]] = []
+
+    def note(name: str, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        if not reads or reads[-1][0] is not x:  # members of a group run one after the other
+            reads.append((x, []))
+        reads[-1][1].append(name)
+
+    tokens = torch.arange(TRACE_TOKENS, device=input_device(model))[None]
+    with evaluation_mode(model), observe_calls(layers, note):
+        model(
+            input_ids=tokens, use_cache=True
+        )  # without a cache masks read values of the meta device
+    return [list(dict.fromkeys(names)) for _, names in reads]

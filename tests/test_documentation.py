@@ -26,8 +26,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
 def test_readme_lists_every_file_in_the_order_of_imports():
-    listed = re.findall(r"`nanoquant/(\w+)\.py`", README)
-    assert listed == [stem for stem in ORDER if not stem.startswith("__")]
+    listed = re.findall(r"`nanoquant/([\w/]+)\.py`", README)
+    assert [path.replace("/", ".") for path in listed] == [n for n in ORDER if "__" not in n]
 
 
 def test_kernels_folder_shadows_no_package():
@@ -43,9 +43,13 @@ def test_packages_are_listed_where_they_are():
             re.MULTILINE,
         )
     )
-    listed = re.findall(r'"(\w+)"', re.search(r"^packages = (.*)$", settings, re.MULTILINE)[1])
-    assert sorted(listed) == sorted(folders) == ["nanoquant", "nanoquant_kernels"]
-    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders.values())
+    listed = re.findall(r'"([\w.]+)"', re.search(r"^packages = (.*)$", settings, re.MULTILINE)[1])
+    found = [
+        ".".join([name, *file.parent.relative_to(ROOT / folder).parts])
+        for name, folder in folders.items()
+        for file in (ROOT / folder).rglob("__init__.py")
+    ]
+    assert sorted(listed) == sorted(found) and {"nanoquant", "nanoquant_kernels"} == folders.keys()
 
 
 @pytest.mark.parametrize("text", [README, CONTRIBUTING], ids=["README", "CONTRIBUTING"])

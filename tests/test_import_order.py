@@ -51,15 +51,19 @@ ORDER = (
     "figures",
     "prompts",
     "job",
-    "bench_shapes",
-    "bench_config",
-    "bench_timing",
-    "bench_linears",
-    "bench_setup",
-    "bench_model",
-    "bench_process",
-    "bench",
-    "bench_report",
+    "benchmark.__init__",
+    "benchmark.shapes",
+    "benchmark.config",
+    "benchmark.timing",
+    "benchmark.linears",
+    "benchmark.correctness",
+    "benchmark.speed",
+    "benchmark.setup",
+    "benchmark.model",
+    "benchmark.process",
+    "benchmark.run",
+    "benchmark.report",
+    "benchmark.command",
     "commands",
     "parsers",
     "cli",
@@ -81,27 +85,30 @@ MAY_IMPORT = {
 
 
 def files():
-    return sorted(path.stem for path in PACKAGE.glob("*.py"))
+    """Every file below the package as Python would name it: "admm", "benchmark.timing"."""
+    paths = (path.relative_to(PACKAGE).with_suffix("") for path in PACKAGE.rglob("*.py"))
+    return sorted(".".join(path.parts) for path in paths)
 
 
 def imported(nodes):
-    """Names of modules that import statements among ``nodes`` mention."""
+    """Names of modules that import statements among ``nodes`` mention, and of what they take from a package."""
     for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
             yield node.module
-            if node.module == "nanoquant":
-                yield from (f"nanoquant.{alias.name}" for alias in node.names)
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def own(names):
     """Files of the package among the names of modules."""
-    return {name.split(".")[1] for name in names if name.startswith("nanoquant.")} & set(files())
+    prefix = "nanoquant."
+    return {n.removeprefix(prefix) for n in names if n.startswith(prefix)} & set(files())
 
 
-def parse(stem):
-    return ast.parse((PACKAGE / f"{stem}.py").read_text())
+def parse(name):
+    return ast.parse(PACKAGE.joinpath(*name.split(".")).with_suffix(".py").read_text())
 
 
 def type_checking(tree):

@@ -8,11 +8,11 @@ import torch
 from command_line import call, refused
 from tiny_models import tiny_llama
 
-from nanoquant import bench_linears
-from nanoquant.bench_config import BenchConfig
-from nanoquant.bench_linears import DENSE, PACKED
-from nanoquant.bench_report import plot_roofline, report
-from nanoquant.bench_setup import make_bench, targets
+from nanoquant.benchmark import linears, run, speed
+from nanoquant.benchmark.config import BenchConfig
+from nanoquant.benchmark.linears import DENSE, PACKED
+from nanoquant.benchmark.report import plot_roofline, report
+from nanoquant.benchmark.setup import make_bench, targets
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -39,10 +39,11 @@ def measured(tiny):
         from nanoquant.cli import main
 
         lines = []
-        patch.setattr("nanoquant.commands.say", lines.append)
+        patch.setattr("nanoquant.benchmark.command.say", lines.append)
         file = tiny.parent / "bench.json"
         flags = (
-            f"--model {tiny} --tokens 1,3 --bits 0.8 --rotate-megabytes 2 --layers 1 --json {file}"
+            f"--model {tiny} --tokens 1,3 --bits 0.8 --rotate-megabytes 2 --layers 1 "
+            f"--context 16 --json {file}"
         )
         assert main(["bench", *flags.split()]) == 0
     return "\n".join(lines), json.loads(file.read_text())
@@ -51,6 +52,7 @@ def measured(tiny):
 def test_every_figure_is_in_the_json(measured, tiny):
     figures = measured[1]
     assert figures.keys() == {
+        "finished",
         "date",
         "versions",
         "device",
@@ -75,7 +77,7 @@ def test_every_figure_is_in_the_json(measured, tiny):
     }
     assert device["rotation_bytes"] == 2_000_000 and device["copy_gb_per_s"] > 0
     assert figures["settings"]["model"] == str(tiny) and figures["absent"] == []
-    shape = FIGURES | WHERE | {"d_out", "d_in", "rank", "relative_error"}
+    shape = FIGURES | WHERE | {"d_out", "d_in", "rank", "relative_error", "kernel"}
     assert {frozenset(row) for row in figures["shapes"]} == {frozenset(shape)}
     assert {frozenset(row) for row in figures["chain"]} == {frozenset(FIGURES | WHERE)}
     assert {frozenset(row) for row in figures["model"]} == {frozenset(DECODING)}
@@ -135,17 +137,18 @@ def test_a_plot_is_a_png_with_every_implementation(measured, tmp_path):
 
 def test_a_wrong_implementation_ends_the_run_without_figures(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(
-        bench_linears.PACKED, "operator", lambda x, u, v, s1, *rest: x.new_zeros(len(x), len(s1))
+        linears.PACKED, "operator", lambda x, u, v, s1, *rest: x.new_zeros(len(x), len(s1))
     )
     flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts chain --rotate-megabytes 1".split()
-    monkeypatch.setattr(bench_linears, "interleaved", None)
+    monkeypatch.setattr(speed, "interleaved", None)
     line = refused(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
     assert "operator is wrong: relative error 1 against float64" in line
     assert list(tmp_path.iterdir()) == []
 
 
 BAD = {
-    "unknown model": (["--model", "llama-9"], "no model 'llama-9'"),
+    "unknown model": (["--model", "lama-2-70b"], "no model 'lama-2-70b' (near: llama-2-70b"),
+    "two ways to name a model": (["--config-only", "demo"], "name models both"),
     "no model": (["--model", ","], "give at least one model"),
     "folder without config": (["--model", "."], "there is no model '.'"),
     "bits too large": (["--bits", "9"], "bits=9.0 can't be met"),
@@ -157,6 +160,12 @@ BAD = {
     "too few repeats": (["--repeats", "3"], "repeats must be at least 20, got 3"),
     "no layers": (["--layers", "0"], "layers must be 1 to 30"),
     "unknown part": (["--parts", "shapes,speed"], "parts are shapes, chain, model"),
+    "context beyond the model": (
+        ["--context", "8192", "--parts", "model"],
+        "but demo has 8192; give a context of at most 8166",
+    ),
+    "figures and plot in one file": (["--json", "a", "--plot", "a"], "are the same file, a"),
+    "no file to show": (["--show", "b.json"], "--show measures nothing, so --model can't go with"),
     "no context": (["--context", "0"], "context must be above 0"),
     "negative rotation": (["--rotate-megabytes", "-1"], "rotate_megabytes must be at least 1"),
     "rotation larger than memory": (
@@ -169,6 +178,89 @@ BAD = {
     "plot without shapes": (["--plot", "a.png", "--parts", "chain"], "a plot shows linear shapes"),
     "unknown flag": (["--token", "1"], "flags near --token: --tokens"),
 }
+
+
+SHOWN = {
+    "no such file": (None, "there is no such file"),
+    "no JSON": ("{", "can't be read as JSON"),
+    "no object": ("[]", "must hold a JSON object"),
+    "another file": ('{"date": 1}', "it lacks absent, chain, device"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), SHOWN.values(), ids=SHOWN)
+def test_a_file_that_holds_no_figures_is_not_shown(text, message, capsys, tmp_path):
+    if text is not None:
+        (tmp_path / "b.json").write_text(text)
+    assert message in refused(capsys, "bench", "--show", tmp_path / "b.json")
+
+
+@pytest.fixture
+def stopped(tiny, tmp_path, capsys, monkeypatch):
+    """File, and stderr, of a run that was interrupted in the third group of rows."""
+    left = iter([run.time_linear] * 2)
+
+    def third_time_unlucky(*arguments):
+        try:
+            return next(left)(*arguments)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(run, "time_linear", third_time_unlucky)
+    flags = f"--model {tiny} --tokens 1 --bits 0.8 --rotate-megabytes 1 --context 16".split()
+    code, out, err = call(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
+    assert (code, out) == (130, "")
+    return tmp_path / "bench.json", err
+
+
+def test_an_interrupted_run_leaves_what_it_had_measured_and_says_where(stopped):
+    file, err = stopped
+    figures = json.loads(file.read_text())
+    assert figures["finished"] is False and figures["device"]["copy_gb_per_s"] > 0
+    assert len({(row["d_out"], row["d_in"]) for row in figures["shapes"]}) == 2
+    assert (figures["chain"], figures["model"]) == ([], [])
+    assert f"nanoquant bench --show {file}" in err
+
+
+def test_what_an_interrupted_run_left_is_shown_and_plotted(stopped, capsys):
+    pytest.importorskip("matplotlib")
+    file, plot = stopped[0], stopped[0].with_suffix(".png")
+    code, out, err = call(capsys, "bench", "--show", file, "--plot", plot)
+    assert (code, err) == (0, "") and "unfinished: only what was measured" in out
+    for row in json.loads(file.read_text())["shapes"]:
+        assert f"{row['microseconds']:.1f}" in out
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_finished_file_is_shown_as_the_run_showed_it(measured, tmp_path, capsys):
+    text, figures = measured
+    assert figures["finished"] is True
+    (tmp_path / "b.json").write_text(json.dumps(figures))
+    assert call(capsys, "bench", "--show", tmp_path / "b.json")[1].rstrip() == text
+
+
+def test_a_plot_of_a_file_without_shapes_is_refused(measured, tmp_path, capsys):
+    (tmp_path / "b.json").write_text(json.dumps(measured[1] | {"shapes": []}))
+    pytest.importorskip("matplotlib")
+    line = refused(capsys, "bench", "--show", tmp_path / "b.json", "--plot", tmp_path / "roof.png")
+    assert "no linear shapes in it to plot" in line
+
+
+def test_a_disk_that_is_full_for_a_while_ends_no_run(tiny, tmp_path, capsys, monkeypatch):
+    from nanoquant.benchmark import command
+
+    written = []
+
+    def full_at_first(file, figures):
+        written.append(figures["finished"])
+        if len(written) < 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(command, "write_json", full_at_first)
+    flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts shapes --rotate-megabytes 1".split()
+    code, out, err = call(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
+    assert code == 0 and err.count("can't be written now: [Errno 28]") == 2
+    assert written == [False] * 4 + [True]
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD.values(), ids=BAD)
@@ -192,17 +284,19 @@ def test_roofs_that_would_take_too_long_are_absent_and_so_are_the_rest(tiny, tmp
     code, out, _ = call(capsys, "bench", *flags, "--most-seconds", "1e-9", "--json", file)
     figures = json.loads(file.read_text())
     assert (code, figures["chain"], figures["device"]["copy_gb_per_s"]) == (0, [], None)
-    assert [item["part"] for item in figures["absent"]] == ["roofs"] + ["chain"] * (1 + len(PACKED))
-    assert out.count("--most-seconds allows") == 2 + len(PACKED)
+    assert [item["part"] for item in figures["absent"]] == ["roofs"] * 2 + ["chain"] * (
+        1 + len(PACKED)
+    )
+    assert out.count("--most-seconds allows") == 3 + len(PACKED)
 
 
 def test_a_model_whose_layers_the_operator_refuses_is_absent(tiny, tmp_path, capsys, monkeypatch):
     def refuses(*arguments):
         raise ValueError("not on this machine")
 
-    monkeypatch.setitem(bench_linears.PACKED, "operator", refuses)
-    flags = f"--model {tiny} --bits 0.8 --parts model".split()
-    monkeypatch.setattr("nanoquant.bench.time_arms", lambda arms, absent: {})
+    monkeypatch.setitem(linears.PACKED, "operator", refuses)
+    flags = f"--model {tiny} --bits 0.8 --parts model --context 16".split()
+    monkeypatch.setattr("nanoquant.benchmark.run.time_arms", lambda arms, absent: {})
     code, out, _ = call(capsys, "bench", *flags)
     assert code == 0 and "packed, 0.8 bit: refused: not on this machine" in out
 
@@ -221,20 +315,20 @@ def test_defaults_cover_the_published_models_bits_and_tokens():
 
 
 def test_weights_rotate_over_four_times_the_last_cache_where_memory_reaches(tiny, monkeypatch):
-    monkeypatch.setattr("nanoquant.bench_setup.cache_bytes", lambda device: 70 * 10**6)
-    monkeypatch.setattr("nanoquant.bench_setup.available_bytes", lambda device: 10**12)
+    monkeypatch.setattr("nanoquant.benchmark.setup.cache_bytes", lambda device: 70 * 10**6)
+    monkeypatch.setattr("nanoquant.benchmark.setup.available_bytes", lambda device: 10**12)
     config = BenchConfig(model=str(tiny), bits="0.8")
     bench = make_bench(config, targets(config), torch.device("cpu"))
     assert bench.signs.asked == bench.reals.asked == 280 * 10**6
     assert bench.in_cache(bench.signs.asked) is False
-    monkeypatch.setattr("nanoquant.bench_setup.available_bytes", lambda device: 8 * 10**6)
+    monkeypatch.setattr("nanoquant.benchmark.setup.available_bytes", lambda device: 8 * 10**6)
     bench = make_bench(config, targets(config), torch.device("cpu"))
     assert bench.signs.asked == 2 * 10**6 and bench.in_cache(bench.signs.asked) is True
 
 
 def test_a_model_that_does_not_fit_is_absent_not_estimated(tiny, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("nanoquant.bench.available_bytes", lambda device: 1000)
-    flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts model".split()
+    monkeypatch.setattr("nanoquant.benchmark.run.available_bytes", lambda device: 1000)
+    flags = f"--model {tiny} --tokens 1 --bits 0.8 --parts model --context 16".split()
     code, out, _ = call(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
     figures = json.loads((tmp_path / "bench.json").read_text())
     assert (code, figures["model"], len(figures["absent"])) == (0, [], 2)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
-from nanoquant.bench_shapes import skeleton
-from nanoquant.bench_timing import captured
+from nanoquant.benchmark.shapes import skeleton
+from nanoquant.benchmark.timing import TRIALS, captured
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 
@@ -34,10 +34,25 @@ class Arm:
     ranks: dict[str, int] | None
     device: str
     threads: int
+    seed: int
     context: int
     """Tokens in the key-value cache before the first step."""
     repeats: int
     most_seconds: float
+
+
+def check_context(name: str, config: PreTrainedConfig, context: int, repeats: int) -> None:
+    """Refuse a context after which a model has too few positions left for all steps.
+
+    Raises:
+        ValueError: it has.
+    """
+    most, steps = getattr(config, "max_position_embeddings", None), repeats + TRIALS + WARM_STEPS
+    if most is not None and context + steps > most:
+        raise ValueError(
+            f"context {context} and {steps} steps need {context + steps} positions, but {name} has {most}; "
+            f"give a context of at most {most - steps}"
+        )
 
 
 def build(config: PreTrainedConfig, ranks: dict[str, int] | None) -> PreTrainedModel:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
-from nanoquant.bench_shapes import CONFIGS
+from nanoquant.benchmark.shapes import CONFIGS
 
 PARTS = ("shapes", "chain", "model")
 LEAST_REPEATS = 20
@@ -46,8 +46,16 @@ class BenchConfig:
     """File for every printed figure."""
     plot: str | None = None
     """PNG file for a roofline plot; needs matplotlib."""
+    show: str | None = None
+    """File that --json wrote, of a finished run or not: print its tables and draw --plot, measure nothing."""
 
     def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if self.show is not None and (more := set(given) - {"show", "plot"}):
+            flags = ", ".join(_flag(name) for name in given if name in more)
+            raise ValueError(f"--show measures nothing, so {flags} can't go with it; --plot can")
+        if self.config_only is not None and "model" in given:
+            raise ValueError("--model and --config-only name models both; give one of them")
         if self.repeats < LEAST_REPEATS:
             raise ValueError(f"repeats must be at least {LEAST_REPEATS}, got {self.repeats}")
         for name in ("context", "most_seconds", "most_error"):
@@ -56,10 +64,14 @@ class BenchConfig:
         if self.rotate_megabytes is not None and self.rotate_megabytes < 1:
             raise ValueError(f"rotate_megabytes must be at least 1, got {self.rotate_megabytes}")
         unknown = [part for part in self.parts_asked if part not in PARTS]
+        if self.config_only is not None and _listed(self.parts) == ["shapes"]:
+            raise ValueError("--config-only leaves shapes out; name the model with --model instead")
         if unknown or not self.parts_asked:
             raise ValueError(f"parts are {', '.join(PARTS)}, got {self.parts!r}")
         if self.plot is not None and "shapes" not in self.parts_asked:
             raise ValueError("a plot shows linear shapes; measure them, without --config-only")
+        if self.json is not None and self.json == self.plot:
+            raise ValueError(f"--json and --plot are the same file, {self.json}; give two")
         if not self.models:
             raise ValueError(f"give at least one model: {', '.join(CONFIGS)}, or a folder")
         self.numbers("bits", float)
@@ -79,7 +91,8 @@ class BenchConfig:
     @property
     def models(self) -> list[str]:
         """Names of the models to measure."""
-        return _listed(self.model) if self.config_only is None else [self.config_only]
+        names = _listed(self.model) if self.config_only is None else [self.config_only]
+        return list(dict.fromkeys(names))
 
     def numbers(self, name: str, kind: type) -> list[Any]:
         """The numbers of a field, each once.
@@ -96,6 +109,10 @@ class BenchConfig:
             what = "whole numbers of at least 1" if kind is int else "numbers above 0"
             raise ValueError(f"{name} must be {what}, separated by commas, got {text!r}")
         return list(dict.fromkeys(values))
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _listed(text: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from nanoquant.bench_config import BenchConfig
-from nanoquant.bench_linears import Bench, Linear
-from nanoquant.bench_shapes import linear_shapes, model_config, ranks_at, skeleton
-from nanoquant.bench_timing import (
+from nanoquant.benchmark.config import BenchConfig
+from nanoquant.benchmark.linears import Bench, Linear
+from nanoquant.benchmark.shapes import linear_shapes, model_config, ranks_at, skeleton
+from nanoquant.benchmark.timing import (
     BLOCK_BYTES,
     AbsentError,
     CPUClock,
@@ -24,6 +25,9 @@ from nanoquant.bench_timing import (
     device_name,
     matmul_rate,
 )
+from nanoquant.shared_launch import readers
+
+logger = logging.getLogger(__name__)
 
 LEAST_ROTATION = 256 * 10**6
 """Bytes to rotate over where the cache is small or of unknown size."""
@@ -47,9 +51,25 @@ class Target:
         layers = self.config.num_hidden_layers
         return {"model": self.name, "layers": layers, "of_layers": self.whole_layers}
 
+    def linear(self, name: str, bits: float) -> Linear:
+        """One linear by its full name."""
+        return Linear(*self.shapes[name], self.ranks[bits][name])
+
     def linears(self, bits: float) -> list[Linear]:
         """All linears in order."""
-        return [Linear(*self.shapes[name], rank) for name, rank in self.ranks[bits].items()]
+        return [self.linear(name, bits) for name in self.shapes]
+
+    def readers(self) -> list[list[str]]:
+        """Names of all linears in order, those that read the same tensor together."""
+        model = skeleton(self.config)
+        try:
+            return readers(model, {name: model.get_submodule(name) for name in self.shapes})
+        except RuntimeError as error:
+            logger.warning(
+                "%s: linears that read the same tensor are not found, so each is launched alone: %s",
+                *(self.name, error),
+            )
+            return [[name] for name in self.shapes]
 
 
 def targets(config: BenchConfig) -> list[Target]:
@@ -81,7 +101,7 @@ def make_bench(config: BenchConfig, models: list[Target], device: torch.device) 
         asked = config.rotate_megabytes * 10**6
     elif free is not None:
         asked = min(asked, int(MEMORY_SHARE * free))
-    largest_packed = max(linear.packed_bytes for linear in linears)
+    largest_packed = max(linear.aligned_bytes for linear in linears)
     largest_dense = max(linear.dense_bytes for linear in linears)
     if free is not None and 2 * asked + largest_packed + largest_dense > free:
         raise ValueError(
@@ -104,13 +124,16 @@ def make_bench(config: BenchConfig, models: list[Target], device: torch.device) 
 
 def roofs(bench: Bench, device: torch.device, absent: Callable[[str, str], None]) -> dict[str, Any]:
     """What the device is and can do: bytes copied and operations multiplied in a second, measured here."""
-    rates: dict[str, float | None] = {"copy_gb_per_s": None, "matmul_tflop_per_s": None}
-    if bench.signs.asked:
+    roofs = {
+        "copy_gb_per_s": lambda: copy_bandwidth(bench.clock, bench.signs) / 1e9,
+        "matmul_tflop_per_s": lambda: matmul_rate(bench.clock, device) / 1e12,
+    }
+    rates: dict[str, float | None] = dict.fromkeys(roofs)
+    for name, measure in roofs.items() if bench.signs.asked else ():
         try:
-            rates["copy_gb_per_s"] = copy_bandwidth(bench.clock, bench.signs) / 1e9
-            rates["matmul_tflop_per_s"] = matmul_rate(bench.clock, device) / 1e12
+            rates[name] = measure()
         except AbsentError as error:
-            absent("copy bandwidth or matmul", str(error))
+            absent(name, str(error))
     return {
         "name": device_name(device),
         "kind": device.type,

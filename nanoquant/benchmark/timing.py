@@ -36,6 +36,10 @@ class AbsentError(Exception):
     """A figure that can't be taken here; the message says why."""
 
 
+class TooSlowError(AbsentError):
+    """Its repeats would take longer than allowed; more tokens would take longer still."""
+
+
 class Rotation:
     """Pieces of one block of memory, in turn: a byte comes again only after (almost) all the others.
 
@@ -109,6 +113,8 @@ class CPUClock:
     repeats: int
     most_seconds: float
     """Longest time that all repeats of one figure may take."""
+    evicted_bytes = 0
+    """Other memory that is read between repeats."""
 
     def prepare(self, make: Callable[[], Call], calls: int = MOST_CALLS) -> Callable[[], float]:
         """Warm up, and give a function that times one repeat and returns the seconds of one call.
@@ -118,9 +124,9 @@ class CPUClock:
             calls: most calls in one repeat.
 
         Raises:
-            AbsentError: the repeats would take too long.
+            TooSlowError: the repeats would take too long.
         """
-        once = min(self._loop([make()]) for _ in range(TRIALS))
+        once = fastest(lambda: self._loop([make()]), self.most_seconds)
         count = min(calls, max(1, math.ceil(LEAST_SECONDS / once)))
         check_duration(once * count, self.repeats, self.most_seconds)
         return lambda: self._loop([make() for _ in range(count)])
@@ -143,15 +149,17 @@ class CUDAClock:
 
     def __init__(self, repeats: int, most_seconds: float, evict_bytes: int) -> None:
         self.repeats, self.most_seconds = repeats, most_seconds
+        self.evicted_bytes = evict_bytes
         self.eviction = torch.zeros(max(1, evict_bytes // 8), dtype=torch.int64, device="cuda")
 
     def prepare(self, make: Callable[[], Call], calls: int = MOST_CALLS) -> Callable[[], float]:
         """As :meth:`CPUClock.prepare`; the calls of a repeat are one graph, each on its own pieces.
 
         Raises:
-            AbsentError: the repeats would take too long, or the calls can't be captured.
+            TooSlowError: the repeats would take too long.
+            AbsentError: the calls can't be captured.
         """
-        once = min(self._eager(make()) for _ in range(TRIALS))
+        once = fastest(lambda: self._eager(make()), self.most_seconds)
         check_duration(once, self.repeats, self.most_seconds)
         ready = [make() for _ in range(min(calls, max(1, math.ceil(GRAPH_SECONDS / once))))]
         try:
@@ -196,10 +204,20 @@ def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def fastest(trial: Callable[[], float], hopeless: float) -> float:
+    """Seconds of the fastest of ``TRIALS`` trials; one that takes longer than ``hopeless`` is the last."""
+    found = math.inf
+    for _ in range(TRIALS):
+        found = min(found, seconds := trial())
+        if seconds > hopeless:
+            break
+    return found
+
+
 def check_duration(seconds: float, repeats: int, most: float) -> None:
-    """Raise AbsentError where repeats of so many seconds would take longer than allowed."""
+    """Raise TooSlowError where repeats of so many seconds would take longer than allowed."""
     if seconds * repeats > most:
-        raise AbsentError(
+        raise TooSlowError(
             f"a repeat takes {seconds:.2g} s, so {repeats} take more than the {most:g} s "
             "that --most-seconds allows"
         )

@@ -5,6 +5,7 @@ The models are built on the meta device by transformers, so a shape is what tran
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,10 @@ def _whole_config(name: str) -> PreTrainedConfig:
     elif file.is_file():
         values = read_json(file)
     else:
+        near = difflib.get_close_matches(name.lower(), CONFIGS, n=2)
+        meant = f" (near: {', '.join(near)})" if near else ""
         raise ValueError(
-            f"there is no model {name!r} and no {file}; give one of {', '.join(CONFIGS)}, or a "
+            f"there is no model {name!r}{meant} and no {file}; give one of {', '.join(CONFIGS)}, or a "
             "folder with a config.json"
         )
     values.pop("quantization_config", None)

@@ -5,13 +5,14 @@ import math
 import pytest
 import torch
 
-from nanoquant.bench_timing import (
+from nanoquant.benchmark.timing import (
     AbsentError,
     CPUClock,
     Rotation,
     cache_bytes,
     check_duration,
     copy_bandwidth,
+    fastest,
     interleaved,
     matmul_rate,
     timing,
@@ -96,6 +97,13 @@ def test_what_would_take_too_long_is_absent():
         check_duration(0.1, 20, 1.0)
     with pytest.raises(AbsentError, match="--most-seconds"):
         CPUClock(20, 1e-9).prepare(lambda: lambda: None)
+
+
+def test_the_fastest_trial_counts_and_a_hopeless_one_is_the_last():
+    seconds = iter([3.0, 1.0, 2.0, 50.0, 1.0])
+    assert fastest(lambda: next(seconds), hopeless=20) == 1
+    assert fastest(lambda: next(seconds), hopeless=20) == 50
+    assert next(seconds) == 1
 
 
 def test_roofs_are_measured():

@@ -3,14 +3,42 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
+from nanoquant.benchmark.config import PARTS
+from nanoquant.checkpoint_files import read_json
 from nanoquant.console import table
 
+NEEDED = {"date", "versions", "device", "absent", "finished", *PARTS}
+"""Keys of what a run leaves, whole or not."""
 PLACES = {None: "cache unknown", True: "cache", False: "memory"}
 """Where weights come from, by whether they may be in a cache."""
 SIZE = (9, 6)
 """Of the plot, inches."""
+
+
+def read_results(file: str, plot: bool) -> dict[str, Any]:
+    """Results as ``nanoquant bench --json`` wrote them, after a run or in the middle of one.
+
+    Args:
+        file: to read.
+        plot: whether they are going to be drawn.
+
+    Raises:
+        ValueError: there is no such file, it holds something else, or no linear shapes to draw.
+    """
+    if not Path(file).is_file():
+        raise ValueError(f"--show {file}: there is no such file; give one that --json wrote")
+    results = read_json(Path(file))
+    lacking = sorted(NEEDED - results.keys())
+    if lacking:
+        raise ValueError(
+            f"--show {file}: this is no file that nanoquant bench --json wrote, it lacks {', '.join(lacking)}"
+        )
+    if plot and not results["shapes"]:
+        raise ValueError(f"--show {file}: there are no linear shapes in it to plot")
+    return results
 
 
 def report(results: dict[str, Any]) -> str:
@@ -27,7 +55,8 @@ def report(results: dict[str, Any]) -> str:
 def _device(results: dict[str, Any]) -> str:
     device, versions = results["device"], results["versions"]
     cache = device["cache_bytes"]
-    rows = [
+    rows = [] if results["finished"] else [["unfinished", "only what was measured before the end"]]
+    rows += [
         ["device", f"{device['name']}, {device['threads']} threads"],
         ["date", results["date"]],
         ["versions", ", ".join(f"{name} {value}" for name, value in versions.items() if value)],
@@ -63,7 +92,7 @@ def _line(row: dict[str, Any], shaped: bool) -> list[str]:
         str(row.get("rank", "")),
         f"{row['bits']:g}",
         str(row["tokens"]),
-        row["implementation"],
+        row["implementation"] + (f" ({row['kernel']})" if row.get("kernel") else ""),
         number(row["microseconds"], ".1f"),
         number(row["spread"], ".0%"),
         number(row["gb_per_s"], ".2f"),
@@ -164,7 +193,8 @@ def plot_roofline(results: dict[str, Any], file: str) -> None:
         )
     axes.set_xlabel("operations per byte of weights")
     axes.set_ylabel("TFLOP/s")
-    axes.set_title(f"{device['name']}, {device['threads']} threads, {results['date'][:10]}")
+    state = "" if results["finished"] else ", unfinished"
+    axes.set_title(f"{device['name']}, {device['threads']} threads, {results['date'][:10]}{state}")
     axes.legend()
     axes.grid(True, alpha=0.3)
     figure.savefig(file, format="png")

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_models import FAMILIES
 
-from nanoquant.bench_shapes import (
+from nanoquant.benchmark.shapes import (
     CONFIGS,
     distinct_shapes,
     linear_shapes,
@@ -86,6 +86,8 @@ def test_layers_that_the_model_does_not_have_are_refused(layers):
 def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="no model 'llama-3'.*llama-2-7b, llama-2-70b"):
         model_config("llama-3")
+    with pytest.raises(ValueError, match=r"'Qwen-3-8B' \(near: qwen3-8b\)"):
+        model_config("Qwen-3-8B")
     with pytest.raises(ValueError, match="config.json; give one of"):
         model_config(str(tmp_path))
 

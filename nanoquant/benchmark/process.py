@@ -6,17 +6,23 @@ A process an arm makes its peak memory its own; taking turns, what the machine d
 from __future__ import annotations
 
 import multiprocessing
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nanoquant.bench_timing import TRIALS, AbsentError, check_duration, timing
+from nanoquant.benchmark.timing import TRIALS, AbsentError, check_duration, fastest, timing
 from nanoquant.console import quiet
 
+PAUSE = 0.01
+"""Seconds before each step, in which the threads of the arm before stop spinning for more work."""
+
 if TYPE_CHECKING:
-    from nanoquant.bench_model import Arm  # the process silences transformers before it imports it
+    from nanoquant.benchmark.model import (
+        Arm,  # the process silences transformers before it imports it
+    )
 
 
 def serve(pipe: Connection) -> None:
@@ -24,11 +30,14 @@ def serve(pipe: Connection) -> None:
     quiet()
     try:
         arm: Arm = pipe.recv()
-        from nanoquant.bench_model import Decoding, build, fill, memory_figures, resident_bytes
+        from nanoquant.benchmark.model import Decoding, build, fill, memory_figures, resident_bytes
+        from nanoquant.shared_launch import prepare_for_decoding
 
         torch.set_num_threads(arm.threads)
+        torch.manual_seed(arm.seed)
         before = resident_bytes()["VmRSS"]
         model = fill(build(arm.config, arm.ranks), arm.device)
+        prepare_for_decoding(model)  # as nanoquant.generate does
         if arm.device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of generation; moving the head in counts twice
         decoding = Decoding(model, arm.context, arm.repeats + TRIALS)
@@ -91,6 +100,7 @@ def time_arms(arms: list[Arm], absent: Callable[[str, str], None]) -> dict[str, 
             _try(arm.name, running, absent, lambda arm=arm: _ready(running[arm.name], arm))
         for _ in range(max(arm.repeats for arm in arms)):
             for name in list(running):
+                time.sleep(PAUSE)
                 _try(name, running, absent, lambda n=name: taken[n].append(running[n].ask("step")))
         for name in list(running):
             _try(name, running, absent, lambda n=name: figures.update({n: running[n].ask("end")}))
@@ -107,8 +117,8 @@ def time_arms(arms: list[Arm], absent: Callable[[str, str], None]) -> dict[str, 
 def _ready(process: Process, arm: Arm) -> None:
     """Wait for the model, and take some steps to see how long all of them would take."""
     process.ask()
-    fastest = min(process.ask("step") for _ in range(TRIALS))
-    check_duration(fastest, arm.repeats, arm.most_seconds)
+    once = fastest(lambda: process.ask("step"), arm.most_seconds)
+    check_duration(once, arm.repeats, arm.most_seconds)
 
 
 def _try(

@@ -3,21 +3,14 @@
 import pytest
 import torch
 
-from nanoquant import bench_linears
-from nanoquant.bench_linears import (
-    DENSE,
-    OPERATOR,
-    PACKED,
-    Bench,
-    Linear,
-    check,
-    dense_product,
-    packed_product,
-    time_chain,
-    time_linear,
-)
-from nanoquant.bench_timing import CPUClock, Rotation
+from nanoquant.benchmark import speed
+from nanoquant.benchmark.correctness import check, check_group, dense_product, packed_product
+from nanoquant.benchmark.linears import DENSE, OPERATOR, PACKED, SHARED, Bench, Linear
+from nanoquant.benchmark.speed import time_chain, time_linear
+from nanoquant.benchmark.timing import CPUClock, Rotation, TooSlowError
 from nanoquant_kernels import unpack_signs
+from nanoquant_kernels.cpu_build import available_paths
+from nanoquant_kernels.layout import align_rows
 
 SMALL = Linear(48, 40, 32)
 
@@ -75,11 +68,11 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_a_wrong_implementation_is_refused_and_not_timed(bench, wrong, monkeypatch):
     monkeypatch.setitem(PACKED, OPERATOR, wrong)
-    monkeypatch.setattr(bench_linears, "interleaved", None)
+    monkeypatch.setattr(speed, "interleaved", None)
     with pytest.raises(FloatingPointError, match=OPERATOR):
         time_linear(bench, SMALL, 300, none_absent)
     with pytest.raises(FloatingPointError, match=OPERATOR):
-        time_chain(bench, [SMALL], 300, none_absent)
+        time_chain(bench, [(SMALL,)], 300, none_absent)
 
 
 def test_what_an_implementation_refuses_is_absent_and_the_others_are_measured(bench, monkeypatch):
@@ -109,7 +102,9 @@ def test_figures_of_a_linear_fit_together(bench):
 
 
 def test_without_a_dense_figure_there_is_no_ratio(bench, monkeypatch):
-    monkeypatch.setattr(bench_linears, "function_of", lambda name: PACKED.get(name, _out_of_memory))
+    monkeypatch.setattr(
+        "nanoquant.benchmark.linears.function_of", lambda name: PACKED.get(name, _out_of_memory)
+    )
     absent = []
     rows = time_linear(bench, SMALL, 1, lambda *what: absent.append(what))
     assert {row["ratio_to_dense"] for row in rows} == {None}
@@ -127,16 +122,98 @@ def test_weights_are_said_to_come_from_a_cache_unless_four_times_its_size_passes
 
 
 def test_a_chain_runs_every_linear_in_order_with_weights_of_its_own(bench, monkeypatch):
-    linears, calls = [SMALL, Linear(40, 48, 32), SMALL], []
+    layers, calls = [SMALL, Linear(40, 48, 32), SMALL], []
 
     def noted(x, u_signs, *rest):
         calls.append((u_signs.data_ptr(), x.shape[-1]))
         return PACKED["reference"](x, u_signs, *rest)
 
     monkeypatch.setitem(PACKED, OPERATOR, noted)
-    rows = time_chain(bench, linears, 2, none_absent)
+    rows = time_chain(bench, [(layer,) for layer in layers], 2, none_absent)
     timed = calls[2:]  # the first two are checks of the two shapes
     assert [width for _, width in timed[:6]] == [40, 48, 40] * 2
     assert len(set(timed)) == 3 and timed[:3] == timed[3:6] == timed[-3:]
     assert {(row["linears"], row["in_cache"]) for row in rows} == {(3, True)}
-    assert rows[1]["weight_bytes"] == sum(linear.packed_bytes for linear in linears)
+    assert rows[1]["weight_bytes"] == sum(linear.packed_bytes for linear in layers)
+
+
+GROUPS = [(SMALL, Linear(30, 40, 32)), (Linear(40, 48, 32),)]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linears_that_read_the_same_tensor_are_launched_together_too(bench, tokens):
+    rows = {row["implementation"]: row for row in time_chain(bench, GROUPS, tokens, none_absent)}
+    assert list(rows) == [DENSE, *PACKED, SHARED]
+    shared, alone = rows[SHARED], rows[OPERATOR]
+    for same in ("weight_bytes", "operations", "linears", "in_cache"):
+        assert shared[same] == alone[same]
+
+
+def test_many_tokens_are_not_launched_together_as_in_a_model(bench):
+    rows = time_chain(bench, GROUPS, 17, none_absent)
+    assert [row["implementation"] for row in rows] == [DENSE, *PACKED]
+
+
+def test_a_group_launch_that_mixes_its_members_up_is_refused_and_not_timed(bench, monkeypatch):
+    def mixed(x, *lists):
+        return [PACKED["reference"](x, *arguments) for arguments in zip(*lists, strict=True)][::-1]
+
+    group = (SMALL, SMALL)
+    for module in ("correctness", "speed"):
+        monkeypatch.setattr(f"nanoquant.benchmark.{module}.binary_low_rank_linears", mixed)
+    monkeypatch.setattr(speed, "interleaved", None)
+    with pytest.raises(FloatingPointError, match=f"{SHARED} is wrong"):
+        check_group(bench, group, 1)
+    with pytest.raises(FloatingPointError, match=f"{SHARED} is wrong"):
+        time_chain(bench, [group], 1, none_absent)
+
+
+class OnGPU(Bench):
+    """Lays weights out as on a GPU, in memory of the CPU."""
+
+    device = torch.device("cuda")
+
+
+def test_on_a_gpu_rows_are_aligned_as_in_a_model_and_padded_with_zeros(bench):
+    aligned = OnGPU(bench.signs, bench.reals, bench.clock, bench.most_error, bench.cache)
+    u, v, *rest = aligned.arguments(OPERATOR, Linear(30, 21, 13))
+    assert (u.shape, v.shape) == ((30, 2), (13, 3)) and u.stride(0) == v.stride(0) == 16
+    for packed in (u, v):
+        whole = packed.as_strided((len(packed), 16), (16, 1))
+        assert align_rows(packed) is packed and not whole[:, packed.shape[1] :].any()
+    x = torch.randn(2, 21).bfloat16()
+    assert torch.equal(
+        PACKED[OPERATOR](x, u, v, *rest), PACKED[OPERATOR](x, u.clone(), v.clone(), *rest)
+    )
+    assert u.unique().numel() > 10
+
+
+def test_what_took_too_long_is_not_tried_with_more_tokens(bench, monkeypatch):
+    absent, tried = [], []
+    bench.clock = CPUClock(20, 1e-9)
+    time_linear(bench, SMALL, 4, lambda *what: absent.append(what))
+    monkeypatch.setattr(CPUClock, "prepare", lambda *arguments: tried.append(arguments))
+    time_linear(bench, SMALL, 8, lambda *what: absent.append(what))
+    assert tried == [] and len(absent) == 2 * len([DENSE, *PACKED])
+    assert absent[-1] == ("reference", "took too long with 4 tokens already")
+    monkeypatch.setattr(CPUClock, "prepare", _too_slow)
+    time_linear(bench, SMALL, 2, lambda *what: tried.append(what))
+    assert len(tried) == len([DENSE, *PACKED])
+
+
+def _too_slow(*arguments):
+    raise TooSlowError("still")
+
+
+def test_a_figure_names_the_kernel_that_served(bench):
+    kernels = [row["kernel"] for row in time_linear(bench, SMALL, 1, none_absent)]
+    fastest = available_paths()[-1] if available_paths() else "reference"
+    assert kernels == [None, fastest, None]
+    rows = time_linear(bench, SMALL, 300, none_absent)
+    assert rows[1]["kernel"] == "reference"
+
+
+def test_memory_that_is_read_between_repeats_counts_for_a_chain(bench, monkeypatch):
+    assert time_chain(bench, [(SMALL,)], 1, none_absent)[0]["in_cache"] is True
+    monkeypatch.setattr(CPUClock, "evicted_bytes", 10**7)
+    assert time_chain(bench, [(SMALL,)], 1, none_absent)[0]["in_cache"] is False

@@ -8,9 +8,18 @@ from tiny_models import FAMILIES, random_windows, tiny_llama
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanoquant.bench_model import WARM_STEPS, Arm, Decoding, build, fill, memory_figures
-from nanoquant.bench_process import time_arms
-from nanoquant.bench_shapes import linear_shapes, skeleton
+from nanoquant.benchmark.model import (
+    WARM_STEPS,
+    Arm,
+    Decoding,
+    build,
+    check_context,
+    fill,
+    memory_figures,
+)
+from nanoquant.benchmark.process import time_arms
+from nanoquant.benchmark.setup import Target
+from nanoquant.benchmark.shapes import linear_shapes, skeleton
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 
@@ -104,7 +113,7 @@ def test_memory_counts_the_weights_that_are_resident():
 
 
 def test_an_arm_that_fails_or_is_too_slow_is_absent_with_the_reason():
-    common = {"device": "cpu", "threads": 1, "context": 4, "repeats": 20}
+    common = {"device": "cpu", "threads": 1, "seed": 0, "context": 4, "repeats": 20}
     config = tiny_llama().config
     slow = Arm(name="slow", config=config, ranks=ranks_of(config), most_seconds=1e-9, **common)
     wrong = {"model.layers.0.mlp.up_proj": 0}
@@ -112,3 +121,22 @@ def test_an_arm_that_fails_or_is_too_slow_is_absent_with_the_reason():
     absent = {}
     assert time_arms([broken, slow], absent.__setitem__) == {}
     assert "must be at least 1" in absent["broken"] and "--most-seconds" in absent["slow"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_linears_that_read_the_same_tensor_are_found_without_weights(family):
+    config = FAMILIES[family]().config
+    shapes = linear_shapes(skeleton(config))
+    found = Target(family, config, config.num_hidden_layers, shapes, {}).readers()
+    assert sorted(name for names in found for name in names) == sorted(shapes)
+    for names in found:
+        assert len({shapes[name][1] for name in names}) == 1
+    if family in ("llama", "qwen3"):
+        assert [len(names) for names in found[:4]] == [3, 1, 2, 1]
+
+
+def test_a_context_that_leaves_no_positions_for_the_steps_is_refused():
+    config = tiny_llama(max_position_embeddings=100).config
+    check_context("tiny", config, 74, 20)
+    with pytest.raises(ValueError, match="need 101 positions, but tiny has 100.*at most 74"):
+        check_context("tiny", config, 75, 20)
