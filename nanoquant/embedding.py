@@ -170,6 +170,10 @@ class QuantizedEmbedding(nn.Embedding):
         self.__class__ = self.dense_class
         self.weight = weight
 
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        """Pickle by the dense class: that of a subclass's quantized embeddings is made at run time."""
+        return _blank, (self.dense_class,), self.__dict__
+
     def extra_repr(self) -> str:
         """Shape and bits."""
         return describe(table_of(self))
@@ -184,6 +188,12 @@ def _quantized_class(kind: type[nn.Embedding]) -> type[QuantizedEmbedding]:
     if kind is nn.Embedding:
         return QuantizedEmbedding
     return type(f"Quantized{kind.__name__}", (kind, QuantizedEmbedding), {"dense_class": kind})
+
+
+def _blank(kind: type[nn.Embedding]) -> QuantizedEmbedding:
+    """A quantized embedding of ``kind`` without content, for pickle to fill."""
+    made = _quantized_class(kind)
+    return made.__new__(made)
 
 
 class QuantizedHead(nn.Module):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     # PreTrainedModel costs seconds and pulls in torchao and Triton
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 OWN_OPTIONS = (
     "max_new_tokens max_length temperature top_p do_sample use_cache cache_implementation "
@@ -107,8 +111,20 @@ def _check_option(name: str, value: object, known: list[str]) -> None:
 def _pad_token(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerationConfig
 ) -> int | None:
-    """Padding is masked, so any id of the vocabulary does: the pad token, else an end token."""
+    """Padding is masked, so any id of the vocabulary does: the pad token, else an end token; logged if replaced."""
     ends = sorted(end_tokens(config))
     candidates = [config.pad_token_id, tokenizer.pad_token_id, *ends, tokenizer.eos_token_id]
     rows = model.get_input_embeddings().num_embeddings
-    return next((id for id in candidates if id is not None and 0 <= id < rows), None)
+    chosen = next((id for id in candidates if id is not None and 0 <= id < rows), None)
+    if config.pad_token_id not in (None, chosen):
+        _say_replaced(config.pad_token_id, chosen, rows)
+    return chosen
+
+
+@functools.cache
+def _say_replaced(pad_token: int, chosen: int | None, rows: int) -> None:
+    """Log it, once a process."""
+    logger.warning(
+        "pad_token_id %s is not among the %d tokens of the vocabulary; %s pads instead",
+        *(pad_token, rows, "nothing" if chosen is None else f"token {chosen}"),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,9 @@ from nanoquant.packed_linear import frozen
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+RESIZE = "resize_token_embeddings"
+"""Method of transformers that models with tables replace."""
 
 
 def quantized_tables(model: nn.Module) -> dict[str, Table]:
@@ -96,6 +100,9 @@ def put_tables(model: PreTrainedModel, tables: dict[str, Table]) -> None:
             head = QuantizedHead(table, module.bias)
             head._is_hf_initialized = True  # transformers would look for a weight to initialize
             model.set_submodule(name, head.train(module.training))
+    for module in model.modules():
+        if hasattr(module, RESIZE):
+            setattr(module, RESIZE, functools.partial(_resize, module))
     first = next(iter(tables))
     for name, table in tables.items():
         if name != first and table is tables[first]:
@@ -105,6 +112,29 @@ def put_tables(model: PreTrainedModel, tables: dict[str, Table]) -> None:
                 first,
                 [part for part in TABLE_PARTS if getattr(table, part) is not None],
             )
+
+
+def _resize(
+    model: PreTrainedModel,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    mean_resizing: bool = True,
+) -> nn.Embedding:
+    """In place of transformers' own method, which would copy the stand-in for the weight.
+
+    Raises:
+        ValueError: the number of rows would change.
+    """
+    embedding = model.get_input_embeddings()
+    rows = embedding.num_embeddings
+    wanted = rows if new_num_tokens is None else new_num_tokens
+    wanted += -wanted % (pad_to_multiple_of or 1)
+    if wanted != rows:
+        raise ValueError(
+            f"the embedding is quantized and keeps its {rows} rows, but {wanted} are asked for; resize "
+            "the dense model, then quantize it"
+        )
+    return embedding
 
 
 def _tie(model: PreTrainedModel, target: str, source: str, parts: list[str]) -> None:
@@ -131,6 +161,8 @@ def dense_embeddings(model: PreTrainedModel, dtype: torch.dtype | None = None) -
             head.weight, head.bias = weight, module.bias
             model.set_submodule(name, head.train(module.training))
     if weights:
+        for module in model.modules():
+            module.__dict__.pop(RESIZE, None)
         model.__dict__.pop("_tied_weights_keys", None)
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
 

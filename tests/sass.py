@@ -1,13 +1,16 @@
 """Machine code of Triton kernels without a GPU: compiled ahead of time, taken apart by tools that Triton carries."""
 
+import functools
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -25,8 +28,18 @@ class Code:
         return sum(op.split(".")[0] in names for op in self.loop)
 
 
+@functools.cache
+def need_architecture(arch):
+    """Skip the test where the tools that Triton carries do not know an architecture such as 120."""
+    for tool in (get_ptxas(arch).path, TOOLS / "cuobjdump"):
+        done = subprocess.run([tool, "--help"], capture_output=True, text=True)
+        if f"sm_{arch}" not in done.stdout:
+            pytest.skip(f"{Path(tool).name} of Triton {triton.__version__} knows no sm_{arch}")
+
+
 def compile_kernel(function, types, constants, arch, warps, stages=3, aligned=()):
     """Compile for an architecture such as 86; pointers and the integers in ``aligned`` are multiples of 16."""
+    need_architecture(arch)
     signature = {name: types.get(name, "constexpr") for name in function.arg_names}
     hints = {
         (place,): [["tt.divisibility", 16]]

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import io
 import json
 
 import pytest
@@ -27,7 +28,12 @@ from nanoquant.embedding import (
     quantize_table,
 )
 from nanoquant.generate import greedy_sample
-from nanoquant.model_embeddings import find_embeddings, quantize_embeddings, quantized_tables
+from nanoquant.model_embeddings import (
+    dense_embeddings,
+    find_embeddings,
+    quantize_embeddings,
+    quantized_tables,
+)
 from nanoquant.sizes import measure_sizes
 
 WINDOWS = random_windows(2, 16)
@@ -205,12 +211,41 @@ def test_a_configuration_that_does_not_fit_is_refused(change, message, tmp_path)
         load(folder)
 
 
-def test_a_copy_of_the_model_is_tied_and_computes_the_same():
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma3])
+def test_a_whole_model_is_copied_and_pickled_whatever_its_embedding(build):
+    model = small(build)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for again in (copy.deepcopy(model), torch.load(file, weights_only=False)):
+        embedding = again.get_input_embeddings()
+        assert type(embedding) is type(model.get_input_embeddings())
+        assert again.lm_head.codes is embedding.codes is not model.lm_head.codes
+        assert torch.equal(logits(again), logits(model))
+
+
+def test_rows_of_a_quantized_embedding_stay_as_many_as_they_are():
     model = small()
-    again = copy.deepcopy(model)
-    assert torch.equal(logits(again), logits(model))
-    assert again.lm_head.codes is again.model.embed_tokens.codes
-    assert again.lm_head.codes is not model.lm_head.codes
+    before, embedding = logits(model), model.get_input_embeddings()
+    for resized, change in (
+        (model, {"new_num_tokens": 140}),
+        (model.model, {"new_num_tokens": 100}),
+        (copy.deepcopy(model), {"pad_to_multiple_of": 96}),
+    ):
+        with pytest.raises(
+            ValueError, match=r"keeps its 128 rows, but 1\d\d are asked for; resize"
+        ):
+            resized.resize_token_embeddings(**change)
+    for same in ({}, {"new_num_tokens": 128}, {"new_num_tokens": 100, "pad_to_multiple_of": 64}):
+        assert model.resize_token_embeddings(**same) is embedding
+    assert torch.equal(logits(model), before)
+
+
+def test_a_model_that_is_dense_again_can_be_resized():
+    model = small()
+    dense_embeddings(model)
+    assert model.resize_token_embeddings(140, mean_resizing=False).num_embeddings == 140
+    assert logits(model).shape[-1] == 140 and logits(model).isfinite().all()
 
 
 @BOTH

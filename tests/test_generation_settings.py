@@ -79,9 +79,21 @@ def test_options_reach_the_generation_config(model, tokenizer):
     assert (config.repetition_penalty, config.min_new_tokens) == (1.3, 2)
 
 
-def test_a_pad_token_outside_the_vocabulary_is_not_used(model, tokenizer):
-    model.generation_config.pad_token_id = -1
-    assert config_of(model, tokenizer).pad_token_id == tokenizer.pad_token_id
+@pytest.mark.parametrize("outside", [-1, 128])
+def test_a_pad_token_outside_the_vocabulary_is_not_used_and_said_once(
+    outside, model, tokenizer, caplog
+):
+    model.generation_config.pad_token_id = outside
+    for _ in range(2):
+        assert config_of(model, tokenizer).pad_token_id == tokenizer.pad_token_id
+    (said,) = caplog.messages
+    assert f"pad_token_id {outside} is not among the 128 tokens" in said
+    assert f"token {tokenizer.pad_token_id} pads instead" in said
+
+
+def test_a_pad_token_of_the_vocabulary_is_taken_without_a_word(model, tokenizer, caplog):
+    model.generation_config.pad_token_id = 127
+    assert config_of(model, tokenizer).pad_token_id == 127 and not caplog.messages
 
 
 @pytest.mark.parametrize(

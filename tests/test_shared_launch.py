@@ -1,6 +1,8 @@
 """Linears that read the same tensor share launches and give the same results."""
 
 import copy
+import sys
+import threading
 
 import needs
 import pytest
@@ -10,7 +12,12 @@ from tiny_models import tiny_llama
 
 from nanoquant import shared_launch
 from nanoquant.packed_linear import PackedBinaryLinear
-from nanoquant.shared_launch import SharedLaunch, prepare_for_decoding, share_launches
+from nanoquant.shared_launch import (
+    SharedLaunch,
+    prepare_for_decoding,
+    share_launches,
+    version_of,
+)
 from nanoquant_kernels import binary_low_rank_linears
 
 TOKENS = torch.tensor([[5, 3, 9, 2]])
@@ -150,7 +157,51 @@ def test_nothing_is_held_once_every_member_was_asked():
     for layer in layers:
         layer(x)
     launch = layers[0].shared
-    assert launch.x is None and not launch.ready
+    assert launch.held is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("same", [False, True], ids=["another x", "the same x"])
+def test_a_thread_that_comes_between_gets_its_own_and_takes_nothing(same, monkeypatch):
+    layers = members()
+    x, other = torch.randn(2, 1, 64, generator=torch.manual_seed(0))
+    other = x if same else other
+    found, theirs = [layers[0](x)], []
+
+    def interrupted(x):
+        monkeypatch.undo()
+        thread = threading.Thread(target=torch.no_grad()(lambda: theirs.append(layers[0](other))))
+        thread.start()
+        thread.join()
+        return version_of(x)
+
+    monkeypatch.setattr(shared_launch, "version_of", interrupted)
+    found += [layer(x) for layer in layers[1:]]
+    theirs += [layer(other) for layer in layers[1:]]
+    for given, ys in ((x, found), (other, theirs)):
+        assert all(map(torch.equal, ys, [alone(layer, given) for layer in layers]))
+
+
+def test_threads_that_share_a_model_get_their_own():
+    layers = members()
+    wrong = []
+
+    @torch.no_grad()
+    def decode(seed):
+        for x in torch.randn(100, 1, 64, generator=torch.Generator().manual_seed(seed)):
+            wrong.extend(not torch.equal(layer(x), alone(layer, x)) for layer in layers)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=decode, args=(seed,)) for seed in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(wrong) == 4 * 100 * 3 and not any(wrong)
 
 
 def test_layers_that_are_not_on_a_gpu_stay_as_they_are(model):

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 OLDEST_TRITON = (3, 6)
 OLDEST_ARCHITECTURE = 80
 """Compute capability 8.0: the first with bfloat16 on tensor cores."""
+MOST_TOKENS = 16
+"""Tokens of a decode step that kernels for few tokens serve; more fill a GPU by each linear alone."""
 TOLERANCE = 2e-2
 """Relative error that tells a kernel that works from one that does not, whatever the dtype."""
 

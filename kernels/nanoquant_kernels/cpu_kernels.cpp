@@ -207,8 +207,9 @@ extern "C" {
 int nq_paths() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
+    bool half = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-    return 1 | (__builtin_cpu_supports("avx2") ? 2 : 0) | (wide ? 4 : 0);
+    return 1 | (half ? 2 : 0) | (wide ? 4 : 0);
 #elif defined(__aarch64__)
     return 1 | 8;
 #else

@@ -13,13 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoquant_kernels.cards import MOST_TOKENS
 from nanoquant_kernels.layout import ALIGNMENT
 from nanoquant_kernels.outputs import starts_of
 from nanoquant_kernels.planes import PLANES
 from nanoquant_kernels.tiles import DotTile
-from nanoquant_kernels.triton_dot import ONE, launch, signed_sums
+from nanoquant_kernels.triton_dot import ONE, launch, scale_to_planes, signed_sums
 
-MOST_TOKENS = 16
 FIELDS = 8
 """Of a tile: address of words, units between rows, rows, first row, member, units held, addresses of scale and bias."""
 TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -27,16 +27,10 @@ TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: 
 
 @triton.jit
 def scale_for_each(x, scales, out, K, P, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """out[i, m, j P + w] = x[m, 16 w + j] * scale_i[16 w + j], 0 from column K on."""
-    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    k = 16 * (at % P) + at // P
-    inside = (at < 16 * P) & (k < K)
-    token, member = tl.program_id(0), tl.program_id(2)
+    """out[i] = x * scale_i in plane order, for each member i; tokens and columns as in ``scale_to_planes``."""
+    member = tl.program_id(2)
     scale = tl.load(scales + member).to(tl.pointer_type(DTYPE))
-    value = tl.load(x + token * K + k, mask=inside, other=0.0).to(tl.float32)
-    value *= tl.load(scale + k, mask=inside, other=0.0).to(tl.float32)
-    row = member * tl.num_programs(0) + token
-    tl.store(out + row * 16 * P + at, value.to(out.dtype.element_ty), mask=at < 16 * P)
+    scale_to_planes(x, scale, out + member * tl.num_programs(0) * 16 * P, K, P, BLOCK)
 
 
 @triton.jit

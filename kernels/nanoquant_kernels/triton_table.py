@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanoquant_kernels.cards import MOST_TOKENS
 from nanoquant_kernels.triton_dot import ONE
 
-MOST_TOKENS = 16
 BLOCK_R = 32
 """Rows of a tile."""
 
