@@ -1,0 +1,308 @@
+// y = s1 * (U (V^T (s2 * x))) + bias from packed signs, with the inputs of both stages rounded to 8-bit integers.
+//
+// A chunk is 32 bytes of signs. Columns 256 c + 32 m + 8 i + j (m, j < 8, i < 4) of equal m and j are a group with a
+// scale of its own, max |x| / 127; they are summed in one lane of one accumulator, so 64 scales cost no more than one.
+// A byte of signs & 1 << j times q is q << j where the sign is -1, and the sum over signs is the sum of all q minus
+// twice that: exact in integers, before the scales.
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "cpu_types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+const int ROWS = 32;                  // rows of a block
+const int CHUNK = 256, BYTES = 32;    // columns and bytes of a chunk
+const int GROUPS = 64;                // group 8 m + j
+const float LEAST = 7.52316385e-37f;  // 2^-120; 127 / max would overflow below it, so such a group counts as zero
+
+// Planes j and j + 4 lie side by side: a vector of 64 bytes takes both.
+inline int place(int j) { return 2 * (j & 3) + (j >> 2); }
+
+int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
+
+// What the rows need of one token.
+struct alignas(64) Rounded {
+    float factors[8][8];          // [place(j)][m]: what a sum of q << j at set bits counts, -2 scale / 2^j
+    float total;                  // sum of scale q over all columns
+    alignas(64) int8_t planes[];  // [c][place(j)][4 m + i]: q
+
+    static int64_t size(int64_t columns) { return sizeof(Rounded) + chunks_of(columns) * CHUNK; }
+};
+
+// Rounded values of all tokens, aligned as vectors of 64 bytes like to be.
+class Tokens {
+   public:
+    Tokens(int64_t tokens, int64_t columns) : size_(Rounded::size(columns)), bytes_(tokens * size_ + 64) {
+        first_ = bytes_.data() + (64 - reinterpret_cast<uintptr_t>(bytes_.data()) % 64) % 64;
+    }
+    Rounded& operator[](int64_t t) { return *reinterpret_cast<Rounded*>(first_ + t * size_); }
+
+   private:
+    int64_t size_;
+    std::vector<char> bytes_;
+    char* first_;
+};
+
+// ---- rounding ------------------------------------------------------------------------------------------------------
+
+// Round x, zeros past its last column, to chunks of q. A group that holds inf or NaN gets the scale NaN.
+inline __attribute__((always_inline)) void round_inline(const float* x, int64_t chunks, Rounded& out) {
+    uint32_t largest[GROUPS] = {0};  // magnitudes order as their bits do, NaN above all
+    const float nan = __builtin_nanf("");
+    for (int64_t c = 0; c < chunks; c++) {
+        for (int m = 0; m < 8; m++) {
+            for (int i = 0; i < 4; i++) {
+                for (int j = 0; j < 8; j++) {
+                    uint32_t bits;
+                    std::memcpy(&bits, x + c * CHUNK + 32 * m + 8 * i + j, 4);
+                    bits &= 0x7FFFFFFF;
+                    uint32_t& most = largest[8 * m + j];
+                    most = bits > most ? bits : most;
+                }
+            }
+        }
+    }
+    float scale[GROUPS], inverse[GROUPS];
+    for (int g = 0; g < GROUPS; g++) {
+        float most;
+        std::memcpy(&most, largest + g, 4);
+        const bool finite = largest[g] < 0x7F800000, usable = finite && most >= LEAST;
+        scale[g] = usable ? most / 127.0f : finite ? 0.0f : nan;
+        inverse[g] = usable ? 127.0f / most : 0.0f;
+    }
+    float sums[GROUPS] = {0};
+    for (int64_t c = 0; c < chunks; c++) {
+        int8_t rounded[CHUNK];
+        for (int m = 0; m < 8; m++) {
+            for (int i = 0; i < 4; i++) {
+                for (int j = 0; j < 8; j++) {
+                    const int k = 32 * m + 8 * i + j, g = 8 * m + j;
+                    const float product = inverse[g] == 0.0f ? 0.0f : x[c * CHUNK + k] * inverse[g];
+                    const float q = (product + 12582912.0f) - 12582912.0f;  // adding 1.5 * 2^23 rounds half to even
+                    rounded[k] = int8_t(int(q));
+                    sums[g] += q;
+                }
+            }
+        }
+        int8_t* planes = out.planes + c * CHUNK;
+        for (int k = 0; k < BYTES; k++)
+            for (int j = 0; j < 8; j++) planes[BYTES * place(j) + k] = rounded[8 * k + j];
+    }
+    out.total = 0;
+    for (int g = 0; g < GROUPS; g++) out.total += scale[g] * sums[g];
+    for (int j = 0; j < 8; j++)
+        for (int m = 0; m < 8; m++) out.factors[place(j)][m] = -2.0f / float(1 << j) * scale[8 * m + j];
+}
+
+// ---- paths: out[i] = sum over k of sign[i, k] scale q[k] for `count` <= ROWS rows of a matrix that ends at `end` ---
+
+struct Path {
+    void (*round)(const float* x, int64_t chunks, Rounded& out);
+    void (*multiply)(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x, float* out);
+};
+
+void round_plain(const float* x, int64_t chunks, Rounded& out) { round_inline(x, chunks, out); }
+
+// A chunk that begins at `begin`: q is 0 past the last column, so the next row may follow; past the matrix are zeros.
+inline const uint8_t* chunk_at(const uint8_t* begin, const uint8_t* end, uint8_t* buffer) {
+    if (end - begin >= BYTES) return begin;
+    std::memset(buffer, 0, BYTES);
+    std::memcpy(buffer, begin, end - begin);
+    return buffer;
+}
+
+void multiply_plain(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x,
+                    float* out) {
+    const int64_t most = 256;  // chunks whose sum of int8 fits into int16
+    for (int i = 0; i < count; i++) {
+        const uint8_t* row = signs + i * bytes;
+        float sum = 0;
+        for (int64_t begin = 0; begin < bytes; begin += most * BYTES) {
+            const int64_t last = begin + most * BYTES < bytes ? begin + most * BYTES : bytes;
+            int16_t sums[8][BYTES] = {{0}};
+            for (int64_t k = begin; k < last; k += BYTES) {
+                uint8_t buffer[BYTES];
+                const uint8_t* chunk = chunk_at(row + k, end, buffer);
+                for (int j = 0; j < 8; j++)
+                    for (int b = 0; b < BYTES; b++)
+                        sums[j][b] += int16_t(-((chunk[b] >> j) & 1) & x.planes[8 * k + BYTES * place(j) + b]);
+            }
+            for (int j = 0; j < 8; j++) {
+                for (int m = 0; m < 8; m++) {
+                    int lane = 0;
+                    for (int b = 4 * m; b < 4 * m + 4; b++) lane += sums[j][b];
+                    sum += float(1 << j) * x.factors[place(j)][m] * float(lane);
+                }
+            }
+        }
+        out[i] = x.total + sum;
+    }
+}
+
+#if defined(__x86_64__)
+#define AVX2 __attribute__((target("avx2")))
+#define VNNI __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vnni")))
+
+// Without FMA, which would round the product and the sum at once.
+AVX2 void round_avx2(const float* x, int64_t chunks, Rounded& out) { round_inline(x, chunks, out); }
+
+// Bits 4 to 7 are shifted down first: products of at most 8 * 127, of which 32 fit into 16 bits.
+AVX2 void multiply_avx2(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x,
+                        float* out) {
+    const int64_t most = 16;  // chunks until 16 bits are full
+    const __m256i ones = _mm256_set1_epi16(1);
+    for (int i = 0; i < count; i++) {
+        const uint8_t* row = signs + i * bytes;
+        __m256 low = _mm256_setzero_ps(), high = _mm256_setzero_ps();
+        for (int64_t begin = 0; begin < bytes; begin += most * BYTES) {
+            const int64_t last = begin + most * BYTES < bytes ? begin + most * BYTES : bytes;
+            __m256i acc[8];  // by place
+            for (int p = 0; p < 8; p++) acc[p] = _mm256_setzero_si256();
+            for (int64_t k = begin; k < last; k += BYTES) {
+                uint8_t buffer[BYTES];
+                const uint8_t* chunk = chunk_at(row + k, end, buffer);
+                const __m256i low4 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk));
+                const __m256i high4 = _mm256_srli_epi16(low4, 4);
+                const __m256i* q = reinterpret_cast<const __m256i*>(x.planes + 8 * k);
+                for (int p = 0; p < 8; p++) {
+                    const __m256i bits = _mm256_and_si256(p & 1 ? high4 : low4, _mm256_set1_epi8(1 << (p >> 1)));
+                    acc[p] = _mm256_add_epi16(acc[p], _mm256_maddubs_epi16(bits, _mm256_load_si256(q + p)));
+                }
+            }
+            for (int p = 0; p < 8; p++) {
+                const __m256 sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(acc[p], ones));
+                const __m256 counted = _mm256_mul_ps(sums, _mm256_load_ps(x.factors[p]));
+                if (p & 1) high = _mm256_add_ps(high, counted);
+                else low = _mm256_add_ps(low, counted);
+            }
+        }
+        float lanes[8], sum = 0;
+        _mm256_storeu_ps(lanes, _mm256_add_ps(low, _mm256_mul_ps(high, _mm256_set1_ps(16))));
+        for (int l = 0; l < 8; l++) sum += lanes[l];
+        out[i] = x.total + sum;
+    }
+}
+
+// Sums of 4 rows, each in 16 lanes.
+VNNI inline __attribute__((always_inline)) void lanes_of_4(const uint8_t* const* rows, const uint8_t* end,
+                                                           int64_t bytes, const Rounded& x, __m512* lanes) {
+    __m512i acc[4][4], mask[4];
+    for (int a = 0; a < 4; a++) {
+        mask[a] = _mm512_inserti64x4(_mm512_set1_epi8(1 << a), _mm256_set1_epi8(char(16 << a)), 1);
+        for (int r = 0; r < 4; r++) acc[r][a] = _mm512_setzero_si512();
+    }
+    for (int64_t k = 0; k < bytes; k += BYTES) {
+        __m512i twice[4];
+        for (int r = 0; r < 4; r++) {
+            uint8_t buffer[BYTES];
+            const uint8_t* chunk = chunk_at(rows[r] + k, end, buffer);
+            twice[r] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk)));
+        }
+        for (int a = 0; a < 4; a++) {
+            const __m512i q = _mm512_load_si512(x.planes + 8 * k + 64 * a);
+            for (int r = 0; r < 4; r++)
+                acc[r][a] = _mm512_dpbusd_epi32(acc[r][a], _mm512_and_si512(twice[r], mask[a]), q);
+        }
+    }
+    for (int r = 0; r < 4; r++) {
+        lanes[r] = _mm512_mul_ps(_mm512_cvtepi32_ps(acc[r][0]), _mm512_load_ps(x.factors[0]));
+        for (int a = 1; a < 4; a++)
+            lanes[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][a]), _mm512_load_ps(x.factors[2 * a]), lanes[r]);
+    }
+}
+
+VNNI void multiply_vnni(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x,
+                        float* out) {
+    for (int i = 0; i < count; i += 4) {
+        const uint8_t* rows[4];
+        for (int r = 0; r < 4; r++) rows[r] = signs + (i + r < count ? i + r : count - 1) * bytes;
+        __m512 lanes[4], pairs[2];
+        lanes_of_4(rows, end, bytes, x, lanes);
+        for (int p = 0; p < 2; p++) {
+            const __m512 a = lanes[2 * p], b = lanes[2 * p + 1];
+            pairs[p] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        }
+        const __m512d a = _mm512_castps_pd(pairs[0]), b = _mm512_castps_pd(pairs[1]);
+        const __m512 all = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));  // 4 rows in each quarter
+        __m128 sums = _mm_add_ps(_mm_add_ps(_mm512_extractf32x4_ps(all, 0), _mm512_extractf32x4_ps(all, 1)),
+                                 _mm_add_ps(_mm512_extractf32x4_ps(all, 2), _mm512_extractf32x4_ps(all, 3)));
+        float four[4];
+        _mm_storeu_ps(four, _mm_add_ps(sums, _mm_set1_ps(x.total)));
+        std::memcpy(out + i, four, sizeof(float) * (count - i < 4 ? count - i : 4));
+    }
+}
+#endif
+
+Path chosen(int number) {
+#if defined(__x86_64__)
+    if (number == 2) return {round_avx2, multiply_vnni};
+    if (number == 1) return {round_avx2, multiply_avx2};
+#endif
+    return {round_plain, multiply_plain};  // NEON is part of every 64-bit ARM, so compilers use it here
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bits of the paths that this machine can run: 1 plain, 2 AVX2, 4 AVX-512 with VNNI.
+int nq_int8_paths() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
+    return 1 | (__builtin_cpu_supports("avx2") ? 2 : 0) | (wide ? 4 : 0);
+#else
+    return 1;
+#endif
+}
+
+// Arguments as of nq_linear, path but for NEON.
+void nq_linear_int8(const void* x, int x_type, int64_t tokens, int64_t d_in, const uint8_t* v, const void* s2,
+                    int s2_type, int64_t rank, const uint8_t* u, const void* s1, int s1_type, int64_t d_out,
+                    const void* bias, int bias_type, void* y, int path_number, int threads) {
+    const Path path = chosen(path_number);
+    const int64_t bytes_in = (d_in + 7) / 8, bytes_rank = (rank + 7) / 8, padded = chunks_of(rank) * CHUNK;
+    Tokens inputs(tokens, d_in), latents(tokens, rank);
+    std::vector<float> z(tokens * padded);
+#pragma omp parallel num_threads(threads)
+    {
+        float out[ROWS];
+#pragma omp for
+        for (int64_t t = 0; t < tokens; t++) {
+            std::vector<float> scaled(chunks_of(d_in) * CHUNK);
+            for (int64_t k = 0; k < d_in; k++) scaled[k] = load(x, x_type, t * d_in + k) * load(s2, s2_type, k);
+            path.round(scaled.data(), chunks_of(d_in), inputs[t]);
+        }
+#pragma omp for
+        for (int64_t r = 0; r < rank; r += ROWS) {
+            const int count = int(rank - r < ROWS ? rank - r : ROWS);
+            for (int64_t t = 0; t < tokens; t++) {
+                path.multiply(v + r * bytes_in, v + rank * bytes_in, bytes_in, count, inputs[t], out);
+                std::memcpy(z.data() + t * padded + r, out, sizeof(float) * count);
+            }
+        }
+#pragma omp for
+        for (int64_t t = 0; t < tokens; t++) path.round(z.data() + t * padded, chunks_of(rank), latents[t]);
+#pragma omp for
+        for (int64_t r = 0; r < d_out; r += ROWS) {
+            const int count = int(d_out - r < ROWS ? d_out - r : ROWS);
+            for (int64_t t = 0; t < tokens; t++) {
+                path.multiply(u + r * bytes_rank, u + d_out * bytes_rank, bytes_rank, count, latents[t], out);
+                for (int i = 0; i < count; i++) {
+                    float value = out[i] * load(s1, s1_type, r + i);
+                    if (bias) value += load(bias, bias_type, r + i);
+                    store(y, x_type, t * d_out + r + i, value);
+                }
+            }
+        }
+    }
+}
+}
