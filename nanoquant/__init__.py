@@ -24,8 +24,6 @@ _MODULES = {
     "generate": "generate",
     "GenerationSettings": "generation_settings",
     "perplexity": "evaluate",
-    "use_int8_activations": "int8_activations",
-    "use_exact_activations": "int8_activations",
     "BinaryLowRankLinear": "linear",
     "BinaryFactors": "binary",
     "Importance": "importance",

@@ -34,7 +34,7 @@ class Int8Config:
 
     most_error: float = 0.01
     """Largest relative error of a layer's outputs, as root mean square over tokens."""
-    tokens: int = 1024
+    tokens: int = 512
     """Tokens of a text file that the error is measured on; a shorter text is taken whole."""
     length: int = 256
     """Most tokens of a window."""

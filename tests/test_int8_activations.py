@@ -1,11 +1,13 @@
 """8-bit activations are on where their error on the user's text allows it, and nowhere else."""
 
 import copy
+import json
 import logging
 import math
 
 import pytest
 import torch
+from command_line import WORDS, call, refused
 from packed_models import pack_randomly
 from tiny_models import random_windows, tiny_gpt2, tiny_llama, tiny_tokenizer
 
@@ -195,3 +197,30 @@ def test_windows_of_a_text_are_as_many_as_asked_or_as_there_are(tmp_path):
     assert windows.tolist() == [tokenizer("the river runs")["input_ids"]]
     with pytest.raises(ValueError, match="length is 1"):
         Int8Config(length=1)
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    """A packed checkpoint beside a text."""
+    nanoquant.save_pretrained(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    (tmp_path / "text.txt").write_text(WORDS[:40])
+    return tmp_path
+
+
+@pytest.mark.usefixtures("untouched_process")
+def test_generate_measures_says_and_writes_what_it_switched(folder, capsys):
+    flags = ["--prompt", "the river", "--max-new-tokens", 3, "--json", folder / "figures.json"]
+    flags += ["--int8-text", folder / "text.txt", "--int8-error", 0.5]
+    code, _, err = call(capsys, "generate", folder / "out", *flags)
+    found = json.loads((folder / "figures.json").read_text())
+    assert code == 0 and "8-bit activations in 14 of 14 packed linears" in err
+    assert len(found["int8"]["on"]) == 14 and found["int8"]["most_error"] == 0.5
+    assert found["texts"]
+
+
+@pytest.mark.usefixtures("untouched_process")
+def test_generate_refuses_a_limit_without_a_text_and_a_text_that_is_not_there(folder, capsys):
+    base = ["generate", folder / "out", "--prompt", "the river"]
+    assert "--int8-text FILE" in refused(capsys, *base, "--int8-error", 0.5)
+    assert "most_error is -1.0" in refused(capsys, *base, "--int8-error", -1)
+    assert "found no file" in refused(capsys, *base, "--int8-text", folder / "text.tx")

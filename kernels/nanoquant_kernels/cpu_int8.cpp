@@ -50,6 +50,27 @@ class Tokens {
     char* first_;
 };
 
+// Rows of signs. Whole chunks are read, past the end of a row into the next (q is 0 there), so the last blocks are a
+// copy with room behind it.
+class Signs {
+   public:
+    Signs(const uint8_t* data, int64_t rows, int64_t columns)
+        : bytes((columns + 7) / 8), data_(data), first_(rows / ROWS * ROWS) {
+        while (first_ > 0 && (rows - first_) * bytes < BYTES) first_ -= ROWS;
+        copy_.assign(data + first_ * bytes, data + rows * bytes);
+        copy_.resize(copy_.size() + BYTES);
+    }
+    const uint8_t* operator[](int64_t row) const {
+        return row < first_ ? data_ + row * bytes : copy_.data() + (row - first_) * bytes;
+    }
+    const int64_t bytes;  // of a row
+
+   private:
+    const uint8_t* data_;
+    int64_t first_;
+    std::vector<uint8_t> copy_;
+};
+
 // ---- rounding ------------------------------------------------------------------------------------------------------
 
 // Round x, zeros past its last column, to chunks of q. A group that holds inf or NaN gets the scale NaN.
@@ -101,25 +122,16 @@ inline __attribute__((always_inline)) void round_inline(const float* x, int64_t 
         for (int m = 0; m < 8; m++) out.factors[place(j)][m] = -2.0f / float(1 << j) * scale[8 * m + j];
 }
 
-// ---- paths: out[i] = sum over k of sign[i, k] scale q[k] for `count` <= ROWS rows of a matrix that ends at `end` ---
+// ---- paths: out[i] = sum over k of sign[i, k] scale q[k] for `count` <= ROWS rows -----------------------------------
 
 struct Path {
     void (*round)(const float* x, int64_t chunks, Rounded& out);
-    void (*multiply)(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x, float* out);
+    void (*multiply)(const uint8_t* signs, int64_t bytes, int count, const Rounded& x, float* out);
 };
 
 void round_plain(const float* x, int64_t chunks, Rounded& out) { round_inline(x, chunks, out); }
 
-// A chunk that begins at `begin`: q is 0 past the last column, so the next row may follow; past the matrix are zeros.
-inline const uint8_t* chunk_at(const uint8_t* begin, const uint8_t* end, uint8_t* buffer) {
-    if (end - begin >= BYTES) return begin;
-    std::memset(buffer, 0, BYTES);
-    std::memcpy(buffer, begin, end - begin);
-    return buffer;
-}
-
-void multiply_plain(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x,
-                    float* out) {
+void multiply_plain(const uint8_t* signs, int64_t bytes, int count, const Rounded& x, float* out) {
     const int64_t most = 256;  // chunks whose sum of int8 fits into int16
     for (int i = 0; i < count; i++) {
         const uint8_t* row = signs + i * bytes;
@@ -128,8 +140,7 @@ void multiply_plain(const uint8_t* signs, const uint8_t* end, int64_t bytes, int
             const int64_t last = begin + most * BYTES < bytes ? begin + most * BYTES : bytes;
             int16_t sums[8][BYTES] = {{0}};
             for (int64_t k = begin; k < last; k += BYTES) {
-                uint8_t buffer[BYTES];
-                const uint8_t* chunk = chunk_at(row + k, end, buffer);
+                const uint8_t* chunk = row + k;
                 for (int j = 0; j < 8; j++)
                     for (int b = 0; b < BYTES; b++)
                         sums[j][b] += int16_t(-((chunk[b] >> j) & 1) & x.planes[8 * k + BYTES * place(j) + b]);
@@ -154,8 +165,7 @@ void multiply_plain(const uint8_t* signs, const uint8_t* end, int64_t bytes, int
 AVX2 void round_avx2(const float* x, int64_t chunks, Rounded& out) { round_inline(x, chunks, out); }
 
 // Bits 4 to 7 are shifted down first: products of at most 8 * 127, of which 32 fit into 16 bits.
-AVX2 void multiply_avx2(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x,
-                        float* out) {
+AVX2 void multiply_avx2(const uint8_t* signs, int64_t bytes, int count, const Rounded& x, float* out) {
     const int64_t most = 16;  // chunks until 16 bits are full
     const __m256i ones = _mm256_set1_epi16(1);
     for (int i = 0; i < count; i++) {
@@ -166,8 +176,7 @@ AVX2 void multiply_avx2(const uint8_t* signs, const uint8_t* end, int64_t bytes,
             __m256i acc[8];  // by place
             for (int p = 0; p < 8; p++) acc[p] = _mm256_setzero_si256();
             for (int64_t k = begin; k < last; k += BYTES) {
-                uint8_t buffer[BYTES];
-                const uint8_t* chunk = chunk_at(row + k, end, buffer);
+                const uint8_t* chunk = row + k;
                 const __m256i low4 = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk));
                 const __m256i high4 = _mm256_srli_epi16(low4, 4);
                 const __m256i* q = reinterpret_cast<const __m256i*>(x.planes + 8 * k);
@@ -191,8 +200,8 @@ AVX2 void multiply_avx2(const uint8_t* signs, const uint8_t* end, int64_t bytes,
 }
 
 // Sums of 4 rows, each in 16 lanes.
-VNNI inline __attribute__((always_inline)) void lanes_of_4(const uint8_t* const* rows, const uint8_t* end,
-                                                           int64_t bytes, const Rounded& x, __m512* lanes) {
+VNNI inline __attribute__((always_inline)) void lanes_of_4(const uint8_t* const* rows, int64_t bytes,
+                                                           const Rounded& x, __m512* lanes) {
     __m512i acc[4][4], mask[4];
     for (int a = 0; a < 4; a++) {
         mask[a] = _mm512_inserti64x4(_mm512_set1_epi8(1 << a), _mm256_set1_epi8(char(16 << a)), 1);
@@ -201,9 +210,8 @@ VNNI inline __attribute__((always_inline)) void lanes_of_4(const uint8_t* const*
     for (int64_t k = 0; k < bytes; k += BYTES) {
         __m512i twice[4];
         for (int r = 0; r < 4; r++) {
-            uint8_t buffer[BYTES];
-            const uint8_t* chunk = chunk_at(rows[r] + k, end, buffer);
-            twice[r] = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk)));
+            const __m256i chunk = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[r] + k));
+            twice[r] = _mm512_broadcast_i64x4(chunk);
         }
         for (int a = 0; a < 4; a++) {
             const __m512i q = _mm512_load_si512(x.planes + 8 * k + 64 * a);
@@ -218,13 +226,12 @@ VNNI inline __attribute__((always_inline)) void lanes_of_4(const uint8_t* const*
     }
 }
 
-VNNI void multiply_vnni(const uint8_t* signs, const uint8_t* end, int64_t bytes, int count, const Rounded& x,
-                        float* out) {
+VNNI void multiply_vnni(const uint8_t* signs, int64_t bytes, int count, const Rounded& x, float* out) {
     for (int i = 0; i < count; i += 4) {
         const uint8_t* rows[4];
         for (int r = 0; r < 4; r++) rows[r] = signs + (i + r < count ? i + r : count - 1) * bytes;
         __m512 lanes[4], pairs[2];
-        lanes_of_4(rows, end, bytes, x, lanes);
+        lanes_of_4(rows, bytes, x, lanes);
         for (int p = 0; p < 2; p++) {
             const __m512 a = lanes[2 * p], b = lanes[2 * p + 1];
             pairs[p] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -269,7 +276,8 @@ void nq_linear_int8(const void* x, int x_type, int64_t tokens, int64_t d_in, con
                     int s2_type, int64_t rank, const uint8_t* u, const void* s1, int s1_type, int64_t d_out,
                     const void* bias, int bias_type, void* y, int path_number, int threads) {
     const Path path = chosen(path_number);
-    const int64_t bytes_in = (d_in + 7) / 8, bytes_rank = (rank + 7) / 8, padded = chunks_of(rank) * CHUNK;
+    const Signs v_rows(v, rank, d_in), u_rows(u, d_out, rank);
+    const int64_t padded = chunks_of(rank) * CHUNK;
     Tokens inputs(tokens, d_in), latents(tokens, rank);
     std::vector<float> z(tokens * padded);
 #pragma omp parallel num_threads(threads)
@@ -285,7 +293,7 @@ void nq_linear_int8(const void* x, int x_type, int64_t tokens, int64_t d_in, con
         for (int64_t r = 0; r < rank; r += ROWS) {
             const int count = int(rank - r < ROWS ? rank - r : ROWS);
             for (int64_t t = 0; t < tokens; t++) {
-                path.multiply(v + r * bytes_in, v + rank * bytes_in, bytes_in, count, inputs[t], out);
+                path.multiply(v_rows[r], v_rows.bytes, count, inputs[t], out);
                 std::memcpy(z.data() + t * padded + r, out, sizeof(float) * count);
             }
         }
@@ -295,7 +303,7 @@ void nq_linear_int8(const void* x, int x_type, int64_t tokens, int64_t d_in, con
         for (int64_t r = 0; r < d_out; r += ROWS) {
             const int count = int(d_out - r < ROWS ? d_out - r : ROWS);
             for (int64_t t = 0; t < tokens; t++) {
-                path.multiply(u + r * bytes_rank, u + d_out * bytes_rank, bytes_rank, count, latents[t], out);
+                path.multiply(u_rows[r], u_rows.bytes, count, latents[t], out);
                 for (int i = 0; i < count; i++) {
                     float value = out[i] * load(s1, s1_type, r + i);
                     if (bias) value += load(bias, bias_type, r + i);
