@@ -97,14 +97,13 @@ def use_int8_activations(
     use_exact_activations(model)
     errors = _layer_errors(model, layers, windows)
     on = {name: error for name, error in errors.items() if error <= most_error}  # never NaN
-    _switch(layers, on)
-    report = Int8Report(
-        most_error=most_error,
-        on=on,
-        exact={name: error for name, error in errors.items() if name not in on},
-        divergence=_divergence(model, layers, on, windows),
-        tokens=windows.numel(),
-    )
+    try:
+        divergence = _divergence(model, layers, on, windows)
+    except BaseException:
+        use_exact_activations(model)
+        raise
+    exact = {name: error for name, error in errors.items() if name not in on}
+    report = Int8Report(most_error, on, exact, divergence, windows.numel())
     logger.info("%s", report.line())
     return report
 
@@ -138,7 +137,9 @@ def _packed_layers(model: nn.Module) -> dict[str, PackedBinaryLinear]:
     """The packed linears by name."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedBinaryLinear)}
     if not layers:
-        raise ValueError("the model has no packed linear; quantize and pack it first")
+        raise ValueError(
+            "the model has no packed linear; load a saved one, or call nanoquant.pack_model"
+        )
     for name, layer in layers.items():
         if layer.u_signs.device.type != "cpu":
             raise ValueError(
@@ -193,7 +194,7 @@ def _switch(layers: dict[str, PackedBinaryLinear], on: dict[str, float]) -> None
 def _divergence(
     model: nn.Module, layers: dict[str, PackedBinaryLinear], on: dict[str, float], windows: Tensor
 ) -> float:
-    """Mean KL(exact || as switched) per token; leaves the layers as switched."""
+    """Mean KL(exact || 8 bits in the layers ``on``) per token; leaves these on."""
     if not on:
         return 0.0
     total = 0.0

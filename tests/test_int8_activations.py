@@ -119,9 +119,11 @@ def test_a_layer_that_the_text_does_not_reach_stays_exact():
     assert math.isnan(report.exact["spare"]) and "spare" not in switched(model)
 
 
-def test_a_failing_forward_pass_leaves_every_layer_exact(model, monkeypatch):
+@pytest.mark.parametrize("fails", ["_layer_errors", "_divergence"])
+def test_a_measurement_that_fails_leaves_every_layer_exact(model, monkeypatch, fails):
     use_int8_activations(model, WINDOWS, most_error=1)
-    monkeypatch.setattr(type(model), "forward", lambda *_, **__: 1 / 0)
+    inner = getattr(int8_activations, fails)
+    monkeypatch.setattr(int8_activations, fails, lambda *args: (inner(*args), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         use_int8_activations(model, WINDOWS, most_error=1)
     assert not switched(model)

@@ -13,6 +13,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#if defined(__clang__) || __GNUC__ >= 8  // older compilers lack VNNI, and must still make the other loops
+#define HAS_VNNI
+#endif
 #endif
 
 namespace {
@@ -199,6 +202,7 @@ AVX2 void multiply_avx2(const uint8_t* signs, int64_t bytes, int count, const Ro
     }
 }
 
+#if defined(HAS_VNNI)
 // Sums of 4 rows, each in 16 lanes.
 VNNI inline __attribute__((always_inline)) void lanes_of_4(const uint8_t* const* rows, int64_t bytes,
                                                            const Rounded& x, __m512* lanes) {
@@ -247,10 +251,13 @@ VNNI void multiply_vnni(const uint8_t* signs, int64_t bytes, int count, const Ro
     }
 }
 #endif
+#endif
 
 Path chosen(int number) {
 #if defined(__x86_64__)
+#if defined(HAS_VNNI)
     if (number == 2) return {round_avx2, multiply_vnni};
+#endif
     if (number == 1) return {round_avx2, multiply_avx2};
 #endif
     return {round_plain, multiply_plain};  // NEON is part of every 64-bit ARM, so compilers use it here
@@ -264,8 +271,11 @@ extern "C" {
 int nq_int8_paths() {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    const bool wide = __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni");
-    return 1 | (__builtin_cpu_supports("avx2") ? 2 : 0) | (wide ? 4 : 0);
+    const int narrow = __builtin_cpu_supports("avx2") ? 3 : 1;
+#if defined(HAS_VNNI)
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vnni")) return narrow | 4;
+#endif
+    return narrow;
 #else
     return 1;
 #endif
