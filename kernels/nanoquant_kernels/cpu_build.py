@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in ("cpu_kernels.cpp", "cpu_int8.cpp", "cpu_table.cpp", "cpu_types.h")
+    for name in "cpu_kernels.cpp cpu_int8.cpp cpu_table.cpp cpu_int8.h cpu_types.h".split()
 ]
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++11", "-shared", "-fPIC")
