@@ -183,14 +183,16 @@ void nq_linear_int8(const void* x, int x_type, int64_t tokens, int64_t d_in, con
     const Signs v_rows(v, rank, d_in), u_rows(u, d_out, rank);
     const int64_t padded = chunks_of(rank) * CHUNK;
     Tokens inputs(tokens, d_in), latents(tokens, rank);
-    std::vector<float> z(tokens * padded);
+    std::vector<float> z(tokens * padded), scales(d_in);
+    load_many(s2, s2_type, 0, d_in, scales.data());
 #pragma omp parallel num_threads(threads)
     {
         float out[ROWS];
 #pragma omp for
         for (int64_t t = 0; t < tokens; t++) {
             std::vector<float> scaled(chunks_of(d_in) * CHUNK);
-            for (int64_t k = 0; k < d_in; k++) scaled[k] = load(x, x_type, t * d_in + k) * load(s2, s2_type, k);
+            load_many(x, x_type, t * d_in, d_in, scaled.data());
+            for (int64_t k = 0; k < d_in; k++) scaled[k] *= scales[k];
             path.round(scaled.data(), chunks_of(d_in), inputs[t]);
         }
 #pragma omp for
