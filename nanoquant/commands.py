@@ -33,6 +33,7 @@ from nanoquant.generate import (
 )
 from nanoquant.generation_settings import GenerationSettings
 from nanoquant.hf_quantizer import PARTS
+from nanoquant.int8_activations import Int8Config, read_windows, use_int8_activations
 from nanoquant.prompts import printer, read_prompts, speed_lines
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer, weight_bytes
@@ -123,6 +124,8 @@ def generate_command(
     prompts: str | None = None,
     device: str = "auto",
     json: str | None = None,
+    int8_text: str | None = None,
+    int8_error: float = Int8Config.most_error,
     **settings: Any,  # noqa: ANN401
 ) -> None:
     """Print continuations: of one prompt while it is made, of several each when it is complete.
@@ -133,11 +136,17 @@ def generate_command(
         prompts: text file with one prompt a line, after those of --prompt.
         device: auto takes a GPU if there is one; cpu or cuda.
         json: file for every printed figure.
+        int8_text: text like what the model will work on, as for evaluate. Packed linears whose error on it stays
+            under --int8-error round their inputs to 8 bits, which is faster on a CPU.
+        int8_error: largest relative error of a layer's outputs with --int8-text.
         settings: fields of GenerationSettings.
 
     Raises:
-        ValueError: the folder, a prompt or a setting is not usable.
+        ValueError: the folder, a text, a prompt or a setting is not usable.
     """
+    int8 = Int8Config(most_error=int8_error)
+    if int8_text is None and int8_error != Int8Config.most_error:
+        raise ValueError("--int8-error needs --int8-text FILE, a text to measure the error on")
     chosen = GenerationSettings(**settings)
     texts = (prompt or []) + ([] if prompts is None else read_prompts(prompts))
     if not texts:
@@ -147,11 +156,16 @@ def generate_command(
     show_logs(verbose=False)
     folder, target = find_model(model), device_of(device)
     tokenizer = load_tokenizer(folder)
-    loaded = load_model(folder, target)
+    windows = None if int8_text is None else read_windows(int8_text, tokenizer, int8)
+    loaded, figures = load_model(folder, target), {}
+    if windows is not None:
+        switched = use_int8_activations(loaded, windows, int8.most_error)
+        note(switched.line())
+        figures["int8"] = asdict(switched)
     done = generate(loaded, tokenizer, texts, chosen, printer(texts))
     for line in speed_lines(done):
         note(line)
-    figures = {"model": model, "prompts": texts, "settings": asdict(chosen)} | done.figures()
+    figures |= {"model": model, "prompts": texts, "settings": asdict(chosen)} | done.figures()
     write_json(json, figures)
 
 

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.binary import BinaryFactors
-from nanoquant_kernels import binary_low_rank_linear, pack_signs, packed_width, unpack_signs
+from nanoquant_kernels import (
+    binary_low_rank_linear,
+    binary_low_rank_linear_int8,
+    pack_signs,
+    packed_width,
+    unpack_signs,
+)
 from nanoquant_kernels.layout import align_rows
 
 if TYPE_CHECKING:
@@ -43,6 +49,8 @@ class PackedBinaryLinear(nn.Module):
     """Launch that this layer shares with others that read the same tensor."""
     traced = False
     """Whether such others were looked for."""
+    int8_activations = False
+    """Whether inputs are rounded to 8 bits, which is faster on CPUs; :mod:`nanoquant.int8_activations` sets it."""
 
     def __init__(
         self,
@@ -135,11 +143,15 @@ class PackedBinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (..., d_in), giving (..., d_out) in the dtype of ``x``."""
+        if self.int8_activations:
+            return binary_low_rank_linear_int8(x, *self.operands())
         if self.shared is not None and self.shared.serves(self, x):
             return self.shared(self, x)
-        return binary_low_rank_linear(
-            x, self.u_signs, self.v_signs, self.s1, self.s2, self.bias, self.rank
-        )
+        return binary_low_rank_linear(x, *self.operands())
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, int]:
+        """What the operators take after x."""
+        return self.u_signs, self.v_signs, self.s1, self.s2, self.bias, self.rank
 
     def align_rows_(self) -> None:
         """Pad the distance of packed rows to what a GPU loads at once; values and shapes stay the same."""

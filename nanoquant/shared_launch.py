@@ -51,7 +51,7 @@ class SharedLaunch:
 
     def run(self, x: Tensor) -> list[Tensor]:
         """All members' outputs."""
-        parts = [(m.u_signs, m.v_signs, m.s1, m.s2, m.bias, m.rank) for m in self.members]
+        parts = [m.operands() for m in self.members]
         return binary_low_rank_linears(x, *zip(*parts, strict=True))
 
     def warm_up(self, dtype: torch.dtype) -> None:

@@ -39,6 +39,7 @@ ORDER = (
     "hf_quantizer",
     "checkpoint",
     "evaluate",
+    "int8_activations",
     "generation_settings",
     "streaming",
     "generate",

@@ -2,12 +2,14 @@
 
 from nanoquant_kernels.layout import pack_signs, packed_width, unpack_signs
 from nanoquant_kernels.ops import binary_low_rank_linear
+from nanoquant_kernels.ops_int8 import binary_low_rank_linear_int8
 from nanoquant_kernels.ops_stack import binary_low_rank_linears
 from nanoquant_kernels.table import pack_codes, table_rows, unpack_codes
 from nanoquant_kernels.table_ops import table_linear
 
 __all__ = [
     "binary_low_rank_linear",
+    "binary_low_rank_linear_int8",
     "binary_low_rank_linears",
     "pack_codes",
     "pack_signs",

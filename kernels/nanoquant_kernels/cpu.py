@@ -6,6 +6,8 @@ closer to the truth than those of the reference in the dtype of x. The signs are
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,22 @@ def binary_low_rank_linear(
         rank: r.
         path: name of an instruction path of this machine; none means the fastest.
     """
+    number = PATHS.index(path or available_paths()[-1])
+    return run(library().nq_linear, number, x, u_signs, v_signs, s1, s2, bias, rank)
+
+
+def run(
+    linear: Callable[..., None],
+    path_number: int,
+    x: Tensor,
+    u_signs: Tensor,
+    v_signs: Tensor,
+    s1: Tensor,
+    s2: Tensor,
+    bias: Tensor | None,
+    rank: int,
+) -> Tensor:
+    """Call a packed linear of the library; arguments as of :func:`binary_low_rank_linear`."""
     d_in, d_out = s2.shape[0], s1.shape[0]
     x, u_signs, v_signs = x.contiguous(), u_signs.contiguous(), v_signs.contiguous()
     s1, s2, bias = s1.contiguous(), s2.contiguous(), None if bias is None else bias.contiguous()
@@ -59,11 +77,11 @@ def binary_low_rank_linear(
     tokens = x.numel() // d_in
     work = tokens * rank * (d_in + d_out)
     threads = max(1, min(torch.get_num_threads(), work // SIGNS_A_THREAD))
-    library().nq_linear(
+    linear(
         *(x.data_ptr(), TYPES[x.dtype], tokens, d_in),
         *(v_signs.data_ptr(), s2.data_ptr(), TYPES[s2.dtype], rank),
         *(u_signs.data_ptr(), s1.data_ptr(), TYPES[s1.dtype], d_out),
         *((None, 0) if bias is None else (bias.data_ptr(), TYPES[bias.dtype])),
-        *(y.data_ptr(), PATHS.index(path or available_paths()[-1]), threads),
+        *(y.data_ptr(), path_number, threads),
     )
     return y

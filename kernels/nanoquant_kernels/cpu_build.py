@@ -20,7 +20,8 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 SOURCES = [
-    Path(__file__).with_name(name) for name in ("cpu_kernels.cpp", "cpu_table.cpp", "cpu_types.h")
+    Path(__file__).with_name(name)
+    for name in "cpu_kernels.cpp cpu_int8.cpp cpu_table.cpp cpu_int8.h cpu_types.h".split()
 ]
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++11", "-shared", "-fPIC")
@@ -39,14 +40,15 @@ def library() -> ctypes.CDLL | None:
         logger.warning("packed layers run without their C++ loop on the CPU, slower: %s", error)
         return None
     number, size, pointer = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    loaded.nq_paths.restype = number
-    loaded.nq_linear.restype = None
-    loaded.nq_linear.argtypes = [
-        *(pointer, number, size, size),  # x, tokens, d_in
-        *(pointer, pointer, number, size),  # v, s2, rank
-        *(pointer, pointer, number, size),  # u, s1, d_out
-        *(pointer, number, pointer, number, number),  # bias, y, path, threads
-    ]
+    loaded.nq_paths.restype = loaded.nq_int8_paths.restype = number
+    for linear in (loaded.nq_linear, loaded.nq_linear_int8):
+        linear.restype = None
+        linear.argtypes = [
+            *(pointer, number, size, size),  # x, tokens, d_in
+            *(pointer, pointer, number, size),  # v, s2, rank
+            *(pointer, pointer, number, size),  # u, s1, d_out
+            *(pointer, number, pointer, number, number),  # bias, y, path, threads
+        ]
     loaded.nq_table.restype = None
     loaded.nq_table.argtypes = [
         *(pointer, number, size, size),  # x, tokens, d
@@ -60,7 +62,17 @@ def library() -> ctypes.CDLL | None:
 def available_paths() -> tuple[str, ...]:
     """Names of the paths that this machine can run, the fastest last; empty without the extension."""
     loaded = library()
-    bits = 0 if loaded is None else loaded.nq_paths()
+    return () if loaded is None else _names(loaded.nq_paths())
+
+
+@functools.cache
+def available_int8_paths() -> tuple[str, ...]:
+    """As :func:`available_paths`, of the loop over 8-bit activations; its "avx512" needs VNNI too."""
+    loaded = library()
+    return () if loaded is None else _names(loaded.nq_int8_paths())
+
+
+def _names(bits: int) -> tuple[str, ...]:
     return tuple(name for number, name in enumerate(PATHS) if bits >> number & 1)
 
 

@@ -53,6 +53,13 @@ inline float load(const void* data, int type, int64_t i) {
     return value;
 }
 
+// Elements `from` to `from + count`; a loop for each type, so that a compiler can put it into vectors.
+inline void load_many(const void* data, int type, int64_t from, int64_t count, float* out) {
+    if (type == 0) std::memcpy(out, static_cast<const float*>(data) + from, sizeof(float) * count);
+    else if (type == 1) for (int64_t i = 0; i < count; i++) out[i] = load(data, 1, from + i);
+    else for (int64_t i = 0; i < count; i++) out[i] = load(data, 2, from + i);
+}
+
 inline void store(void* data, int type, int64_t i, float value) {
     if (type == 0) static_cast<float*>(data)[i] = value;
     else static_cast<uint16_t*>(data)[i] = type == 1 ? to_bfloat(value) : to_half(value);
