@@ -108,8 +108,8 @@ def test_the_fastest_trial_counts_and_a_hopeless_one_is_the_last():
 
 def test_roofs_are_measured():
     clock = CPUClock(3, 10)
-    assert 1e8 < copy_bandwidth(clock, rotation(10**6, 10**5)) < 1e13
-    assert 1e8 < matmul_rate(clock, CPU) < 1e16
+    assert 1e6 < copy_bandwidth(clock, rotation(10**6, 10**5)) < 1e13  # a loaded machine is slow
+    assert 1e6 < matmul_rate(clock, CPU) < 1e16
 
 
 def test_the_last_cache_is_the_largest():

@@ -25,8 +25,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def test_readme_lists_every_file_in_the_order_of_imports():
-    listed = re.findall(r"`nanoquant/([\w/]+)\.py`", README)
+def test_contributing_lists_every_file_in_the_order_of_imports():
+    table = CONTRIBUTING.split("## Rules")[0]
+    listed = re.findall(r"`nanoquant/([\w/]+)\.py`", table)
     assert [path.replace("/", ".") for path in listed] == [n for n in ORDER if "__" not in n]
 
 
@@ -62,8 +63,8 @@ def test_every_path_named_exists(text):
     )
 
 
-def test_readme_fits_two_screens_and_contributing_one_hundred_lines():
-    assert len(README.splitlines()) <= 125 and len(CONTRIBUTING.splitlines()) <= 100
+def test_readme_fits_two_screens_and_contributing_little_more():
+    assert len(README.splitlines()) <= 115 and len(CONTRIBUTING.splitlines()) <= 125
 
 
 def test_make_targets_named_exist():
