@@ -148,6 +148,7 @@ def test_a_wrong_implementation_ends_the_run_without_figures(tiny, tmp_path, cap
 
 BAD = {
     "unknown model": (["--model", "lama-2-70b"], "no model 'lama-2-70b' (near: llama-2-70b"),
+    "seed out of range": (["--seed", str(2**63)], f"seed must be 0 to {2**63 - 1}, got {2**63}"),
     "two ways to name a model": (["--config-only", "demo"], "name models both"),
     "no model": (["--model", ","], "give at least one model"),
     "folder without config": (["--model", "."], "there is no model '.'"),
@@ -178,6 +179,13 @@ BAD = {
     "plot without shapes": (["--plot", "a.png", "--parts", "chain"], "a plot shows linear shapes"),
     "unknown flag": (["--token", "1"], "flags near --token: --tokens"),
 }
+
+
+def test_config_only_takes_one_model_and_leaves_shapes_out(capsys):
+    line = refused(capsys, "bench", "--config-only", "demo,qwen3-8b")
+    assert "--config-only takes one model, got 'demo,qwen3-8b'" in line
+    line = refused(capsys, "bench", "--config-only", "demo", "--parts", "shapes")
+    assert "--config-only leaves shapes out" in line
 
 
 SHOWN = {

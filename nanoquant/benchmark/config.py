@@ -54,6 +54,10 @@ class BenchConfig:
         if self.show is not None and (more := set(given) - {"show", "plot"}):
             flags = ", ".join(_flag(name) for name in given if name in more)
             raise ValueError(f"--show measures nothing, so {flags} can't go with it; --plot can")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
+        if self.config_only is not None and len(_listed(self.config_only)) != 1:
+            raise ValueError(f"--config-only takes one model, got {self.config_only!r}")
         if self.config_only is not None and "model" in given:
             raise ValueError("--model and --config-only name models both; give one of them")
         if self.repeats < LEAST_REPEATS:

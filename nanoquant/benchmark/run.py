@@ -135,6 +135,7 @@ def check_cases(
     right = []
     with progress.phase("correctness", len(checks) + len(decoding)):
         for linear, n in checks:
+            progress.advance(0, f"{linear.d_out} x {linear.d_in}, rank {linear.rank}, {n} tokens")
             check_all(bench, [DENSE, *PACKED], [linear], n)
             progress.advance(1)
         for target, bits in decoding:
