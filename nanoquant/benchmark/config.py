@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nanoquant.benchmark.shapes import CONFIGS
+from nanoquant.embedding import EmbeddingConfig
 
 PARTS = ("shapes", "chain", "model")
 LEAST_REPEATS = 20
@@ -30,6 +31,8 @@ class BenchConfig:
     """Cut every model to its first layers; null measures it whole."""
     context: int = 128
     """Tokens in the key-value cache before decoding begins."""
+    embedding_bits: int = EmbeddingConfig.bits
+    """Bits of embedding and head in the packed models of part model: 16, 8 or 4; the dense model keeps 16."""
     repeats: int = LEAST_REPEATS
     """How often each figure is taken; the median counts."""
     most_seconds: float = 20.0
@@ -80,6 +83,7 @@ class BenchConfig:
             raise ValueError(f"give at least one model: {', '.join(CONFIGS)}, or a folder")
         self.numbers("bits", float)
         self.numbers("tokens", int)
+        EmbeddingConfig(bits=self.embedding_bits)
 
     @property
     def parts_asked(self) -> list[str]:
