@@ -4,7 +4,8 @@
     python recipes/benchmark.py --model demo --tokens 1    about two minutes on 2 cores
     python recipes/benchmark.py --config-only llama-2-70b --layers 2 --tokens 1
 
-Any flag of "nanoquant bench" works. The plot is drawn where matplotlib is installed.
+Any flag of "nanoquant bench" works. The plot is drawn where matplotlib is installed. A run that is stopped leaves what
+it had measured in runs/; --show prints it.
 """
 
 import argparse
@@ -27,7 +28,10 @@ def benchmark(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-only", "--config_only")
     parser.add_argument("--parts", default="shapes")
+    parser.add_argument("--show")
     known, _ = parser.parse_known_args(arguments)
+    if known.show is not None:
+        return main(["bench", *arguments])
     shapes = "shapes" in known.parts and known.config_only is None
     if shapes and importlib.util.find_spec("matplotlib") is not None:
         flags += ["--plot", f"{name}.png"]

@@ -1,4 +1,4 @@
-"""Fixtures of the command line: a folder with a dense model and its text, and one finished run."""
+"""Fixtures of the command line: a folder with a dense model and its text, one finished run, one benchmark."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ from command_line import SMALL, WORDS
 from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant import console
+from nanoquant.cli import main
 
 
 @pytest.fixture
@@ -50,3 +51,27 @@ def finished(place):
 @pytest.fixture
 def figures(place, finished):
     return json.loads((place / "figures.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def config_folder(tmp_path_factory):
+    """A folder that holds nothing but the config.json of a small model."""
+    folder = tmp_path_factory.mktemp("bench") / "tiny"
+    wide = {"hidden_size": 256, "intermediate_size": 320}
+    tiny_llama(layers=2, dtype=torch.bfloat16, **wide).config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bench_run(config_folder):
+    """Text and figures of one run of all parts."""
+    with pytest.MonkeyPatch.context() as patch:
+        lines = []
+        patch.setattr("nanoquant.benchmark.command.say", lines.append)
+        file = config_folder.parent / "bench.json"
+        flags = (
+            f"--model {config_folder} --tokens 1,3 --bits 0.8 --rotate-megabytes 2 --layers 1 "
+            f"--context 16 --json {file}"
+        )
+        assert main(["bench", *flags.split()]) == 0
+    return "\n".join(lines), json.loads(file.read_text())

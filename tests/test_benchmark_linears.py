@@ -3,11 +3,18 @@
 import pytest
 import torch
 
-from nanoquant.benchmark import speed
-from nanoquant.benchmark.correctness import check, check_group, dense_product, packed_product
+from nanoquant.benchmark import correctness, speed
+from nanoquant.benchmark.correctness import (
+    check,
+    check_group,
+    check_head,
+    dense_product,
+    packed_product,
+)
 from nanoquant.benchmark.linears import DENSE, OPERATOR, PACKED, SHARED, Bench, Linear
 from nanoquant.benchmark.speed import time_chain, time_linear
 from nanoquant.benchmark.timing import CPUClock, Rotation, TooSlowError
+from nanoquant.embedding import EmbeddingConfig
 from nanoquant_kernels import unpack_signs
 from nanoquant_kernels.cpu_build import available_paths
 from nanoquant_kernels.layout import align_rows
@@ -166,6 +173,15 @@ def test_a_group_launch_that_mixes_its_members_up_is_refused_and_not_timed(bench
         check_group(bench, group, 1)
     with pytest.raises(FloatingPointError, match=f"{SHARED} is wrong"):
         time_chain(bench, [group], 1, none_absent)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantized_head_is_compared_with_float64(bench, bits, monkeypatch):
+    check_head(bench, 64, EmbeddingConfig(bits=bits))
+    right = correctness.QuantizedHead.forward
+    monkeypatch.setattr(correctness.QuantizedHead, "forward", lambda self, x: 1.1 * right(self, x))
+    with pytest.raises(FloatingPointError, match=f"the quantized head is wrong.*{bits} bits"):
+        check_head(bench, 64, EmbeddingConfig(bits=bits))
 
 
 class OnGPU(Bench):

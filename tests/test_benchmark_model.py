@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanoquant.benchmark.model import (
+    DEVIATION,
     WARM_STEPS,
     Arm,
     Decoding,
@@ -20,6 +21,7 @@ from nanoquant.benchmark.model import (
 from nanoquant.benchmark.process import time_arms
 from nanoquant.benchmark.setup import Target
 from nanoquant.benchmark.shapes import linear_shapes, skeleton
+from nanoquant.model_embeddings import quantized_tables
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 
@@ -113,7 +115,14 @@ def test_memory_counts_the_weights_that_are_resident():
 
 
 def test_an_arm_that_fails_or_is_too_slow_is_absent_with_the_reason():
-    common = {"device": "cpu", "threads": 1, "seed": 0, "context": 4, "repeats": 20}
+    common = {
+        "device": "cpu",
+        "threads": 1,
+        "seed": 0,
+        "embedding_bits": 16,
+        "context": 4,
+        "repeats": 20,
+    }
     config = tiny_llama().config
     slow = Arm(name="slow", config=config, ranks=ranks_of(config), most_seconds=1e-9, **common)
     wrong = {"model.layers.0.mlp.up_proj": 0}
@@ -140,3 +149,20 @@ def test_a_context_that_leaves_no_positions_for_the_steps_is_refused():
     check_context("tiny", config, 74, 20)
     with pytest.raises(ValueError, match="need 101 positions, but tiny has 100.*at most 74"):
         check_context("tiny", config, 75, 20)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tie", [False, True])
+def test_embedding_and_head_may_have_fewer_bits_in_a_packed_model(bits, tie):
+    config = tiny_llama(tie=tie).config
+    model = fill(build(config, ranks_of(config), bits), "cpu")
+    tables = quantized_tables(model)
+    assert set(tables) == {"model.embed_tokens", "lm_head"}
+    assert (len({id(table.codes) for table in tables.values()}) == 1) is tie
+    assert {table.bits for table in tables.values()} == {bits}
+    sizes = measure_sizes(model)
+    assert bits <= sizes.embedding_bits_per_weight < bits + 1.5
+    dense = model.lm_head.dequantize().float()
+    assert 0.5 * DEVIATION < dense.std() < 2 * DEVIATION
+    assert Decoding(model, context=4, steps=1).seconds() > 0
+    assert model(random_windows(1, 12)).logits.isfinite().all()

@@ -92,8 +92,15 @@ def test_an_unknown_name_is_answered_with_the_known_ones(tmp_path):
         model_config(str(tmp_path))
 
 
-@pytest.mark.parametrize("values", [{}, {"model_type": "novel"}])
+@pytest.mark.parametrize("values", [{}, {"model_type": "novel"}, {"model_type": "llame"}])
 def test_a_config_of_no_known_model_is_refused(values, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="no configuration that transformers knows"):
         model_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit"])
+def test_a_config_of_no_causal_language_model_is_refused_in_few_words(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"^{kind} is no causal language model.{{,50}}$"):
+        skeleton(model_config(str(tmp_path)))

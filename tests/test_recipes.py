@@ -94,6 +94,8 @@ def test_benchmark_passes_flags_on_and_plots_where_there_are_shapes(recipe, tmp_
     assert [config.plot is not None for config in configs] == [True, False, False]
     assert {Path(config.json).parent for config in configs} == {tmp_path / "runs"}
     assert [config.models for config in configs[:2]] == [["demo"], ["demo"]]
+    benchmark.benchmark(["--show", "bench.json"])
+    assert calls[-1] == ["bench", "--show", "bench.json"]
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from nanoquant.benchmark.shapes import CONFIGS
+from nanoquant.embedding import EmbeddingConfig
 
 PARTS = ("shapes", "chain", "model")
 LEAST_REPEATS = 20
@@ -30,6 +31,8 @@ class BenchConfig:
     """Cut every model to its first layers; null measures it whole."""
     context: int = 128
     """Tokens in the key-value cache before decoding begins."""
+    embedding_bits: int = EmbeddingConfig.bits
+    """Bits of embedding and head in the packed models of part model: 16, 8 or 4; the dense model keeps 16."""
     repeats: int = LEAST_REPEATS
     """How often each figure is taken; the median counts."""
     most_seconds: float = 20.0
@@ -54,6 +57,10 @@ class BenchConfig:
         if self.show is not None and (more := set(given) - {"show", "plot"}):
             flags = ", ".join(_flag(name) for name in given if name in more)
             raise ValueError(f"--show measures nothing, so {flags} can't go with it; --plot can")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
+        if self.config_only is not None and len(_listed(self.config_only)) != 1:
+            raise ValueError(f"--config-only takes one model, got {self.config_only!r}")
         if self.config_only is not None and "model" in given:
             raise ValueError("--model and --config-only name models both; give one of them")
         if self.repeats < LEAST_REPEATS:
@@ -76,6 +83,7 @@ class BenchConfig:
             raise ValueError(f"give at least one model: {', '.join(CONFIGS)}, or a folder")
         self.numbers("bits", float)
         self.numbers("tokens", int)
+        EmbeddingConfig(bits=self.embedding_bits)
 
     @property
     def parts_asked(self) -> list[str]:

@@ -22,9 +22,13 @@ from nanoquant.benchmark.linears import (
     run,
 )
 from nanoquant.benchmark.timing import AbsentError
+from nanoquant.embedding import EmbeddingConfig, QuantizedHead, quantize_table
+from nanoquant.packed_linear import frozen
+from nanoquant.shared_launch import MOST_TOKENS
 from nanoquant_kernels import binary_low_rank_linears, packed_width, unpack_signs
 
 CHECKED_TOKENS = 8
+HEAD_ROWS = 4096
 CHUNK = 512
 """Sign columns that are unpacked at a time for the float64 product."""
 
@@ -97,8 +101,35 @@ def check_group(bench: Bench, group: tuple[Linear, ...], tokens: int) -> None:
     bench.errors[key] = max(errors)
 
 
+def check_groups(bench: Bench, groups: Iterable[tuple[Linear, ...]], tokens: list[int]) -> None:
+    """Compare shared launches with float64 as far as they serve.
+
+    Raises:
+        FloatingPointError: one is wrong.
+    """
+    for group in dict.fromkeys(groups):
+        for n in tokens:
+            if len(group) > 1 and n <= MOST_TOKENS:
+                with contextlib.suppress(AbsentError):
+                    check_group(bench, group, n)
+
+
 def _exact(x: Tensor, weights: tuple) -> Tensor:
     return packed_product(x, *weights)
+
+
+def check_head(bench: Bench, width: int, config: EmbeddingConfig) -> None:
+    """Compare a quantized head of ``HEAD_ROWS`` words with float64, for one token.
+
+    Raises:
+        FloatingPointError: the error is above what is allowed.
+    """
+    weight = torch.randn(HEAD_ROWS, width, device=bench.device).bfloat16()
+    table = quantize_table(weight, config)
+    exact = QuantizedHead(table._replace(scales=frozen(table.scales.double()))).dequantize()
+    x = bench.activations(1, width)
+    error = error_of(QuantizedHead(table)(x), x, lambda x: x @ exact.mT)
+    refuse_wrong(bench, "the quantized head", error, f"{HEAD_ROWS} x {width}, {config.bits} bits")
 
 
 def check_all(bench: Bench, names: Iterable[str], linears: Iterable[Linear], tokens: int) -> None:

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 
 from nanoquant.benchmark.shapes import skeleton
 from nanoquant.benchmark.timing import TRIALS, captured
+from nanoquant.embedding import EmbeddingConfig
+from nanoquant.model_embeddings import find_embeddings, quantized_tables, swap_embeddings
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 
@@ -32,6 +34,8 @@ class Arm:
     name: str
     config: PreTrainedConfig
     ranks: dict[str, int] | None
+    embedding_bits: int
+    """Of embedding and head: 16, 8 or 4."""
     device: str
     threads: int
     seed: int
@@ -55,9 +59,20 @@ def check_context(name: str, config: PreTrainedConfig, context: int, repeats: in
         )
 
 
-def build(config: PreTrainedConfig, ranks: dict[str, int] | None) -> PreTrainedModel:
-    """The model on the meta device, with packed layers for the linears that have a rank."""
+def build(
+    config: PreTrainedConfig,
+    ranks: dict[str, int] | None,
+    embedding_bits: int = EmbeddingConfig.bits,
+) -> PreTrainedModel:
+    """The model on the meta device, with packed layers for the linears that have a rank.
+
+    Raises:
+        ValueError: embedding and head can't have these bits.
+    """
     model = skeleton(config)
+    if embedding_bits != EmbeddingConfig.bits:
+        entry = {8: {"bits": 8}, 4: {"bits": 4, "group_size": EmbeddingConfig.group_size}}
+        swap_embeddings(model, dict.fromkeys(find_embeddings(model), entry[embedding_bits]))
     for name, rank in (ranks or {}).items():
         dense = model.get_submodule(name)
         shape = dense.weight.shape
@@ -81,7 +96,7 @@ def fill(model: PreTrainedModel, device: str) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.ndim < 2 and id(parameter) not in inside:
             continue  # norms and biases, which transformers sets
-        source = signs if parameter.dtype == torch.uint8 else noise
+        source = noise if parameter.is_floating_point() else signs.view(parameter.dtype)
         for piece in parameter.data.view(-1).split(BLOCK):
             piece.copy_(source[: piece.numel()])
         parameter._is_hf_initialized = True
@@ -89,6 +104,10 @@ def fill(model: PreTrainedModel, device: str) -> PreTrainedModel:
         for rows, columns in ((module.u_signs, module.rank), (module.v_signs, module.in_features)):
             if columns % 8:  # bits past the last column are 0 in the stored layout
                 rows.data[:, -1] &= (1 << columns % 8) - 1
+    for table in {id(t.codes): t for t in quantized_tables(model).values()}.values():
+        table.scales.data /= 2 ** (table.bits - 2)  # codes are about so large
+        if table.zeros is not None:
+            table.zeros.data.zero_()
     model.initialize_weights()
     return model
 

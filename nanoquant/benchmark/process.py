@@ -36,7 +36,7 @@ def serve(pipe: Connection) -> None:
         torch.set_num_threads(arm.threads)
         torch.manual_seed(arm.seed)
         before = resident_bytes()["VmRSS"]
-        model = fill(build(arm.config, arm.ranks), arm.device)
+        model = fill(build(arm.config, arm.ranks, arm.embedding_bits), arm.device)
         prepare_for_decoding(model)  # as nanoquant.generate does
         if arm.device == "cuda":
             torch.cuda.reset_peak_memory_stats()  # of generation; moving the head in counts twice

@@ -15,15 +15,17 @@ from typing import Any, NamedTuple
 import torch
 
 from nanoquant.benchmark.config import PARTS, BenchConfig
-from nanoquant.benchmark.correctness import check, check_all
+from nanoquant.benchmark.correctness import check, check_all, check_groups, check_head
 from nanoquant.benchmark.linears import DENSE, OPERATOR, PACKED, Bench, Linear
 from nanoquant.benchmark.model import Arm, build, check_context
 from nanoquant.benchmark.process import time_arms
 from nanoquant.benchmark.setup import Target, make_bench, roofs, targets
-from nanoquant.benchmark.shapes import distinct_shapes
+from nanoquant.benchmark.shapes import distinct_shapes, skeleton
 from nanoquant.benchmark.speed import time_chain, time_linear
 from nanoquant.benchmark.timing import AbsentError, available_bytes
+from nanoquant.embedding import EmbeddingConfig
 from nanoquant.figures import versions
+from nanoquant.model_embeddings import check_embeddings
 from nanoquant.progress import Progress
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import device_of
@@ -66,6 +68,7 @@ def run_bench(
     if "model" in config.parts_asked:
         for target in models:
             check_context(target.name, target.config, config.context, config.repeats)
+            check_embeddings(skeleton(target.config), EmbeddingConfig(bits=config.embedding_bits))
     results: dict[str, Any] = {
         "finished": False,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -135,8 +138,11 @@ def check_cases(
     right = []
     with progress.phase("correctness", len(checks) + len(decoding)):
         for linear, n in checks:
+            progress.advance(0, f"{linear.d_out} x {linear.d_in}, rank {linear.rank}, {n} tokens")
             check_all(bench, [DENSE, *PACKED], [linear], n)
             progress.advance(1)
+        for case in cases if "chain" in config.parts_asked else ():
+            check_groups(bench, launches(*case, bench.device), tokens)
         for target, bits in decoding:
             try:
                 for linear in _kinds(target, bits):
@@ -144,8 +150,11 @@ def check_cases(
                 right.append((target, bits))
             except AbsentError as error:
                 where = {"part": "model", **target.depth}
-                _absentees(results, where)(_packed(bits), str(error))
+                _absentees(results, where)(_packed(bits, config.embedding_bits), str(error))
             progress.advance(1)
+        if decoding and config.embedding_bits != EmbeddingConfig.bits:
+            for width in dict.fromkeys(target.config.hidden_size for target, _ in decoding):
+                check_head(bench, width, EmbeddingConfig(bits=config.embedding_bits))
     return right
 
 
@@ -164,10 +173,15 @@ def shape_groups(config: BenchConfig, target: Target, bits: float, bench: Bench)
             yield Group(target.depth | where, measure)
 
 
+def launches(target: Target, bits: float, device: torch.device) -> list[tuple[Linear, ...]]:
+    """All linears of a model in order, those together that a packed model launches together on this device."""
+    names = target.readers() if device.type == "cuda" else [[name] for name in target.shapes]
+    return [tuple(target.linear(name, bits) for name in group) for group in names]
+
+
 def chain_groups(config: BenchConfig, target: Target, bits: float, bench: Bench) -> Iterator[Group]:
     """All linears of a model in a row, at every number of tokens."""
-    readers = target.readers() if bench.device.type == "cuda" else [[n] for n in target.shapes]
-    together = [tuple(target.linear(name, bits) for name in names) for names in readers]
+    together = launches(target, bits, bench.device)
     for tokens in config.numbers("tokens", int):
         measure = functools.partial(time_chain, bench, together, tokens)
         yield Group(target.depth | {"bits": bits, "tokens": tokens}, measure)
@@ -195,26 +209,27 @@ def model_rows(
 ) -> list[dict[str, Any]]:
     """Decoding with the dense model and with a packed one for each number of bits, as far as memory reaches."""
     free = available_bytes(device)
+    named = {_packed(one, config.embedding_bits): target.ranks[one] for one in bits}
     arms = []
-    for name, ranks in {DENSE: None, **{_packed(one): target.ranks[one] for one in bits}}.items():
-        need = measure_sizes(build(target.config, ranks)).bytes_resident
+    for name, ranks in {DENSE: None, **named}.items():
+        arm = Arm(
+            name=name,
+            config=target.config,
+            ranks=ranks,
+            embedding_bits=EmbeddingConfig.bits if ranks is None else config.embedding_bits,
+            device=device.type,
+            threads=torch.get_num_threads(),
+            seed=config.seed,
+            context=config.context,
+            repeats=config.repeats,
+            most_seconds=config.most_seconds,
+        )
+        need = measure_sizes(build(arm.config, arm.ranks, arm.embedding_bits)).bytes_resident
         if free is not None and need > free:
             absent(name, f"weights of {need:,} bytes do not fit into {free:,} free bytes")
             continue
         free = None if free is None else free - need
-        arms.append(
-            Arm(
-                name=name,
-                config=target.config,
-                ranks=ranks,
-                device=device.type,
-                threads=torch.get_num_threads(),
-                seed=config.seed,
-                context=config.context,
-                repeats=config.repeats,
-                most_seconds=config.most_seconds,
-            )
-        )
+        arms.append(arm)
     figures = time_arms(arms, absent) if arms else {}
     dense = figures.get(DENSE)
     rows = []
@@ -225,9 +240,12 @@ def model_rows(
     return rows
 
 
-def _packed(bits: float) -> str:
+def _packed(bits: float, embedding_bits: int) -> str:
     """Name of the arm that decodes with packed layers."""
-    return f"packed, {bits:g} bit"
+    embedding = (
+        f", embedding {embedding_bits} bit" if embedding_bits != EmbeddingConfig.bits else ""
+    )
+    return f"packed, {bits:g} bit{embedding}"
 
 
 def _absentees(results: dict[str, Any], where: dict[str, Any]) -> Absent:

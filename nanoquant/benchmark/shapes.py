@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from nanoquant.architectures import decoder_from_structure
 from nanoquant.budget import BudgetConfig, allocate_ranks
@@ -52,8 +59,8 @@ def model_config(name: str, layers: int | None = None) -> PreTrainedConfig:
     if not 1 <= layers <= most:
         raise ValueError(f"layers must be 1 to {most}, the layers of {name}, got {layers}")
     config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    if kinds := vars(config).get("layer_types"):  # some families compute them
+        config.layer_types = kinds[:layers]
     return config
 
 
@@ -73,6 +80,12 @@ def _whole_config(name: str) -> PreTrainedConfig:
         )
     values.pop("quantization_config", None)
     kind = values.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(kind), CONFIG_MAPPING, n=3)
+        meant = f", which knows {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"{file} is no configuration that transformers knows{meant}: its model_type is {kind!r}"
+        )
     try:
         config = AutoConfig.for_model(kind, **values)
     except (ValueError, KeyError, TypeError) as error:
@@ -89,6 +102,10 @@ def skeleton(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: the configuration is not that of a causal language model.
     """
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{config.model_type} is no causal language model to transformers; give another"
+        )
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.bfloat16, trust_remote_code=False
