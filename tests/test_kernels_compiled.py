@@ -11,7 +11,7 @@ from test_kernels_ops import arguments, expected
 from nanoquant_kernels import binary_low_rank_linear, compiled, cpu, reference
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of the result only
-SHAPES = [(24, 72, 64), (40, 576, 224), (8, 1100, 72), (96, 67, 104)]  # d_out, d_in, rank
+SHAPES = [(24, 96, 64), (40, 576, 224), (12, 1088, 96), (96, 64, 1024)]  # d_out, d_in, rank
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def fresh():
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The same code as plain PyTorch runs it."""
-    monkeypatch.setattr(compiled, "generated", lambda: compiled.signed_sums)
+    monkeypatch.setattr(compiled, "generated", lambda: compiled.one_token)
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -57,14 +57,15 @@ def test_generated_code_gives_the_same_for_every_shape_and_is_generated_once(fre
 def test_it_takes_few_tokens_and_rows_that_fill_its_loop(monkeypatch):
     monkeypatch.setattr(compiled, "works", lambda: True)
 
-    def serves(*shape, **how):
-        x, u_signs, v_signs, *_ = arguments(*shape, **how)
-        return compiled.serves(x, v_signs, u_signs)
+    def serves(d_out, d_in, rank, **how):
+        x, u_signs, v_signs, *_ = arguments(d_out, d_in, rank, **how)
+        return compiled.serves(x, v_signs, u_signs, rank)
 
-    assert serves(24, 72, 64, lead=(compiled.MOST_TOKENS,))
-    assert not serves(24, 72, 64, lead=(compiled.MOST_TOKENS + 1,))
-    assert not serves(24, 72, 64, dtype=torch.float64)
-    assert not serves(23, 72, 64) and not serves(24, 72, 65) and not serves(24, 40, 64)
+    assert serves(24, 96, 64, lead=(compiled.MOST_TOKENS,))
+    assert not serves(24, 96, 64, lead=(compiled.MOST_TOKENS + 1,))
+    assert not serves(24, 96, 64, dtype=torch.float64)
+    assert not serves(23, 96, 64) and not serves(24, 96, 72) and not serves(24, 40, 64)
+    assert not serves(4, 96, 64) and not serves(24, 32, 64) and not serves(24, 96, 32)
 
 
 def test_why_nothing_can_be_generated_is_said_once(fresh, monkeypatch, caplog):

@@ -14,9 +14,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from nanoquant_kernels.planes import as_words, to_planes
+from nanoquant_kernels.planes import as_words
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +35,13 @@ OPTIONS = {
 }
 
 
-def serves(x: Tensor, v_signs: Tensor, u_signs: Tensor) -> bool:
-    """Whether this path takes these arguments: few tokens, real rows, and a torch.compile that works."""
-    for signs in (v_signs, u_signs):
-        rows, width = signs.shape
-        if rows % ROWS or rows < 2 * ROWS or width < 2 * BITS // 8:
-            return False
-    few = x.numel() <= MOST_TOKENS * x.shape[-1]
-    return few and x.dtype != torch.float64 and works()
+def serves(x: Tensor, v_signs: Tensor, u_signs: Tensor, rank: int) -> bool:
+    """Whether this path takes these arguments: few tokens, rows of whole words, and a torch.compile that works."""
+    d_in, d_out = x.shape[-1], u_signs.shape[0]
+    whole = not (d_in % BITS or rank % BITS or d_out % ROWS)
+    many = min(d_in, rank, BITS // ROWS * d_out) >= 2 * BITS
+    few = x.numel() <= MOST_TOKENS * d_in
+    return whole and many and few and x.dtype != torch.float64 and works()
 
 
 @functools.cache
@@ -51,9 +49,10 @@ def works() -> bool:
     """Whether code can be generated here, tried once; why not is logged."""
     if torch._dynamo.config.disable:
         return False
-    logger.info("generating the CPU kernel with torch.compile, once, in about half a minute")
+    logger.info("generating the CPU kernel with torch.compile, once, in about a minute")
+    signs, scale = torch.zeros(2 * BITS, 2 * BITS // 8, dtype=torch.uint8), torch.ones(2 * BITS)
     try:
-        product(torch.ones(2 * BITS), torch.zeros(2 * ROWS, 2 * BITS // 8, dtype=torch.uint8))
+        binary_low_rank_linear(scale, signs, signs, scale, scale, None, 2 * BITS)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         logger.warning("packed layers run uncompiled on the CPU, which is slow: %s", reason)
@@ -71,32 +70,32 @@ def binary_low_rank_linear(
     rank: int,
 ) -> Tensor:
     """As :func:`nanoquant_kernels.reference.binary_low_rank_linear`, accumulated in float32; see :func:`serves`."""
-    scaled = x.reshape(-1, s2.shape[0]).float() * s2.float()
-    y = x.new_empty((*x.shape[:-1], s1.shape[0]), dtype=torch.float32)
-    for row, out in zip(scaled, y.view(-1, s1.shape[0]), strict=True):
-        out.copy_(product(product(row, v_signs), u_signs))
-    y *= s1.float()
-    return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-def product(x: Tensor, signs: Tensor) -> Tensor:
-    """(K,) float32 with packed rows uint8 (R, ceil(K / 8)): (R,)."""
-    words = as_words(signs, torch.int32)
-    padded = F.pad(x, (0, BITS * words.shape[1] - x.shape[0]))
+    u, v = as_words(u_signs, torch.int32), as_words(v_signs, torch.int32)
     with torch.no_grad():
-        return generated()(padded, words, plane_scales())
+        rows = [
+            generated()(row, u, v, s1, s2, plane_scales()) for row in x.reshape(-1, s2.shape[0])
+        ]
+    y = torch.stack(rows) if rows else x.new_empty((0, s1.shape[0]), dtype=torch.float32)
+    y = y if bias is None else y + bias.float()
+    return y.to(x.dtype).view(*x.shape[:-1], s1.shape[0])
 
 
 @functools.cache
-def generated() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """:func:`signed_sums` as generated code, one for all shapes."""
-    return torch.compile(signed_sums, dynamic=True, fullgraph=True, options=OPTIONS)
+def generated() -> Callable[..., Tensor]:
+    """:func:`one_token` as generated code, one for all shapes."""
+    return torch.compile(one_token, dynamic=True, fullgraph=True, options=OPTIONS)
+
+
+def one_token(x: Tensor, u: Tensor, v: Tensor, s1: Tensor, s2: Tensor, scales: Tensor) -> Tensor:
+    """s1 * (U (V^T (s2 * x))) in float32, (d_out,): x (d_in,), words int32 u (d_out, P_r), v (r, P_in)."""
+    z = signed_sums(x.float() * s2.float(), v, scales)
+    return signed_sums(z, u, scales) * s1.float()
 
 
 def signed_sums(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
     """Sum over k of sign[r, k] x[k]: x (32 P,) float32, words int32 (R, P), R a multiple of ROWS, to (R,)."""
     R, P = words.shape
-    planes = to_planes(x, P, BITS).unflatten(-1, (BITS, P)) * scales
+    planes = x.view(P, BITS).mT.contiguous() * scales
     planes = planes.as_strided((BITS, P), (P, 1))  # computed once, not again for every row
     total = x.sum()
     parts = words.unflatten(0, (ROWS, R // ROWS)).unbind(0)

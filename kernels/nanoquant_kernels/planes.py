@@ -22,13 +22,10 @@ def words_of(columns: int) -> int:
     return -(-columns // PLANES)
 
 
-def to_planes(x: Tensor, words: int | None = None, planes: int = PLANES) -> Tensor:
-    """Bring (..., K) into plane order, (..., planes P) for P = ``words`` or what K needs; columns from K on are 0.
-
-    ``planes`` is the width of a word in bits.
-    """
-    padded = F.pad(x, (0, planes * (words or -(-x.shape[-1] // planes)) - x.shape[-1]))
-    return padded.unflatten(-1, (-1, planes)).mT.flatten(-2)
+def to_planes(x: Tensor, words: int | None = None) -> Tensor:
+    """Bring (..., K) into plane order, (..., 16 P) for P = ``words`` or what K needs; columns from K on are 0."""
+    padded = F.pad(x, (0, PLANES * (words or words_of(x.shape[-1])) - x.shape[-1]))
+    return padded.unflatten(-1, (-1, PLANES)).mT.flatten(-2)
 
 
 def from_planes(x: Tensor, columns: int) -> Tensor:
