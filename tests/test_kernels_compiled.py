@@ -41,21 +41,21 @@ def test_what_is_compiled_is_the_dense_product(shape, dtype, uncompiled):
 @needs.compiler
 def test_generated_code_gives_the_same_for_every_shape_and_is_generated_once(fresh, monkeypatch):
     monkeypatch.setattr(cpu, "available_paths", tuple)
-    binary_low_rank_linear(*arguments(16, 64, 64))
-    assert compiled.works()
+    binary_low_rank_linear(
+        *arguments(40, 96, 64)
+    )  # of different sizes: equal ones would be taken for one
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in SHAPES:
-            args = arguments(*shape, lead=(2,))
+            args = arguments(*shape, lead=(2,), dtype=torch.bfloat16)
             y, truth = binary_low_rank_linear(*args), expected(*args)
-            assert not torch.equal(y, reference.binary_low_rank_linear(*args))
-            assert (y.double() - truth).norm() <= 1e-6 * truth.norm()
+            assert (y.double() - truth).norm() <= ROUNDING[y.dtype] * truth.norm()
         args[0][1, 5] = float("nan")
         y = binary_low_rank_linear(*args)
     assert y[1].isnan().all() and y[0].isfinite().all()
 
 
 def test_it_takes_few_tokens_and_rows_that_fill_its_loop(monkeypatch):
-    monkeypatch.setattr(compiled, "works", lambda: True)
+    monkeypatch.setattr(compiled, "works", lambda dtype: True)
 
     def serves(d_out, d_in, rank, **how):
         x, u_signs, v_signs, *_ = arguments(d_out, d_in, rank, **how)
@@ -71,14 +71,14 @@ def test_it_takes_few_tokens_and_rows_that_fill_its_loop(monkeypatch):
 def test_why_nothing_can_be_generated_is_said_once(fresh, monkeypatch, caplog):
     monkeypatch.setattr(compiled, "generated", functools.partial(_fail, "no compiler here"))
     with caplog.at_level(logging.WARNING):
-        assert not compiled.works() and not compiled.works()
+        assert not compiled.works(torch.bfloat16) and not compiled.works(torch.bfloat16)
     assert caplog.text.count("no compiler here") == 1
 
 
 def test_the_switch_of_torch_compile_is_obeyed(fresh, monkeypatch):
     monkeypatch.setattr(compiled, "generated", functools.partial(_fail, "was called"))
     with torch._dynamo.config.patch(disable=True):
-        assert not compiled.works()
+        assert not compiled.works(torch.bfloat16)
 
 
 def _fail(reason):

@@ -41,18 +41,20 @@ def serves(x: Tensor, v_signs: Tensor, u_signs: Tensor, rank: int) -> bool:
     whole = not (d_in % BITS or rank % BITS or d_out % ROWS)
     many = min(d_in, rank, BITS // ROWS * d_out) >= 2 * BITS
     few = x.numel() <= MOST_TOKENS * d_in
-    return whole and many and few and x.dtype != torch.float64 and works()
+    return whole and many and few and x.dtype != torch.float64 and works(x.dtype)
 
 
 @functools.cache
-def works() -> bool:
-    """Whether code can be generated here, tried once; why not is logged."""
+def works(dtype: torch.dtype) -> bool:
+    """Whether code for x of ``dtype`` can be generated here, tried once; why not is logged."""
     if torch._dynamo.config.disable:
         return False
     logger.info("generating the CPU kernel with torch.compile, once, in about a minute")
-    signs, scale = torch.zeros(2 * BITS, 2 * BITS // 8, dtype=torch.uint8), torch.ones(2 * BITS)
+    d_in, rank, d_out = 3 * BITS, 2 * BITS, 3 * ROWS  # equal sizes would be taken for one
+    u, v = (torch.zeros(R, K // 8, dtype=torch.uint8) for R, K in ((d_out, rank), (rank, d_in)))
+    s2, s1 = (torch.ones(size, dtype=torch.bfloat16) for size in (d_in, d_out))
     try:
-        binary_low_rank_linear(scale, signs, signs, scale, scale, None, 2 * BITS)
+        binary_low_rank_linear(torch.ones(1, d_in).to(dtype), u, v, s1, s2, None, rank)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         logger.warning("packed layers run uncompiled on the CPU, which is slow: %s", reason)
