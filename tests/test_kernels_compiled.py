@@ -41,9 +41,8 @@ def test_what_is_compiled_is_the_dense_product(shape, dtype, uncompiled):
 @needs.compiler
 def test_generated_code_gives_the_same_for_every_shape_and_is_generated_once(fresh, monkeypatch):
     monkeypatch.setattr(cpu, "available_paths", tuple)
-    binary_low_rank_linear(
-        *arguments(40, 96, 64)
-    )  # of different sizes: equal ones would be taken for one
+    monkeypatch.setattr(reference, "binary_low_rank_linear", None)
+    binary_low_rank_linear(*arguments(40, 96, 64, dtype=torch.bfloat16))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for shape in SHAPES:
             args = arguments(*shape, lead=(2,), dtype=torch.bfloat16)
