@@ -74,6 +74,7 @@ ORDER = (
     "advice.rows",
     "advice.rules",
     "advice.commands",
+    "advice.reasons",
     "advice.recommend",
     "advice.show",
     "advice.command",

@@ -113,6 +113,11 @@ def parse_memory(text: str) -> int:
     return value
 
 
+def amount(size: int) -> str:
+    """Bytes as a text: "6.74 GB", "63.4 MB"."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
 def memory_of(device: str) -> int:
     """Bytes of memory of this machine: of its GPU, or its main memory.
 

@@ -26,7 +26,12 @@ class Source:
     @property
     def measured(self) -> bool:
         """Whether this project measured them."""
-        return self.citation.startswith(README)
+        return self.citation == README
+
+    @property
+    def post_trained(self) -> bool:
+        """Whether they are of models made for instructions or chat."""
+        return self.protocol in (WT2_POST, DEMO)
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,8 @@ class Figures:
     method: str
     """How exactly the weights were made, where the key does not say it."""
     source: Source
-    values: dict[str, float]
-    """Model to value."""
+    values: dict[str, str]
+    """Model to value, with the digits that were printed."""
 
 
 WT2 = "WikiText-2 test, windows of 2048, base models"
@@ -53,8 +58,8 @@ SIX_TASKS = (
 )
 DEMO = "64 windows of 512 tokens of recipes/data/wiki_test.txt, SmolLM2-135M-Instruct"
 OWN_CODE = (
-    "made by the paper's own code from 128 windows of 2048 tokens of WikiText-2 train, embedding and "
-    "head in bf16; this library has not repeated it"
+    "the paper's own code, 128 windows of 2048 tokens of WikiText-2 train, embedding and head in bf16; "
+    "not repeated here"
 )
 DIGITIZED = "read off a figure, 1 to 2 percent uncertain"
 
@@ -71,12 +76,12 @@ QWEN_STUDY = Source(
 )
 AQLM = Source("README of github.com/Vahe1994/AQLM", WT2_4096, "ready-made checkpoints")
 AQLM_DENSE = Source("arXiv 2401.06118, as other papers repeat it", WT2_4096)
-OURS = Source(README, DEMO)
+OURS = Source(README, DEMO, "the dense model there is a dequantized 4-bit file")
 
 
-def _row(names: str, values: str) -> dict[str, float]:
+def _row(names: str, values: str) -> dict[str, str]:
     """Model to value, from two lines of words."""
-    return dict(zip(names.split(), map(float, values.split()), strict=True))
+    return dict(zip(names.split(), values.split(), strict=True))
 
 
 LLAMAS = "llama-2-7b llama-2-13b llama-2-70b"
@@ -127,13 +132,18 @@ class Figure:
     model: str
     option: str
     metric: str
-    value: float
+    text: str
     method: str
     source: Source
 
     def __str__(self) -> str:
         """The value and how the weights were made."""
-        return f"{self.value:g}" + (f" by {self.method}" if self.method else "")
+        return self.text + (f" by {self.method}" if self.method else "")
+
+    @property
+    def value(self) -> float:
+        """The value as a number."""
+        return float(self.text)
 
     @property
     def kind(self) -> str:

@@ -6,14 +6,19 @@ from dataclasses import dataclass, field
 
 from nanoquant.advice.catalogue import CONFIGS, Named, larger_siblings, smaller_siblings
 from nanoquant.advice.commands import command_for, hub_name
-from nanoquant.advice.config import STRICT, Use
+from nanoquant.advice.config import STRICT, Use, amount
 from nanoquant.advice.memory import COMFORT, longest_context
-from nanoquant.advice.options import BF16
-from nanoquant.advice.published import Figure, figures_of
+from nanoquant.advice.reasons import (
+    comparison,
+    dense_pair,
+    fitting,
+    needs,
+    proof_for_itself,
+    quality,
+    taken,
+)
 from nanoquant.advice.rows import Row, Table, table_of, table_of_published
 from nanoquant.advice.rules import LARGE_SHARE, Applied, Case, applied
-
-GB = 1e9
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,7 @@ def best_of_itself(table: Table, task: str) -> Row | None:
         return min(careful, key=lambda row: _caution(row, task))
     ready = table.fitting(tool="aqlm")
     ours = table.fitting(tool="nanoquant")
-    share = _embedding_share(table)
-    order = (8, 4, 16) if share >= LARGE_SHARE else (16, 8, 4)
+    order = (8, 4, 16) if table.embedding_share >= LARGE_SHARE else (16, 8, 4)
     ours.sort(key=lambda r: (-r.option.bits, r.fits != "yes", order.index(r.option.embedding)))
     return next(iter([*ready, *ours]), None)
 
@@ -82,7 +86,7 @@ def best_of_itself(table: Table, task: str) -> Row | None:
 def best_sibling(named: Named, task: str, use: Use, memory: int) -> Row | None:
     """The largest smaller sibling that fits at 4 bits or more; where none does, at 1 bit unless the task forbids it."""
     tables = [
-        table_of_published(name, use, memory)
+        table_of_published(name, use, memory, named.post_trained)
         for name in smaller_siblings(named.published)
         if _positions_suffice(name, use)
     ]
@@ -104,12 +108,6 @@ def _caution(row: Row, task: str) -> tuple[bool, bool]:
     return task == "long-context" and row.option.bits < 8, row.fits != "yes"
 
 
-def _embedding_share(table: Table) -> float:
-    """Share of embedding and head in the weights with linears at 1 bit; 0 where 1 bit is not possible."""
-    row = table.row("1.0")
-    return 0.0 if row is None else BF16 * table.model.table_weights / row.cost.weights
-
-
 def _choice(row: Row, named: Named, use: Use) -> Choice:
     """A row with its command; a sibling is taken from where it is published."""
     source = named.source
@@ -121,23 +119,23 @@ def _choice(row: Row, named: Named, use: Use) -> Choice:
 def _explain_careful(advice: Advice, best: Row) -> None:
     """Reasons for an option of 4 bits or more of the model itself."""
     say = advice.reasons.append
-    say(_fits_sentence(best, advice.memory))
+    say(fitting(best, advice.memory))
     skipped = [r for r in advice.table.rows if r.careful and r.option.bits > best.option.bits]
     if any(row.fits == "no" for row in skipped):
         least = min(r.cost.total for r in skipped if r.fits == "no")
-        say(f"More bits a weight would take {least / GB:.2f} GB and more.")
+        say(f"More bits a weight would take {amount(least)} and more.")
     elif best.option.bits == 16:
         say("Nothing has to be quantized, so nothing is lost: nanoquant is not needed here.")
     if best.option.bits < 16:
         known = best.figure("perplexity")
-        say(_quality_sentence(best) if known else "Its quality on this model is not published.")
+        say(quality(best) if known else "Its quality on this model is not published.")
         say("nanoquant has nothing to offer at 4 bits and above; this is torchao's format.")
     larger = _larger_that_fits(advice)
     if larger is not None:
-        text = f"{larger.model} fits as well, at {larger.option.name} ({larger.cost.total / GB:.2f} GB)"
-        pair = _dense_pair(larger.published, best.published)
+        text = f"{larger.model} fits as well, at {larger.option.name} ({amount(larger.cost.total)})"
+        pair = dense_pair(larger.published, best.published)
         if pair is not None:
-            text += f"; in bf16 its perplexity is {pair[0].value:g} against {pair[1].value:g}"
+            text += f"; in bf16 its perplexity is {pair[0].text} against {pair[1].text}"
         say(f"{text}: consider it.")
 
 
@@ -147,7 +145,10 @@ def _larger_that_fits(advice: Advice) -> Row | None:
     for name in larger_siblings(advice.named.published):
         if not _positions_suffice(name, advice.use):
             continue
-        rows = table_of_published(name, advice.use, advice.memory).fitting(careful=True)
+        named, use = advice.named, advice.use
+        rows = table_of_published(name, use, advice.memory, named.post_trained).fitting(
+            careful=True
+        )
         rows = [row for row in rows if row.fits == "yes" and not _caution(row, advice.task)[0]]
         found = rows[0] if rows else found
     return found
@@ -156,23 +157,42 @@ def _larger_that_fits(advice: Advice) -> Row | None:
 def _look_for_a_sibling(advice: Advice, best: Row | None) -> None:
     """The model itself does not fit at 4 bits: compare it with its smaller siblings."""
     say = advice.reasons.append
-    say(_needs_sentence(advice))
+    say(needs(advice.named.name, advice.table))
     sibling = best_sibling(advice.named, advice.task, advice.use, advice.memory)
     if best is None:
         _explain_nothing(advice)
     if sibling is None:
         _without_sibling(advice, best)
         return
-    winner = None if best is None else _proof_for_itself(best, sibling)
+    winner = None if best is None else proof_for_itself(best, sibling)
     if winner is not None and advice.task not in STRICT:
-        say(_fits_sentence(best, advice.memory))
+        say(fitting(best, advice.memory))
         say(winner)
         return
     advice.recommended = _choice(sibling, advice.named, advice.use)
-    say(f"{sibling.model} is smaller: {_fits_sentence(sibling, advice.memory)}")
-    say(_quality_sentence(sibling))
+    say(f"{sibling.model} is smaller: {fitting(sibling, advice.memory)}")
+    say(quality(sibling))
     if best is not None:
-        say(_comparison(best, sibling))
+        say(comparison(best, sibling))
+    tight = _tight_sibling(advice, sibling)
+    if tight is not None:
+        say(tight)
+
+
+def _tight_sibling(advice: Advice, chosen: Row) -> str | None:
+    """A larger sibling than the chosen one that fits without room, and the context that gives it room."""
+    named, use = advice.named, advice.use
+    for name in smaller_siblings(named.published):
+        if name == chosen.published:
+            return None
+        table = table_of_published(name, use, advice.memory, named.post_trained)
+        tight = [row for row in table.fitting(careful=True) if not _caution(row, advice.task)[0]]
+        if _positions_suffice(name, use) and tight:
+            row = min(tight, key=lambda row: row.cost.total)
+            longest = longest_context(table.model, row.option, use, int(COMFORT * advice.memory))
+            more = f"; with --context {longest} it has room" if longest else ""
+            return f"{name} fits too, without room: {taken(row, advice.memory)}{more}."
+    return None
 
 
 def _without_sibling(advice: Advice, best: Row | None) -> None:
@@ -180,11 +200,11 @@ def _without_sibling(advice: Advice, best: Row | None) -> None:
     say = advice.reasons.append
     known = smaller_siblings(advice.named.published)
     if advice.named.published is None:
-        say(
-            "No smaller sibling of this model is in the table of this command; look for one yourself."
-        )
+        say("Its family is not in the table of this command: look for a smaller sibling yourself.")
+    elif known:
+        say(f"No smaller sibling fits either ({', '.join(known)}).")
     else:
-        say(f"No smaller sibling that fits is known (of {', '.join(known) or 'none'}).")
+        say("It is the smallest of its family that this command knows.")
     if best is None:
         return
     if advice.task in STRICT:
@@ -194,8 +214,8 @@ def _without_sibling(advice: Advice, best: Row | None) -> None:
             "answers."
         )
         return
-    say(_fits_sentence(best, advice.memory))
-    say(_quality_sentence(best))
+    say(fitting(best, advice.memory))
+    say(quality(best))
 
 
 def _explain_nothing(advice: Advice) -> None:
@@ -203,90 +223,10 @@ def _explain_nothing(advice: Advice) -> None:
     say = advice.reasons.append
     row = min(advice.table.rows, key=lambda row: row.cost.total)
     say(
-        f"Nothing of {advice.named.name} fits in {advice.memory / GB:.2f} GB: the smallest, {row.option.name}, takes "
-        f"{row.cost.total / GB:.2f} GB ({row.cost.weights / GB:.2f} weights, {row.cost.cache / GB:.2f} cache, "
-        f"{row.cost.activations / GB:.2f} activations)."
+        f"Nothing of {advice.named.name} fits in {amount(advice.memory)}: the smallest, {row.option.name}, takes "
+        f"{amount(row.cost.total)} (weights {amount(row.cost.weights)}, cache {amount(row.cost.cache)}, "
+        f"activations {amount(row.cost.activations)})."
     )
     longest = longest_context(advice.table.model, row.option, advice.use, advice.memory)
     if longest:
         say(f"With --context {longest} or less it would fit.")
-
-
-def _needs_sentence(advice: Advice) -> str:
-    """How much memory the model needs at 4 bits."""
-    careful = [row for row in advice.table.rows if row.careful]
-    least = min(careful, key=lambda row: row.cost.total)
-    return (
-        f"{advice.named.name} does not fit at 4 bits or more: {least.option.name} takes "
-        f"{least.cost.total / GB:.2f} GB, so {least.cost.total / COMFORT / GB:.1f} GB would do with room."
-    )
-
-
-def _fits_sentence(row: Row, memory: int) -> str:
-    """That a row fits, and how."""
-    text = f"{row.option.name} takes {row.cost.total / GB:.2f} of {memory / GB:.2f} GB"
-    if row.fits == "tight":
-        return f"{text}; that is tight, as the context of a GPU and fragments are not counted."
-    return f"{text}."
-
-
-def _quality_sentence(row: Row) -> str:
-    """What is known of the quality of a row."""
-    known = row.figure("perplexity")
-    if known is not None:
-        return f"Perplexity of {row.model} so: {known} ({known.kind}, {known.source.citation})."
-    dense = figures_of(row.published, "bf16", "perplexity")
-    text = f"Its perplexity at {row.option.name} is unknown"
-    near = figures_of(row.published, row.option.key, "perplexity")
-    if row.option.embedding != 16 and near:
-        text += f"; with the embedding in bf16 it is {near[0].value:g}"
-    return text + (f"; in bf16 it is {dense[0].value:g}." if dense else ".")
-
-
-def _dense_pair(one: str | None, two: str | None) -> tuple[Figure, Figure] | None:
-    """Perplexities of two models in bf16 by one protocol; None where there are none."""
-    for first in figures_of(one, "bf16", "perplexity"):
-        for second in figures_of(two, "bf16", "perplexity", first.source.protocol):
-            return first, second
-    return None
-
-
-def _common(best: Row, sibling: Row) -> tuple[Figure, Figure, bool] | None:
-    """Perplexities of two rows by one protocol, and whether the sibling's is of its bf16; None where there are none."""
-    for option, dense in ((sibling.option.key, False), ("bf16", True)):
-        for own in figures_of(best.published, best.option.key, "perplexity"):
-            for other in figures_of(sibling.published, option, "perplexity", own.source.protocol):
-                return own, other, dense
-    return None
-
-
-def _proof_for_itself(best: Row, sibling: Row) -> str | None:
-    """Why the model itself is better than the sibling, by figures of one protocol; None without such a proof."""
-    found = _common(best, sibling)
-    if found is None or best.option.embedding != 16:
-        return None
-    own, other, dense = found
-    if own.value >= other.value:
-        return None
-    at = "bf16" if dense else sibling.option.name
-    return (
-        f"By published figures of one protocol ({own.source.protocol}) it has perplexity {own.value:g}, and "
-        f"{sibling.model} in {at} {other.value:g}: the larger model wins here, at general text."
-    )
-
-
-def _comparison(best: Row, sibling: Row) -> str:
-    """The two side by side, as far as figures of one protocol go."""
-    found = _common(best, sibling)
-    if found is None:
-        return (
-            f"No figures compare it with {best.option.name} of {best.model}; the rules above make it the better "
-            "guess. Evaluate both on your own text."
-        )
-    own, other, dense = found
-    held = "" if best.option.embedding == 16 else " (with its embedding in bf16)"
-    at = "bf16" if dense else sibling.option.name
-    return (
-        f"{best.model} at {best.option.label}{held} has {own.value:g} by the protocol in which {sibling.model} has "
-        f"{other.value:g} at {at}."
-    )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from nanoquant.advice.anatomy import Anatomy, anatomy
 from nanoquant.advice.catalogue import CONFIGS, Named
 from nanoquant.advice.config import Use
 from nanoquant.advice.memory import Cost, cost
-from nanoquant.advice.options import LEAST_CAREFUL_BITS, OTHERS, OURS, Option
+from nanoquant.advice.options import BF16, LEAST_CAREFUL_BITS, OTHERS, OURS, Option
 from nanoquant.advice.published import Figure, figures_of
 from nanoquant.benchmark.shapes import model_config
 
@@ -59,6 +60,18 @@ class Table:
         ]
         return sorted(found, key=lambda row: row.fits != "yes")
 
+    @property
+    def embedding_share(self) -> float:
+        """Share of embedding and head in bf16 in the weights with linears at 1 bit; 0 where that is not possible."""
+        row = self.row("1.0")
+        return 0.0 if row is None else BF16 * self.model.table_weights / row.cost.weights
+
+    def main_protocol(self, metric: str) -> str | None:
+        """The protocol of most figures that are shown; those of others do not compare with them."""
+        found = [row.figure(metric) for row in self.rows]
+        counts = Counter(figure.source.protocol for figure in found if figure is not None)
+        return max(counts, key=counts.__getitem__) if counts else None
+
     def row(self, key: str, embedding: int = 16) -> Row | None:
         """The row of an option; None where it is not possible."""
         wanted = key, embedding
@@ -72,12 +85,13 @@ def table_of(named: Named, use: Use, memory: int) -> Table:
         ValueError: its shapes can't be counted.
     """
     shapes = anatomy(named.config)
-    return _table(named.name, named.published, shapes, use, memory, ready=not named.post_trained)
+    return _table(named.name, named.published, shapes, use, memory, named.post_trained)
 
 
-def table_of_published(name: str, use: Use, memory: int) -> Table:
-    """Every option of a published model."""
-    return _table(name, name, anatomy(model_config(name, published=CONFIGS)), use, memory)
+def table_of_published(name: str, use: Use, memory: int, post_trained: bool) -> Table:
+    """Every option of a published model, in its base version or the one for chat."""
+    shapes = anatomy(model_config(name, published=CONFIGS))
+    return _table(name, name, shapes, use, memory, post_trained)
 
 
 def _table(
@@ -86,16 +100,17 @@ def _table(
     model: Anatomy,
     use: Use,
     memory: int,
-    ready: bool = True,
+    post_trained: bool,
 ) -> Table:
-    """Rows of a model; ``ready`` says whether ready-made checkpoints are of the same version."""
+    """Rows of a model; figures of its own version come first."""
     rows, impossible = [], []
     for option in (*OTHERS, *OURS):
         if use.device not in option.devices:
             continue
         known = figures_of(published, option.key) if option.embedding == 16 else []
-        if option.tool == "aqlm" and not (known and ready):
-            continue
+        known.sort(key=lambda figure: figure.source.post_trained != post_trained)
+        if option.tool == "aqlm" and (post_trained or not known):
+            continue  # what is ready-made is of base models
         try:
             price = cost(model, option, use)
         except ValueError as error:

@@ -6,13 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanoquant.advice.catalogue import Named
-from nanoquant.advice.config import Use
-from nanoquant.advice.options import BF16, dense_linears
+from nanoquant.advice.config import Use, amount
+from nanoquant.advice.options import OTHERS, dense_linears, weight_bytes
+from nanoquant.advice.published import PAPER
 from nanoquant.advice.rows import Row, Table
 
+WORTH_SAYING = 0.05
+"""Share of padding from which it is named."""
 LARGE_SHARE = 0.25
 """Share of the bytes from which embedding and head are worth quantizing too."""
-PAPER = "arXiv 2602.06694v3"
 
 
 @dataclass(frozen=True)
@@ -136,18 +138,17 @@ def two_bits(case: Case) -> Applied | None:
 
 def embedding_share(case: Case) -> Applied | None:
     """Tiny models have their bytes in the embedding."""
-    row = case.table.row("1.0")
-    if row is None:
+    share = case.table.embedding_share
+    row, smaller, lower = (case.table.row(*key) for key in (("1.0",), ("1.0", 8), ("0.55",)))
+    if share < LARGE_SHARE or smaller is None or lower is None:
         return None
-    share = BF16 * case.table.model.table_weights / row.cost.weights
-    if share < LARGE_SHARE:
-        return None
+    saved = [amount(row.cost.weights - other.cost.weights) for other in (smaller, lower)]
     return Applied(
         "the bytes are in the embedding",
         f"with linears at 1 bit, embedding and head in bf16 are {share:.0%} of the weights: "
-        "--embedding.bits 8 is worth more bytes than going below 1 bit (its effect on quality is "
-        "not measured here)",
-        "sizes above; README of this project, table of weights",
+        f"--embedding.bits 8 saves {saved[0]}, linears at 0.55 bit save {saved[1]} (what 8 bits cost "
+        "in quality is not measured here)",
+        "arithmetic above",
     )
 
 
@@ -169,6 +170,20 @@ def groups_left_dense(case: Case) -> Applied | None:
     )
 
 
+def padded_rows(case: Case) -> Applied | None:
+    """Torchao's int4 layout for GPUs fills rows up."""
+    option = next(option for option in OTHERS if option.key == "int4-g128")
+    plain, padded = (weight_bytes(case.table.model, option, kind) for kind in ("cpu", "cuda"))
+    if case.use.device != "cuda" or padded < (1 + WORTH_SAYING) * plain:
+        return None
+    return Applied(
+        "int4 for GPUs fills rows up",
+        f"torchao's layout tile_packed_to_4d fills rows up to multiples of 1024 weights, which makes "
+        f"{option.name} {padded / plain - 1:.0%} larger here; the table counts it so",
+        "torchao 0.18, Int4TilePackedTo4dTensor",
+    )
+
+
 def cache_dominates(case: Case) -> Applied | None:
     """With long context the cache is what takes memory."""
     if case.best is None:
@@ -177,7 +192,7 @@ def cache_dominates(case: Case) -> Applied | None:
         row = case.best
     if row.cost.cache <= row.cost.weights:
         return None
-    cache, weights = (f"{size / 1e9:.2f} GB" for size in (row.cost.cache, row.cost.weights))
+    cache, weights = amount(row.cost.cache), amount(row.cost.weights)
     return Applied(
         "the cache takes more than the weights",
         f"{row.option.name}: cache {cache}, weights {weights}; fewer bits of weights hardly help, a "
@@ -218,7 +233,7 @@ def dense_model_needed(case: Case) -> Applied | None:
         return None
     return Applied(
         "making it takes the dense model",
-        f"nanoquant quantize holds the {case.table.model.dense_bytes / 1e9:.1f} GB of the dense "
+        f"nanoquant quantize holds the {amount(case.table.model.dense_bytes)} of the dense "
         "model in memory, and more, on the machine that quantizes; the published 70B run took 13 "
         "hours of one H100",
         f"{PAPER}, cost of compression; nanoquant/quantize.py",
@@ -235,6 +250,7 @@ RULES: tuple[Callable[[Case], Applied | None], ...] = (
     two_bits,
     embedding_share,
     groups_left_dense,
+    padded_rows,
     cache_dominates,
     post_trained,
     calibration_mix,

@@ -6,12 +6,15 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
+from nanoquant.advice.config import amount
 from nanoquant.advice.published import Figure, Source
-from nanoquant.advice.recommend import GB, Advice, Choice
+from nanoquant.advice.recommend import Advice, Choice
 from nanoquant.advice.rows import Row
 from nanoquant.console import table
 
 WIDTH = 110
+SMALL = 2e9
+"""Memory in bytes below which tables are in MB."""
 METRICS = ("perplexity", "zero-shot")
 HEADER = ("option", "weights", "cache", "activations", "total", "fits", *METRICS)
 
@@ -19,22 +22,33 @@ HEADER = ("option", "weights", "cache", "activations", "total", "fits", *METRICS
 def report(advice: Advice) -> str:
     """Table, sources, rules, recommendation, reasons and commands."""
     sources: list[Source] = []
-    rows = [_cells(row, sources) for row in advice.table.rows]
+    unit, digits = (1e9, 3) if advice.memory >= SMALL else (1e6, 1)
+    main = {metric: advice.table.main_protocol(metric) for metric in METRICS}
+    rows = [
+        [
+            row.option.name,
+            *(f"{size / unit:.{digits}f}" for size in _sizes(row)),
+            row.fits,
+            *(_quality(row.figure(metric), main[metric], sources) for metric in METRICS),
+        ]
+        for row in advice.table.rows
+    ]
     use, model = advice.use, advice.table.model
     known = advice.named.published
     lines = [
         f"{advice.named.name}: {model.parameters:,} parameters"
         + (f", shapes of {known}" if known not in (None, advice.named.name) else ""),
-        f"{advice.task} in {advice.memory / GB:.2f} GB on {use.device}: context {use.context}, "
+        f"{advice.task} in {amount(advice.memory)} on {use.device}: context {use.context}, "
         f"batch {use.batch}, cache of {use.cache_bits} bits",
         "",
         table(rows, header=HEADER),
         "",
         *_wrapped(
-            "GB of 10^9 bytes. Weights are the stored tensors, exactly; cache is full context; "
-            "activations are an estimate for reading the whole context at once. tight: less than "
-            "a tenth is left over. unknown: no figure is in the table of this command, which does "
-            "not mean that there is none."
+            f"Sizes in {'GB of 10^9' if unit == 1e9 else 'MB of 10^6'} bytes. Weights: the stored "
+            "tensors, exactly. Cache: at full context. Activations: an estimate for reading the "
+            "whole context at once. tight: less than a tenth is left over. unknown: no figure is in "
+            "the table of this command, which does not mean that there is none. *: of another "
+            "protocol than most of its column, so it does not compare with them."
         ),
         *(line for why in advice.table.impossible for line in _wrapped(f"not possible: {why}")),
         *(line for n, source in enumerate(sources, 1) for line in _wrapped(_cited(n, source))),
@@ -76,7 +90,7 @@ def _recommendation(advice: Advice) -> list[str]:
     """What to do, why, and the commands."""
     chosen, itself = advice.recommended, advice.itself
     if chosen is None:
-        lines = ["Recommended: none of this"]
+        lines = ["Recommended: nothing that fits"]
     else:
         lines = [f"Recommended: {chosen.row.model} as {chosen.row.option.name}"]
     lines += [line for reason in advice.reasons for line in _wrapped(f"- {reason}")]
@@ -88,26 +102,20 @@ def _recommendation(advice: Advice) -> list[str]:
     return lines
 
 
-def _cells(row: Row, sources: list[Source]) -> list[str]:
-    """A row of the table; new sources are added to the list."""
+def _sizes(row: Row) -> tuple[int, ...]:
+    """Bytes of weights, cache, activations and all."""
     cost = row.cost
-    sizes = (cost.weights, cost.cache, cost.activations, cost.total)
-    found = [row.figure(metric) for metric in METRICS]
-    return [
-        row.option.name,
-        *(f"{size / GB:.3f}" for size in sizes),
-        row.fits,
-        *(_quality(figure, sources) for figure in found),
-    ]
+    return cost.weights, cost.cache, cost.activations, cost.total
 
 
-def _quality(figure: Figure | None, sources: list[Source]) -> str:
-    """A figure with who says so and the number of its source."""
+def _quality(figure: Figure | None, main: str | None, sources: list[Source]) -> str:
+    """A figure with who says so and the number of its source; a star where it does not compare with the others."""
     if figure is None:
         return "unknown"
     if figure.source not in sources:
         sources.append(figure.source)
-    return f"{figure}, {figure.kind} [{sources.index(figure.source) + 1}]"
+    star = "" if figure.source.protocol == main else "*"
+    return f"{figure}{star}, {figure.kind} [{sources.index(figure.source) + 1}]"
 
 
 def _cited(number: int, source: Source) -> str:
