@@ -29,9 +29,9 @@ class CacheLayer:
     """Most tokens that are kept; None keeps all."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Anatomy:
-    """Shapes of a dense bf16 model."""
+    """Shapes of a dense bf16 model; each is its own, so that what was worked out for it can be kept."""
 
     parameters: int
     """Parameters; a tied head counts once."""

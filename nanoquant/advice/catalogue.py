@@ -191,18 +191,23 @@ def _from_folder(name: str, path: Path) -> Named:
     folder = path if path.is_dir() else path.parent
     config = model_config(str(path), published=CONFIGS)
     check_dense(folder)
-    published = next(
-        (known for known in CONFIGS if _same(config, model_config(known, published=CONFIGS))), None
-    )
+    published = _with_shapes_of(config)
     tail = name.rstrip("/").rpartition("/")[2].lower()
     template = _template(folder)
     post_trained = _post_trained(tail) or bool(template)
     return Named(name, config, published, name, post_trained, _thinks(tail) or "think" in template)
 
 
-def _same(one: PreTrainedConfig, two: PreTrainedConfig) -> bool:
-    """Whether two configurations set the same shapes."""
-    return all(getattr(one, key, None) == getattr(two, key, None) for key in IDENTITY)
+def _with_shapes_of(config: PreTrainedConfig) -> str | None:
+    """The published model with the same shapes, of several the one made for texts as long; None for others."""
+
+    def same(known: PreTrainedConfig, *keys: str) -> bool:
+        return all(getattr(config, key, None) == getattr(known, key, None) for key in keys)
+
+    models = {name: model_config(name, published=CONFIGS) for name in CONFIGS}
+    found = [name for name, known in models.items() if same(known, *IDENTITY)]
+    exact = [name for name in found if same(models[name], "max_position_embeddings")]
+    return next(iter(exact + found), None)
 
 
 def _post_trained(tail: str) -> bool:

@@ -6,6 +6,7 @@ option says so.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from nanoquant.advice.anatomy import Anatomy
@@ -92,6 +93,7 @@ def dense_linears(model: Anatomy, option: Option) -> int:
     return sum(count for (_, d_in), count in model.shapes.items() if d_in % option.group)
 
 
+@functools.lru_cache(maxsize=64)
 def our_ranks(model: Anatomy, bits: float) -> dict[str, int]:
     """Rank of each linear as ``nanoquant quantize --bits`` chooses it.
 

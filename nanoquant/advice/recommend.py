@@ -84,7 +84,7 @@ def best_of_itself(table: Table, task: str) -> Row | None:
 
 
 def best_sibling(named: Named, task: str, use: Use, memory: int) -> Row | None:
-    """The largest smaller sibling that fits at 4 bits or more; where none does, at 1 bit unless the task forbids it."""
+    """The largest smaller sibling that fits at 4 bits or more; where none does, at 1 or 2 if the task allows."""
     tables = [
         table_of_published(name, use, memory, named.post_trained)
         for name in smaller_siblings(named.published)
@@ -95,7 +95,9 @@ def best_sibling(named: Named, task: str, use: Use, memory: int) -> Row | None:
     if careful:
         return min(careful, key=lambda row: _caution(row, task))
     low = [row for row in rows if row is not None and row.option.bits >= 1]
-    return None if task in STRICT else next(iter(low), None)
+    if task in STRICT or not low:
+        return None
+    return min(low, key=lambda row: (row.fits != "yes", -row.option.bits))
 
 
 def _positions_suffice(name: str, use: Use) -> bool:
@@ -120,11 +122,12 @@ def _explain_careful(advice: Advice, best: Row) -> None:
     """Reasons for an option of 4 bits or more of the model itself."""
     say = advice.reasons.append
     say(fitting(best, advice.memory))
-    skipped = [r for r in advice.table.rows if r.careful and r.option.bits > best.option.bits]
-    if any(row.fits == "no" for row in skipped):
-        least = min(r.cost.total for r in skipped if r.fits == "no")
-        say(f"More bits a weight would take {amount(least)} and more.")
-    elif best.option.bits == 16:
+    above = [r for r in advice.table.rows if r.careful and r.option.bits > best.option.bits]
+    if above:
+        nearest = min(above, key=lambda row: row.cost.total)
+        without = "would leave no room" if nearest.fits == "tight" else "does not fit"
+        say(f"More bits: {taken(nearest, advice.memory)} and {without}.")
+    else:
         say("Nothing has to be quantized, so nothing is lost: nanoquant is not needed here.")
     if best.option.bits < 16:
         known = best.figure("perplexity")

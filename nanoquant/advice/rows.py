@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from dataclasses import dataclass
 
@@ -90,8 +91,13 @@ def table_of(named: Named, use: Use, memory: int) -> Table:
 
 def table_of_published(name: str, use: Use, memory: int, post_trained: bool) -> Table:
     """Every option of a published model, in its base version or the one for chat."""
-    shapes = anatomy(model_config(name, published=CONFIGS))
-    return _table(name, name, shapes, use, memory, post_trained)
+    return _table(name, name, _published_anatomy(name), use, memory, post_trained)
+
+
+@functools.cache
+def _published_anatomy(name: str) -> Anatomy:
+    """Shapes of a published model; a case asks for those of a sibling several times."""
+    return anatomy(model_config(name, published=CONFIGS))
 
 
 def _table(

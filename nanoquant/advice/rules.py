@@ -186,10 +186,7 @@ def padded_rows(case: Case) -> Applied | None:
 
 def cache_dominates(case: Case) -> Applied | None:
     """With long context the cache is what takes memory."""
-    if case.best is None:
-        row = min(case.table.rows, key=lambda row: row.cost.total)
-    else:
-        row = case.best
+    row = case.best or min(case.table.rows, key=lambda row: row.cost.total)
     if row.cost.cache <= row.cost.weights:
         return None
     cache, weights = amount(row.cost.cache), amount(row.cost.weights)
@@ -197,6 +194,19 @@ def cache_dominates(case: Case) -> Applied | None:
         "the cache takes more than the weights",
         f"{row.option.name}: cache {cache}, weights {weights}; fewer bits of weights hardly help, a "
         "shorter context, a smaller batch or a cache of 8 bits (--cache-bits 8) does",
+        "arithmetic above",
+    )
+
+
+def prompt_in_pieces(case: Case) -> Applied | None:
+    """A long prompt read at once takes much for a moment."""
+    row = case.best or min(case.table.rows, key=lambda row: row.cost.total)
+    if row.cost.activations < LARGE_SHARE * row.cost.total:
+        return None
+    return Applied(
+        "read long prompts in pieces",
+        f"{amount(row.cost.activations)} of {amount(row.cost.total)} are activations while the whole "
+        "context is read at once; generate(prefill_chunk_size=1024) of transformers divides that",
         "arithmetic above",
     )
 
@@ -252,6 +262,7 @@ RULES: tuple[Callable[[Case], Applied | None], ...] = (
     groups_left_dense,
     padded_rows,
     cache_dominates,
+    prompt_in_pieces,
     post_trained,
     calibration_mix,
     dense_model_needed,
