@@ -142,6 +142,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     ),
     "bench": _bench,
     "advise": _other(
-        "advise", "Say what to use for a memory and a task.", "nanoquant.advice.command"
+        "advise",
+        "Say what to use for a memory and a task; MODEL may also be a published name, as llama-2-7b.",
+        "nanoquant.advice.command",
     ),
 }

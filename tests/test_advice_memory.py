@@ -8,7 +8,7 @@ from test_quantize import QUICK, TOKENS
 from tiny_models import FAMILIES, build, random_windows, tiny_mixtral
 from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, Gemma3Config, LlamaConfig
 
 from nanoquant.advice.anatomy import anatomy, cache_layers
 from nanoquant.advice.catalogue import CONFIGS
@@ -20,7 +20,7 @@ from nanoquant.advice.memory import (
     longest_context,
 )
 from nanoquant.advice.options import OTHERS, OURS, dense_linears, our_ranks, weight_bytes
-from nanoquant.benchmark.shapes import model_config
+from nanoquant.benchmark.shapes import model_config, skeleton
 from nanoquant.budget import BudgetConfig
 from nanoquant.checkpoint import read_sizes, save_pretrained
 from nanoquant.embedding import EmbeddingConfig
@@ -199,6 +199,17 @@ def test_longest_context_fits_and_one_more_does_not():
     assert fits == [True, False]
     assert longest_context(model, option, CPU, 10**6) == 0
     assert longest_context(model, option, CPU, 10**12) == model.positions
+
+
+def test_the_text_part_of_a_model_that_also_sees_is_counted_with_all_weights():
+    text = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "image_size": 32}
+    vision |= {"num_attention_heads": 2, "patch_size": 8}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    told = anatomy(config)
+    assert told.dense_bytes == measure_sizes(skeleton(config)).bytes_on_disk
+    assert told.hidden == 64 and [layer.entries for layer in told.cache] == [2 * 2 * 16] * 2
 
 
 def test_what_is_not_counted_is_refused():

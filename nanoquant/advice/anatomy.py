@@ -78,7 +78,7 @@ def anatomy(config: PreTrainedConfig) -> Anatomy:
         ValueError: it is no causal language model, its blocks hold what can't be quantized, or its
             cache is not one of keys and values.
     """
-    model = skeleton(config)
+    model, config = skeleton(config), config.get_text_config()
     sizes = measure_sizes(model)
     weights = {id(m.weight): tuple(m.weight.shape) for m in find_embeddings(model).values()}
     return Anatomy(

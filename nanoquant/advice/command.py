@@ -26,7 +26,7 @@ def advise_command(model: str, json: str | None = None, **settings: Any) -> None
     check_json_path(json)
     show_logs(verbose=False)
     memory, named = config.bytes(), find(model)
-    positions = getattr(named.config, "max_position_embeddings", None)
+    positions = getattr(named.config.get_text_config(), "max_position_embeddings", None)
     advice = advise(named, config.task, config.use(positions, model), memory)
     say(report(advice))
     write_json(json, to_dict(advice))

@@ -205,7 +205,8 @@ def _without_sibling(advice: Advice, best: Row | None) -> None:
     if advice.named.published is None:
         say("Its family is not in the table of this command: look for a smaller sibling yourself.")
     elif known:
-        say(f"No smaller sibling fits either ({', '.join(known)}).")
+        bits = " at 4 bits or more" if advice.task in STRICT else ""
+        say(f"No smaller sibling fits{bits} either ({', '.join(known)}).")
     else:
         say("It is the smallest of its family that this command knows.")
     if best is None:

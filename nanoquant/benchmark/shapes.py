@@ -52,9 +52,9 @@ def model_config(
         ValueError: the name is neither, the file is no causal language model's, or layers is out of range.
     """
     config = _whole_config(name, published)
-    most = config.num_hidden_layers
     if layers is None:
         return config
+    most = config.num_hidden_layers
     if not 1 <= layers <= most:
         raise ValueError(f"layers must be 1 to {most}, the layers of {name}, got {layers}")
     config.num_hidden_layers = layers
