@@ -1,10 +1,11 @@
-"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench``.
+"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench | advise``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ commands:
   generate MODEL --prompt TEXT      continue a text
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
   bench                             speed and memory of packed layers and models on this machine
+  advise MODEL --memory 8GB         what to use for a memory and a task, before anything is computed
 
 "nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
 NANOQUANT_DEBUG=1 shows the traceback of an error.
@@ -119,14 +121,13 @@ def _bench(arguments: list[str]) -> None:
     bench_command(config)
 
 
-def _other(name: str, what: str) -> Callable[[list[str]], None]:
-    """The command whose function in commands.py has the flags as its arguments."""
+def _other(name: str, what: str, module: str = "nanoquant.commands") -> Callable[[list[str]], None]:
+    """The command whose function in a module has the flags as its arguments."""
 
     def command(arguments: list[str]) -> None:
-        from nanoquant import commands
         from nanoquant.parsers import command_parser, parse
 
-        function = getattr(commands, f"{name}_command")
+        function = getattr(importlib.import_module(module), f"{name}_command")
         function(**vars(parse(command_parser(name, function, what), arguments)))
 
     return command
@@ -140,4 +141,9 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "inspect", "Show sizes, ranks and recipe of a checkpoint without its weights."
     ),
     "bench": _bench,
+    "advise": _other(
+        "advise",
+        "Say what to use for a memory and a task; MODEL may also be a published name, as llama-2-7b.",
+        "nanoquant.advice.command",
+    ),
 }

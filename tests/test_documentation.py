@@ -82,13 +82,15 @@ def test_readme_commands_parse():
         "generate",
         "inspect",
         "bench",
+        "advise",
     ]
     own = {"quantize": parsers.parse_quantize, "bench": parsers.parse_bench}
     for command, arguments in lines:
         if command in own:
             own[command](shlex.split(arguments))
         else:
-            function = getattr(importlib.import_module("nanoquant.commands"), f"{command}_command")
+            module = "nanoquant.advice.command" if command == "advise" else "nanoquant.commands"
+            function = getattr(importlib.import_module(module), f"{command}_command")
             parsers.parse(parsers.command_parser(command, function, ""), shlex.split(arguments))
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +43,25 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """What sets the shapes of published models; "demo" is SmolLM2-135M. A model more is an entry more."""
 
 
-def model_config(name: str, layers: int | None = None) -> PreTrainedConfig:
+def model_config(
+    name: str,
+    layers: int | None = None,
+    published: Mapping[str, dict[str, Any]] = CONFIGS,
+) -> PreTrainedConfig:
     """Configuration of a published model or of a local folder.
 
     Args:
-        name: a name of :data:`CONFIGS`, a folder with a config.json, or such a file.
+        name: a name of ``published``, a folder with a config.json, or such a file.
         layers: cut the model to its first layers; None keeps all.
+        published: what sets the shapes of models by their names.
 
     Raises:
         ValueError: the name is neither, the file is no causal language model's, or layers is out of range.
     """
-    config = _whole_config(name)
-    most = config.num_hidden_layers
+    config = _whole_config(name, published)
     if layers is None:
         return config
+    most = config.num_hidden_layers
     if not 1 <= layers <= most:
         raise ValueError(f"layers must be 1 to {most}, the layers of {name}, got {layers}")
     config.num_hidden_layers = layers
@@ -64,18 +70,18 @@ def model_config(name: str, layers: int | None = None) -> PreTrainedConfig:
     return config
 
 
-def _whole_config(name: str) -> PreTrainedConfig:
+def _whole_config(name: str, published: Mapping[str, dict[str, Any]]) -> PreTrainedConfig:
     """The configuration in its whole depth, without a quantization that it may state."""
     file = Path(name, "config.json") if Path(name).is_dir() else Path(name)
-    if name in CONFIGS:
-        values = dict(CONFIGS[name])
+    if name in published:
+        values = dict(published[name])
     elif file.is_file():
         values = read_json(file)
     else:
-        near = difflib.get_close_matches(name.lower(), CONFIGS, n=2)
+        near = difflib.get_close_matches(name.lower(), published, n=2)
         meant = f" (near: {', '.join(near)})" if near else ""
         raise ValueError(
-            f"there is no model {name!r}{meant} and no {file}; give one of {', '.join(CONFIGS)}, or a "
+            f"there is no model {name!r}{meant} and no {file}; give one of {', '.join(published)}, or a "
             "folder with a config.json"
         )
     values.pop("quantization_config", None)

@@ -1,0 +1,1 @@
+"""What to use for a memory and a task, answered before anything is computed."""
