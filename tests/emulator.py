@@ -7,7 +7,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from nanoquant_kernels.cpu_build import FLAGS, PATHS, SOURCES
+from nanoquant_kernels.cpu_build import FLAGS, SOURCES, _names
 
 DRIVER = Path(__file__).with_name("emulated.cpp")
 BYTES = (4, 2, 2)
@@ -45,16 +45,24 @@ class Library:
         self.process.stdout.close()
 
     def available_paths(self):
-        bits = struct.unpack("i", self._call("p", 4))[0]
-        return tuple(name for number, name in enumerate(PATHS) if bits >> number & 1)
+        return _names(struct.unpack("i", self._call("p", 4))[0])
 
-    def nq_linear(
-        self, x, x_type, tokens, d_in, v, s2, s2_type, rank, u, s1, s1_type, d_out,
+    def available_int8_paths(self):
+        return _names(struct.unpack("i", self._call("q", 4))[0])
+
+    def nq_linear(self, *arguments):
+        self._linear("l", *arguments)
+
+    def nq_linear_int8(self, *arguments):
+        self._linear("i", *arguments)
+
+    def _linear(
+        self, function, x, x_type, tokens, d_in, v, s2, s2_type, rank, u, s1, s1_type, d_out,
         bias, bias_type, y, path, threads,
     ):  # fmt: skip
         size = tokens * d_out * BYTES[x_type]
         self._call(
-            "l", size,
+            function, size,
             (x, tokens * d_in * BYTES[x_type]), x_type, tokens, d_in,
             (v, rank * -(-d_in // 8)), (s2, d_in * BYTES[s2_type]), s2_type, rank,
             (u, d_out * -(-rank // 8)), (s1, d_out * BYTES[s1_type]), s1_type, d_out,

@@ -11,11 +11,11 @@ from nanoquant.benchmark.correctness import (
     dense_product,
     packed_product,
 )
-from nanoquant.benchmark.linears import DENSE, OPERATOR, PACKED, SHARED, Bench, Linear
+from nanoquant.benchmark.linears import DENSE, OPERATOR, PACKED, SHARED, Bench, Linear, kernel_of
 from nanoquant.benchmark.speed import time_chain, time_linear
 from nanoquant.benchmark.timing import CPUClock, Rotation, TooSlowError
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant_kernels import unpack_signs
+from nanoquant_kernels import compiled, cpu, unpack_signs
 from nanoquant_kernels.cpu_build import available_paths
 from nanoquant_kernels.layout import align_rows
 
@@ -227,6 +227,15 @@ def test_a_figure_names_the_kernel_that_served(bench):
     assert kernels == [None, fastest, None]
     rows = time_linear(bench, SMALL, 300, none_absent)
     assert rows[1]["kernel"] == "reference"
+
+
+def test_generated_code_is_named_where_it_serves(monkeypatch):
+    monkeypatch.setattr(cpu, "available_paths", tuple)
+    monkeypatch.setattr(compiled, "works", lambda: True)
+    served, refused = torch.ones(1, 96), torch.ones(compiled.MOST_TOKENS + 1, 96)
+    linear = Linear(24, 96, 64)
+    assert kernel_of(OPERATOR, served, linear) == "generated"
+    assert kernel_of(OPERATOR, refused, linear) == "reference"
 
 
 def test_memory_that_is_read_between_repeats_counts_for_a_chain(bench, monkeypatch):

@@ -1,5 +1,9 @@
 """8-bit activations: every instruction path gives what the plain PyTorch twin gives, exact in the integers."""
 
+import os
+import subprocess
+import sys
+
 import needs
 import pytest
 import torch
@@ -139,13 +143,40 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(*results)
 
 
+READ_NO_FURTHER = """
+import ctypes, mmap, torch
+from nanoquant_kernels import cpu_build, cpu_int8
+SIZE = mmap.PAGESIZE * 64
+
+def at_the_end(rows, width):
+    memory = mmap.mmap(-1, SIZE + mmap.PAGESIZE)
+    wall = ctypes.addressof(ctypes.c_char.from_buffer(memory, SIZE))
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(wall), mmap.PAGESIZE, 0) == 0
+    return torch.frombuffer(memory, dtype=torch.uint8)[SIZE - rows * width : SIZE].view(rows, width)
+
+for d_out, d_in, rank in ((3, 40, 3), (64, 40, 64), (32, 8, 96), (33, 700, 65), (96, 256, 256)):
+    u, v = at_the_end(d_out, -(-rank // 8)), at_the_end(rank, -(-d_in // 8))
+    s1, s2 = torch.ones(d_out), torch.ones(d_in)
+    for path in cpu_build.available_int8_paths():
+        cpu_int8.binary_low_rank_linear_int8(torch.ones(2, d_in), u, v, s1, s2, None, rank, path=path)
+"""
+
+
 @needs_compiler
-def test_signs_are_read_to_the_last_byte_of_the_matrix_and_no_further():
-    page = torch.zeros(3, 5, dtype=torch.uint8)  # views at the end of their storage
-    x, _, _, s1, s2, bias, _ = arguments(3, 40, 3, lead=(1,))
-    args = (x, torch.zeros(3, 1, dtype=torch.uint8), page, s1, s2, bias, 3)
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page as Linux does")
+def test_signs_are_read_to_the_end_of_their_memory_and_no_further():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", READ_NO_FURTHER], check=True, env=environment)
+
+
+def test_the_default_dtype_does_not_change_the_reference():
+    args = arguments(24, 40, 16)
     wanted = int8_reference.binary_low_rank_linear_int8(*args)
-    torch.testing.assert_close(binary_low_rank_linear_int8(*args), wanted)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(int8_reference.binary_low_rank_linear_int8(*args), wanted)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0), (2, 3, 4)], ids=str)

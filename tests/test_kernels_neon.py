@@ -2,11 +2,12 @@
 
 import pytest
 import test_kernels_cpu
+import test_kernels_int8
 import test_kernels_table
 import torch
 from emulator import Library, build, first_of
 
-from nanoquant_kernels import cpu, table_ops
+from nanoquant_kernels import cpu, cpu_int8, table_ops
 
 MACHINES = {
     "arm": ("aarch64", (), ("plain", "neon")),
@@ -16,6 +17,9 @@ MACHINES = {
 }
 """Architecture, options of the emulator, and the instruction paths that the loops find there."""
 PATHS = [(machine, path) for machine, (*_, paths) in MACHINES.items() for path in paths]
+
+INT8 = {m: ("plain", "avx2") if "2013" in m or "FMA" in m else ("plain",) for m in MACHINES}
+"""Paths of the loop over 8-bit activations, whose AVX2 needs no FMA."""
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +50,11 @@ def on(libraries, monkeypatch):
 
     def use(machine):
         library = libraries(machine)
-        for module in (cpu, table_ops):
+        for module in (cpu, table_ops, cpu_int8):
             monkeypatch.setattr(module, "library", lambda: library)
+        for module in (cpu, table_ops):
             monkeypatch.setattr(module, "available_paths", library.available_paths)
+        monkeypatch.setattr(cpu_int8, "available_int8_paths", library.available_int8_paths)
 
     return use
 
@@ -56,6 +62,7 @@ def on(libraries, monkeypatch):
 @pytest.mark.parametrize("machine", MACHINES)
 def test_a_machine_finds_the_paths_that_it_can_run(machine, libraries):
     assert libraries(machine).available_paths() == MACHINES[machine][2]
+    assert libraries(machine).available_int8_paths() == INT8[machine]
 
 
 @pytest.mark.parametrize("dtype", test_kernels_cpu.ROUNDING, ids=str)
@@ -64,6 +71,18 @@ def test_packed_signs_give_the_dense_product(machine, path, dtype, on):
     on(machine)
     for shape in test_kernels_cpu.SHAPES:
         test_kernels_cpu.test_every_path_gives_the_dense_product(shape, dtype, path)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_8_bit_activations_give_the_reference(machine, on):
+    on(machine)
+    for path in INT8[machine]:
+        for shape in test_kernels_int8.WIDE:
+            test_kernels_int8.test_every_path_gives_the_reference(shape, torch.bfloat16, path)
+            test_kernels_int8.test_sums_of_integers_are_exact(shape, path)
+        test_kernels_int8.test_the_largest_sums_do_not_overflow(path)
+        test_kernels_int8.test_what_is_not_finite_makes_its_own_token_nan(float("nan"), path)
+        test_kernels_int8.test_zeros_and_what_is_next_to_nothing_give_the_bias(path)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

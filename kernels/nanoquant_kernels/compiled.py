@@ -27,6 +27,8 @@ CHAINS = 2
 """Independent sums a row, so that additions need not wait for each other."""
 MOST_TOKENS = 4
 """Tokens up to which this is faster than unpacking the signs once and multiplying densely."""
+WARM_UP = (80, 96, 64)
+"""d_out, d_in and rank that code is generated with: no two sizes alike, or it would serve such shapes alone."""
 OPTIONS = {
     "cpp.enable_floating_point_contract_flag": "fast",  # a multiply and an add become one
     "realize_opcount_threshold": 10**4,  # the long sums stay in registers
@@ -35,28 +37,31 @@ OPTIONS = {
 }
 
 
-def serves(x: Tensor, v_signs: Tensor, u_signs: Tensor, rank: int) -> bool:
+def serves(x: Tensor, d_out: int, rank: int) -> bool:
     """Whether this path takes these arguments: few tokens, rows of whole words, and a torch.compile that works."""
-    d_in, d_out = x.shape[-1], u_signs.shape[0]
+    d_in = x.shape[-1]
     whole = not (d_in % BITS or rank % BITS or d_out % ROWS)
     many = min(d_in, rank, BITS // ROWS * d_out) >= 2 * BITS
     few = x.numel() <= MOST_TOKENS * d_in
-    return whole and many and few and x.dtype != torch.float64 and works(x.dtype)
+    return whole and many and few and x.dtype != torch.float64 and works()
 
 
 @functools.cache
-def works(dtype: torch.dtype) -> bool:
-    """Whether code for x of ``dtype`` can be generated here, tried once; why not is logged."""
+def works() -> bool:
+    """Whether code can be generated here, tried once; why not is logged."""
     if torch._dynamo.config.disable:
         return False
     logger.info("generating the CPU kernel with torch.compile, once, in about a minute")
-    d_in, rank, d_out = 3 * BITS, 2 * BITS, 3 * ROWS  # equal sizes would be taken for one
-    u, v = (torch.zeros(R, K // 8, dtype=torch.uint8) for R, K in ((d_out, rank), (rank, d_in)))
-    s2, s1 = (torch.ones(size, dtype=torch.bfloat16) for size in (d_in, d_out))
+    d_out, d_in, rank = WARM_UP
+    v, u = (
+        torch.zeros(*n, dtype=torch.uint8, device="cpu")
+        for n in ((rank, d_in // 8), (d_out, rank // 8))
+    )
+    s1, s2 = (torch.ones(n, device="cpu") for n in (d_out, d_in))
     try:
-        binary_low_rank_linear(torch.ones(1, d_in).to(dtype), u, v, s1, s2, None, rank)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+        binary_low_rank_linear(s2, u, v, s1, s2, None, rank)
+    except (RuntimeError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         logger.warning("packed layers run uncompiled on the CPU, which is slow: %s", reason)
         return False
     return True
@@ -72,11 +77,12 @@ def binary_low_rank_linear(
     rank: int,
 ) -> Tensor:
     """As :func:`nanoquant_kernels.reference.binary_low_rank_linear`, accumulated in float32; see :func:`serves`."""
-    u, v = as_words(u_signs, torch.int32), as_words(v_signs, torch.int32)
-    with torch.no_grad():
-        rows = [
-            generated()(row, u, v, s1, s2, plane_scales()) for row in x.reshape(-1, s2.shape[0])
-        ]
+    # the same kind of tensors in the same state every time, or torch.compile would compile anew
+    with torch.inference_mode(False), torch.no_grad():
+        u, v = (as_words(signs.detach().contiguous(), torch.int32) for signs in (u_signs, v_signs))
+        a, b = (scale.detach().float().contiguous() for scale in (s1, s2))
+        tokens = [row.float().clone() for row in x.detach().reshape(-1, s2.shape[0])]
+        rows = [generated()(token, u, v, a, b, plane_scales()) for token in tokens]
     y = torch.stack(rows) if rows else x.new_empty((0, s1.shape[0]), dtype=torch.float32)
     y = y if bias is None else y + bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], s1.shape[0])
@@ -89,9 +95,8 @@ def generated() -> Callable[..., Tensor]:
 
 
 def one_token(x: Tensor, u: Tensor, v: Tensor, s1: Tensor, s2: Tensor, scales: Tensor) -> Tensor:
-    """s1 * (U (V^T (s2 * x))) in float32, (d_out,): x (d_in,), words int32 u (d_out, P_r), v (r, P_in)."""
-    z = signed_sums(x.float() * s2.float(), v, scales)
-    return signed_sums(z, u, scales) * s1.float()
+    """s1 * (U (V^T (s2 * x))), (d_out,): float32 x (d_in,) and scales, words int32 u (d_out, P_r), v (r, P_in)."""
+    return signed_sums(signed_sums(x * s2, v, scales), u, scales) * s1
 
 
 def signed_sums(x: Tensor, words: Tensor, scales: Tensor) -> Tensor:
@@ -121,4 +126,5 @@ def _mask(j: int) -> int:
 @functools.cache
 def plane_scales() -> Tensor:
     """What makes a masked bit of plane j into -2 or 0, (32, 1)."""
-    return torch.tensor([-2.0 / _mask(j) for j in range(BITS)])[:, None]
+    factors = [-2.0 / _mask(j) for j in range(BITS)]
+    return torch.tensor(factors, dtype=torch.float32, device="cpu")[:, None]

@@ -37,7 +37,7 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     largest = x.new_zeros(*x.shape[:-1], GROUPS).scatter_reduce(-1, group, x.abs(), "amax")
     finite = largest.isfinite()
     usable = finite & (largest >= LEAST)
-    scale = torch.where(usable, largest / 127, torch.where(finite, 0.0, torch.nan))
+    scale = torch.where(usable, largest / 127, 0.0).masked_fill(~finite, torch.nan)
     inverse = torch.where(usable, 127 / largest, 0.0).gather(-1, group)
     q = torch.where(inverse == 0, 0.0, x * inverse).round()
     return q.to(torch.int8), scale

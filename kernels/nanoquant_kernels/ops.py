@@ -102,7 +102,7 @@ def _cpu(
     implementation = reference
     if cpu.serves(x, s1, s2, bias):
         implementation = cpu
-    elif not cpu.exists() and compiled.serves(x, v_signs, u_signs, rank):
+    elif not cpu.exists() and compiled.serves(x, s1.shape[0], rank):
         implementation = compiled
     return implementation.binary_low_rank_linear(x, u_signs, v_signs, s1, s2, bias, rank)
 

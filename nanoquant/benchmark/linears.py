@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import nanoquant_kernels
 from nanoquant.benchmark.timing import AbsentError, Clock, Rotation
 from nanoquant.budget import layer_bits
-from nanoquant_kernels import cpu, gpu, packed_width, reference
+from nanoquant_kernels import compiled, cpu, gpu, packed_width, reference
 from nanoquant_kernels.cpu_build import available_paths
 from nanoquant_kernels.layout import ALIGNMENT
 
@@ -111,12 +111,15 @@ class Bench:
 
 
 def kernel_of(name: str, x: Tensor, linear: Linear) -> str | None:
-    """What an implementation runs for this x: a path of the C++ loop, a Triton kernel, or the reference."""
+    """What runs for this x: a path of the C++ loop, a Triton kernel, "generated" code, or the reference."""
     if name != OPERATOR:
         return None
     if x.is_cuda:
         return gpu.plan(x.device, x.dtype, len(x), linear.d_out, linear.d_in, linear.rank).kernel
-    return available_paths()[-1] if cpu.serves(x) else "reference"
+    if cpu.serves(x):
+        return available_paths()[-1]
+    made = not cpu.exists() and compiled.serves(x, linear.d_out, linear.rank)
+    return "generated" if made else "reference"
 
 
 def function_of(name: str) -> Callable[..., Tensor]:
