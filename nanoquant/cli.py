@@ -1,4 +1,4 @@
-"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench``.
+"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench | report``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """
@@ -23,6 +23,7 @@ commands:
   generate MODEL --prompt TEXT      continue a text
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
   bench                             speed and memory of packed layers and models on this machine
+  report OUT                        one page of plots from what a run recorded
 
 "nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
 NANOQUANT_DEBUG=1 shows the traceback of an error.
@@ -119,6 +120,15 @@ def _bench(arguments: list[str]) -> None:
     bench_command(config)
 
 
+def _report(arguments: list[str]) -> None:
+    from nanoquant.parsers import parse_report
+
+    config = parse_report(arguments)
+    from nanoquant.report.command import report_command
+
+    report_command(config)
+
+
 def _other(name: str, what: str) -> Callable[[list[str]], None]:
     """The command whose function in commands.py has the flags as its arguments."""
 
@@ -140,4 +150,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "inspect", "Show sizes, ranks and recipe of a checkpoint without its weights."
     ),
     "bench": _bench,
+    "report": _report,
 }
