@@ -81,8 +81,13 @@ def test_readme_commands_parse():
         "generate",
         "inspect",
         "bench",
+        "report",
     ]
-    own = {"quantize": parsers.parse_quantize, "bench": parsers.parse_bench}
+    own = {
+        "quantize": parsers.parse_quantize,
+        "bench": parsers.parse_bench,
+        "report": parsers.parse_report,
+    }
     for command, arguments in lines:
         if command in own:
             own[command](shlex.split(arguments))

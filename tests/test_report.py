@@ -18,7 +18,7 @@ from PIL import Image
 from nanoquant.report import style
 from nanoquant.report.command import make_sections
 from nanoquant.report.config import ReportConfig
-from nanoquant.report.content import Plot, Table, short
+from nanoquant.report.content import Table, short
 from nanoquant.report.record import read_run
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
@@ -34,7 +34,7 @@ PLOTS = {
     "spectra",
     "phase_seconds",
     "block_seconds",
-    "memory",
+    "phase_memory",
 }
 HOSTILE = (
     "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$\\frac\x1b[31m\ud800&amp;{{ 7 * 7 }}"
@@ -50,6 +50,12 @@ def quiet(untouched_process):
 def undrawn(monkeypatch):
     """Plots are made, but not drawn: for tests of what the page says."""
     monkeypatch.setattr(style, "_png", lambda draw, theme, height: b"")
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Plots are drawn with few dots: for tests of whether they can be."""
+    monkeypatch.setattr(style, "DOTS", 30)
 
 
 @pytest.fixture(scope="session")
@@ -143,29 +149,20 @@ def test_links_lead_to_sections(whole):
     assert len(links) == 9 and set(links) <= ids
 
 
-def test_the_same_input_gives_the_same_bytes(whole, capsys, tmp_path):
+def test_the_same_input_gives_the_same_bytes_whatever_the_users_matplotlib_settings(
+    whole, capsys, tmp_path
+):
+    import matplotlib
+
     again = tmp_path / "again"
-    assert call(capsys, "report", whole.parent, "--output", again)[0] == 0
+    with matplotlib.rc_context({"figure.dpi": 30, "axes.facecolor": "red", "text.usetex": True}):
+        assert call(capsys, "report", whole.parent, "--output", again)[0] == 0
+    assert len(list(again.iterdir())) == len(PLOTS) + 1
     for file in again.iterdir():
         assert file.read_bytes() == (whole / file.name).read_bytes(), file.name
 
 
-def test_a_users_matplotlib_settings_change_nothing(whole):
-    import matplotlib
-
-    run = read_run(whole.parent)
-    with matplotlib.rc_context({"figure.dpi": 30, "axes.facecolor": "red", "text.usetex": True}):
-        plots = [
-            item
-            for section in make_sections(run, ReportConfig(folder=str(whole.parent), spectra=0))
-            for item in section.items
-            if isinstance(item, Plot)
-        ]
-    plot = next(plot for plot in plots if plot.name == "ranks")
-    assert plot.light == (whole / "ranks.png").read_bytes() and plot.dark != plot.light
-
-
-def test_a_run_that_was_killed_shows_what_there_is(tmp_path, capsys):
+def test_a_run_that_was_killed_shows_what_there_is(tmp_path, capsys, coarse):
     folder = tmp_path / "out.run"
     write_head(folder, status="running", seconds={"load": 1.0})
     write_rows(folder, rows()[:40])
@@ -217,7 +214,7 @@ def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert "has run.json or metrics.jsonl" in refused(capsys, "report", tmp_path)
 
 
-def test_numbers_that_are_not_finite_leave_gaps_in_plots(tmp_path, capsys):
+def test_numbers_that_are_not_finite_leave_gaps_in_plots(tmp_path, capsys, coarse):
     folder = write_run(tmp_path / "out.run")
     found = rows()
     for place, row in enumerate(found):
@@ -230,8 +227,8 @@ def test_numbers_that_are_not_finite_leave_gaps_in_plots(tmp_path, capsys):
     assert (folder / "report" / "layer_errors.png").is_file()
 
 
-@pytest.mark.parametrize("value", [0, -1, 1e-30])
-def test_unusual_numbers_can_be_drawn(tmp_path, capsys, value):
+@pytest.mark.parametrize("value", [0, -1])
+def test_unusual_numbers_can_be_drawn(tmp_path, capsys, coarse, value):
     folder = write_run(tmp_path / "out.run")
     keys = {"error", "loss", "rank", "memory_bytes", "flips", "seconds", "bits", "rate", "held_out"}
     write_rows(folder, [row | dict.fromkeys(row.keys() & keys, value) for row in rows()])
@@ -239,7 +236,7 @@ def test_unusual_numbers_can_be_drawn(tmp_path, capsys, value):
     page_of(folder, capsys)
 
 
-def test_hostile_names_are_text_and_nothing_else(tmp_path, capsys):
+def test_hostile_names_are_text_and_nothing_else(tmp_path, capsys, coarse):
     folder = write_run(tmp_path / "out.run", source=HOSTILE, output=HOSTILE)
     found = [row | {"phase": HOSTILE} if row["phase"] == "block" else row for row in rows(1)]
     for row in found:

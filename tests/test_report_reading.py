@@ -12,8 +12,9 @@ from nanoquant.report.measures import (
     latent_histograms,
     layer_errors,
     layer_ranks,
-    memory_curve,
+    measured,
     model_losses,
+    phase_memory,
     phase_order,
     phase_seconds,
 )
@@ -179,13 +180,21 @@ def test_histograms_whose_lists_do_not_fit_are_left_out(folder):
     assert found == {"a": {"model, step 3": Histogram([0.0, 1.0, 2.0], [5.0, 6.0])}}
 
 
-def test_memory_is_a_curve_for_each_phase_over_seconds(folder):
-    curves = memory_curve(read_run(folder))
-    assert list(curves) == ["calibrate", "block", "model"]
-    assert curves["block"].values == [6.0e8, 6.1e8, 6.2e8]
-    assert all(
-        a < b for a, b in zip(curves["block"].steps, curves["block"].steps[1:], strict=False)
-    )
+def test_memory_of_a_phase_is_that_of_run_json_else_the_most_of_its_rows(folder):
+    assert phase_memory(read_run(folder)) == {"calibrate": 5e8, "block": 6.2e8, "model": 9e8}
+    write_head(folder, memory_bytes={"load": 3, "save": None, "model": 5})
+    assert phase_memory(read_run(folder)) == {"load": 3.0, "model": 5.0}
+
+
+def test_figures_that_rows_tell_stand_in_for_those_of_the_end(folder):
+    write_head(folder, status="running")
+    told = [("dense", 20.0), ("quantized", 99.0), ("quantized", 98.0), ("other", 1.0)]
+    found = [{"phase": "evaluate", "model": who, "perplexity": value} for who, value in told]
+    write_rows(folder, found)
+    run = read_run(folder)
+    assert [measured(run, who, "perplexity") for who in ("dense", "quantized")] == [20.0, 98.0]
+    write_head(folder)
+    assert measured(read_run(folder), "dense", "perplexity") == 22.67
 
 
 def test_the_fixture_writes_json_without_nan(folder):

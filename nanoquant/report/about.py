@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from nanoquant.report.content import Section, Table, figure
-from nanoquant.report.measures import layer_grids, phase_order
+from nanoquant.report.measures import layer_grids, measured, phase_order
 from nanoquant.report.record import Run, number
 
 STATES = {
@@ -34,7 +35,7 @@ def page_head(run: Run) -> Head:
     """What stands above everything."""
     source = run.text("source") or "an unknown model"
     return Head(
-        run.output.name,
+        Path(run.text("output") or run.output).name or run.output.name,
         source,
         STATES[run.status],
         run.status,
@@ -58,8 +59,10 @@ def _explained(run: Run) -> str:
         why = run.text("error") or "run.json does not say why"
         return f"The run failed: {why}. What it recorded until then is here: {far}."
     if run.status == "running":
+        phase = run.text("phase")
+        where = f" in the phase {phase}" if phase else ""
         return (
-            f"run.json still says that the run is at work. If no process is, it was killed. So far: {far}. "
+            f"run.json still says that the run is at work{where}. If no process is, it was killed. So far: {far}. "
             "Figures that come at the end are missing."
         )
     return f"Nothing says how the run ended. Its metrics: {far}."
@@ -67,9 +70,9 @@ def _explained(run: Run) -> str:
 
 def _figures(run: Run) -> list[tuple[str, str]]:
     """The main figures of a finished run; "-" for those that are not known."""
-    dense, quantized = (run.number("figures", who, "perplexity") for who in ("dense", "quantized"))
-    sizes = ("figures", "quantized", "sizes")
-    before, after = (run.number("figures", who, "file_bytes") for who in ("dense", "quantized"))
+    models, sizes = ("dense", "quantized"), ("figures", "quantized", "sizes")
+    dense, quantized = (measured(run, who, "perplexity") for who in models)
+    before, after = (measured(run, who, "file_bytes") for who in models)
     excess = None
     if dense and quantized and dense > 0 and quantized > 0:
         excess = math.log(quantized) - math.log(dense)

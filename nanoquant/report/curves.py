@@ -69,7 +69,7 @@ def _model_losses(train: Curve, held: Curve, rates: Curve) -> Plot:
         top.legend()
         if rates.values:
             bottom.plot(rates.steps, rates.values, color=theme.lines[2])
-            bottom.set_ylabel("rate")
+            bottom.set_ylabel("learning rate")
         bottom.set_xlabel("optimizer step")
         whole_ticks(bottom.xaxis)
 

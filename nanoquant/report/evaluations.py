@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.checkpoint_files import read_json
+from nanoquant.report.measures import measured
 from nanoquant.report.record import HEAD_FILE, Run, number
 
 RECORD_KEYS = {"format", "model", "method", "results"}
@@ -41,7 +42,7 @@ def own_points(run: Run) -> list[Point]:
         ("dense", "dense", run.text("source")),
         ("quantized", "nanoquant", run.text("output")),
     ):
-        size, value = (run.number("figures", who, key) for key in ("file_bytes", "perplexity"))
+        size, value = (measured(run, who, key) for key in ("file_bytes", "perplexity"))
         if size is not None and value is not None:
             points.append(Point(protocol, method, model or who, size, value))
     return points

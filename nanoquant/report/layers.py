@@ -36,8 +36,11 @@ def error_section(run: Run) -> Section:
         )
         return section
     section.items += [_error_maps(grids), _error_curves(grids), _error_table(grids)]
+    why = "its settings leave that phase out"
+    if run.status != "finished":
+        why = f"it did not get there, or {why}"
     section.missing += [
-        f"No errors {AFTER[phase]}: the run did not get there, leaves that phase out, or does not measure errors in it."
+        f"No errors {AFTER[phase]}: the run recorded none; {why}."
         for phase in AFTER
         if phase not in grids
     ]
@@ -82,18 +85,32 @@ def _error_maps(grids: dict[str, Grid]) -> Plot:
 
 def _error_curves(grids: dict[str, Grid]) -> Plot:
     """Mean error over blocks, a curve a phase, and the worst layer of each block."""
+    ends = [block for grid in grids.values() for block in grid.blocks]
+    first, last = min(ends), max(ends)
+
+    base = next(iter(grids.values()))
+    changed = {phase: _change(base, grid) for phase, grid in list(grids.items())[1:]}
 
     def draw(canvas: Figure, theme: Theme) -> None:
-        axes = canvas.subplots()
-        for (phase, grid), marker in zip(grids.items(), MARKERS * len(grids), strict=False):
-            blocks = grid.blocks
-            per_block = [grid.of_block(block) for block in blocks]
+        ratios = {"height_ratios": [2, 1][: 1 + bool(changed)]}
+        panels = canvas.subplots(
+            1 + bool(changed), 1, squeeze=False, sharex=True, gridspec_kw=ratios
+        )[:, 0]
+        for place, (phase, grid) in enumerate(grids.items()):
+            color = theme.lines[place % len(theme.lines)]
+            style = {"color": color, "marker": MARKERS[place % len(MARKERS)], "markersize": 4}
+            per_block = [grid.of_block(block) for block in grid.blocks]
             means = [statistics.fmean(values) for values in per_block]
-            (line,) = axes.plot(blocks, means, marker=marker, markersize=4, label=_name(phase))
             worst = [max(values) for values in per_block]
-            axes.plot(blocks, worst, linestyle=":", linewidth=1.2, color=line.get_color())
-        axes.set(xlabel="decoder block", ylabel="relative squared error", ylim=(0, None))
-        whole_ticks(axes.xaxis)
+            panels[0].plot(grid.blocks, means, label=_name(phase), **style)
+            panels[0].plot(grid.blocks, worst, linestyle=":", linewidth=1.2, color=color)
+            if phase in changed:
+                panels[1].plot(list(changed[phase]), list(changed[phase].values()), **style)
+                panels[1].axhline(0, color=theme.ink, linewidth=0.8)
+                panels[1].set_ylabel("change")
+        panels[0].set(ylabel="relative squared error", ylim=(0, None))
+        panels[-1].set(xlabel="decoder block", xlim=(first - 0.5, last + 0.5))
+        whole_ticks(panels[-1].xaxis)
         canvas.legend(loc="outside upper left", ncols=len(grids))
 
     said = ", ".join(
@@ -101,13 +118,28 @@ def _error_curves(grids: dict[str, Grid]) -> Plot:
         for phase, grid in grids.items()
     )
     caption = (
-        "Mean error of the layers of each block (solid), and that of its worst layer (dotted). "
-        f"A later phase should lie below an earlier one where it minimizes this error; a phase that trains "
+        "Mean error of the layers of each block (solid), and that of its worst layer (dotted); below, the change "
+        "of the mean since the first of these phases. A later phase should lie below an earlier one where it "
+        "minimizes this error; a phase that trains "
         f"against outputs may raise it and still improve the model. Mean over all layers: {said}."
     )
     return plot(
-        "block_errors", 3.4, draw, caption, f"Mean error over blocks, a line a phase: {said}."
+        "block_errors",
+        4.4 if changed else 3.2,
+        draw,
+        caption,
+        f"Mean error over blocks, a line a phase: {said}.",
     )
+
+
+def _change(base: Grid, grid: Grid) -> dict[int, float]:
+    """Mean change of each block's layers from one phase to another, over layers that both know."""
+    found = {}
+    for block in grid.blocks:
+        cells = [cell for cell in grid.values if cell[0] == block and cell in base.values]
+        if cells:
+            found[block] = statistics.fmean(grid.values[c] - base.values[c] for c in cells)
+    return found
 
 
 def _error_table(grids: dict[str, Grid]) -> Table:

@@ -172,15 +172,6 @@ def _numbers(values: Any) -> list[float]:  # noqa: ANN401
     return [float(value) for value in values]
 
 
-def memory_curve(run: Run) -> dict[str, Curve]:
-    """Bytes over seconds since the start, a curve for each phase."""
-    found: dict[str, Curve] = {}
-    for row in run.having("memory_bytes"):
-        if number(row.get("t")) is not None:
-            found.setdefault(row["phase"], Curve()).add(float(row["t"]), float(row["memory_bytes"]))
-    return {phase: found[phase] for phase in phase_order(found)}
-
-
 def block_seconds(run: Run) -> dict[int, float]:
     """Seconds that each block took."""
     rows = run.having("seconds", "block")
@@ -189,9 +180,29 @@ def block_seconds(run: Run) -> dict[int, float]:
 
 def phase_seconds(run: Run) -> dict[str, float]:
     """Seconds of each phase as run.json lists them, in its order."""
-    for path in (("seconds",), ("figures", "seconds")):
-        seconds = run.get(*path)
-        items = seconds.items() if isinstance(seconds, dict) else ()
-        if found := {str(name): float(s) for name, s in items if number(s) is not None}:
-            return found
-    return {}
+    return _named_numbers(run.get("seconds")) or _named_numbers(run.get("figures", "seconds"))
+
+
+def phase_memory(run: Run) -> dict[str, float]:
+    """Most bytes in each phase as run.json lists them, else as the rows tell."""
+    found = _named_numbers(run.get("memory_bytes"))
+    if found:
+        return found
+    rows = list(run.having("memory_bytes"))
+    return {
+        phase: max(float(row["memory_bytes"]) for row in rows if row["phase"] == phase)
+        for phase in phase_order(row["phase"] for row in rows)
+    }
+
+
+def _named_numbers(values: Any) -> dict[str, float]:  # noqa: ANN401
+    """The finite numbers of an object; empty where it is none."""
+    items = values.items() if isinstance(values, dict) else ()
+    return {str(name): float(value) for name, value in items if number(value) is not None}
+
+
+def measured(run: Run, who: str, key: str) -> float | None:
+    """A figure of the "dense" or "quantized" model: the final one, else the last that a row tells."""
+    found = run.number("figures", who, key)
+    rows = [row for row in run.having(key, "evaluate") if row.get("model") == who]
+    return float(rows[-1][key]) if found is None and rows else found
