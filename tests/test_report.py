@@ -19,6 +19,7 @@ from nanoquant.report import style
 from nanoquant.report.command import make_sections
 from nanoquant.report.config import ReportConfig
 from nanoquant.report.content import Table, short
+from nanoquant.report.evaluations import record_points
 from nanoquant.report.record import read_run
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
@@ -289,6 +290,25 @@ def test_records_beside_the_run_and_given_ones_are_points(tmp_path, undrawn):
         table(records=[str(folder / "run.json")])
     with pytest.raises(ValueError, match="can't be read as JSON"):
         table(records=[str(tmp_path / "absent.json")])
+
+
+def test_perplexities_share_a_panel_only_where_their_tokens_are_the_same(tmp_path, undrawn):
+    folder = write_run(tmp_path / "out.run")
+    for file, digest, value in (("a", "x", 30.0), ("b", "x", 31.0), ("c", "y", 32.0)):
+        settings = {"windows": 4, "length": 512, "data": file, "tokens_sha256": digest}
+        record = {"format": 1, "method": "nanoquant", "model": "out", "file_bytes": None}
+        record |= {"bits": {"bytes_on_disk": 1000}, "dense_model": "dense"}
+        record |= {"protocols": {"text": settings}, "results": {"text": {"perplexity": value}}}
+        record["dense"] = {"text": {"perplexity": 20.0}} if file == "a" else None
+        (tmp_path / f"{file}.json").write_text(json.dumps(record))
+    points, problems = record_points(read_run(folder), [])
+    first, second = "text, 4 windows of 512 tokens", "text, 4 windows of 512 tokens, settings 2"
+    assert problems == [] and [(p.protocol, p.method, p.bytes, p.perplexity) for p in points] == [
+        (first, "nanoquant", 1000.0, 30.0),
+        (first, "dense", 269_060_552.0, 20.0),
+        (first, "nanoquant", 1000.0, 31.0),
+        (second, "nanoquant", 1000.0, 32.0),
+    ]
 
 
 def test_without_matplotlib_the_message_says_how_to_install_it(tmp_path, capsys, monkeypatch):

@@ -47,7 +47,7 @@ def test_where_no_run_is_the_message_says_what_to_give(tmp_path, name):
 def test_a_whole_run_has_no_problems(folder):
     run = read_run(folder)
     assert (run.problems, run.status, len(run.rows)) == ([], "finished", len(rows()))
-    assert run.output == folder.parent / "out"
+    assert run.name == "out"
 
 
 def test_a_last_line_that_is_cut_in_half_is_left_out_and_said(folder):

@@ -45,7 +45,7 @@ def test_layers_are_of_first_middle_and_last_block_and_of_the_worst_and_best_kin
     assert len(chosen_layers(run, 100)) == 9
 
 
-@pytest.mark.parametrize("source", ["nowhere", "owner/name", "/nowhere/at/all"])
+@pytest.mark.parametrize("source", ["nowhere", "owner/name", "/nowhere/at/all", "a" * 150])
 def test_a_source_that_is_not_here_is_named_and_not_fetched(run, source, monkeypatch):
     def refuse(name, local_files_only):
         assert local_files_only
@@ -54,6 +54,13 @@ def test_a_source_that_is_not_here_is_named_and_not_fetched(run, source, monkeyp
     monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
     write_head(run.folder, source=source)
     with pytest.raises(ValueError, match=f"{source}' is not on this machine; run nanoquant report"):
+        source_folder(read_run(run.folder))
+
+
+@pytest.mark.parametrize("source", ["a" * 5000, "a\0b", "b/" * 3000])
+def test_a_source_that_no_system_takes_as_a_name_is_refused_all_the_same(run, source):
+    write_head(run.folder, source=source)
+    with pytest.raises(ValueError, match="is not on this machine"):
         source_folder(read_run(run.folder))
 
 
@@ -72,9 +79,10 @@ def test_another_model_in_the_place_of_the_source_is_refused(run):
 
 
 def test_a_run_without_a_source_or_layers_has_no_spectra(run):
-    write_head(run.folder, source=None)
-    with pytest.raises(ValueError, match="does not name the dense model"):
-        layer_spectra(read_run(run.folder), 3)
+    for source in (None, "", 3):
+        write_head(run.folder, source=source)
+        with pytest.raises(ValueError, match="does not name the dense model"):
+            layer_spectra(read_run(run.folder), 3)
     (run.folder / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="names no layers"):
         chosen_layers(read_run(run.folder), 3)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nanoquant.report.content import Section, Table, figure
@@ -35,7 +34,7 @@ def page_head(run: Run) -> Head:
     """What stands above everything."""
     source = run.text("source") or "an unknown model"
     return Head(
-        Path(run.text("output") or run.output).name or run.output.name,
+        run.name or run.folder.name,
         source,
         STATES[run.status],
         run.status,

@@ -41,9 +41,9 @@ class Run:
     """What could not be read and why, each a sentence."""
 
     @property
-    def output(self) -> Path:
-        """Where the checkpoint is, or would be."""
-        return self.folder.with_name(self.folder.name.removesuffix(SUFFIX))
+    def name(self) -> str:
+        """Of the checkpoint that the run made or was going to make."""
+        return Path(self.text("output") or self.folder.name.removesuffix(SUFFIX)).name
 
     @property
     def status(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import statistics
 from dataclasses import dataclass
@@ -105,10 +106,10 @@ def source_folder(run: Run) -> Path:
         ValueError: it is not on this machine.
     """
     source = run.text("source")
-    if source is None:
+    if not source:
         raise ValueError("run.json does not name the dense model")
     for path in (Path(source), run.folder.parent / source):
-        if path.is_dir():
+        if os.path.isdir(path):  # False as well for names that no system takes
             return path
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         from huggingface_hub import snapshot_download
@@ -118,7 +119,7 @@ def source_folder(run: Run) -> Path:
         except (OSError, ValueError):
             pass
     raise ValueError(
-        f"the dense model {source!r} is not on this machine; run nanoquant report where it is"
+        f"the dense model {short(source, 200)!r} is not on this machine; run nanoquant report where it is"
     )
 
 
