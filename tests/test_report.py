@@ -16,27 +16,14 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from nanoquant.report import style
-from nanoquant.report.command import make_sections
+from nanoquant.report.command import PLOTS, make_sections
 from nanoquant.report.config import ReportConfig
 from nanoquant.report.content import Table, short
-from nanoquant.report.evaluations import record_points
+from nanoquant.report.evaluations import Point, record_points
+from nanoquant.report.quality import front
 from nanoquant.report.record import read_run
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
-PLOTS = {
-    "perplexity",
-    "layer_errors",
-    "block_errors",
-    "ranks",
-    "model_loss",
-    "block_loss",
-    "sign_flips",
-    "latents",
-    "spectra",
-    "phase_seconds",
-    "block_seconds",
-    "phase_memory",
-}
 HOSTILE = (
     "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>$\\frac\x1b[31m\ud800&amp;{{ 7 * 7 }}"
 )
@@ -110,7 +97,7 @@ def test_every_plot_is_in_the_page_in_two_themes_and_beside_it_as_png(whole):
     images = [a for tag, a in page.tags if tag == "img"]
     dark = [a for tag, a in page.tags if tag == "source"]
     files = {file.stem for file in whole.glob("*.png")}
-    assert files == PLOTS and len(images) == len(dark) == len(PLOTS)
+    assert files == set(PLOTS) and len(images) == len(dark) == len(PLOTS)
     assert all(len(a["alt"]) > 20 for a in images)
     for name in files:
         assert Image.open(whole / f"{name}.png").size[0] == int(style.WIDTH * style.DOTS)
@@ -211,6 +198,16 @@ def test_the_command_tells_what_is_missing_and_where_the_page_is(tmp_path, capsy
     assert "nanoquant: No spectra: --spectra 0 leaves them out." in err
 
 
+def test_a_png_of_an_earlier_report_does_not_outlive_its_figures(tmp_path, capsys, undrawn):
+    folder = write_run(tmp_path / "out.run")
+    assert call(capsys, "report", folder)[0] == 0
+    (folder / "report" / "other.png").touch()
+    write_rows(folder, [])
+    assert call(capsys, "report", folder)[0] == 0
+    found = {file.stem for file in (folder / "report").glob("*.png")}
+    assert found == {"other", "perplexity", "phase_seconds"}
+
+
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     assert "has run.json or metrics.jsonl" in refused(capsys, "report", tmp_path)
 
@@ -309,6 +306,12 @@ def test_perplexities_share_a_panel_only_where_their_tokens_are_the_same(tmp_pat
         (first, "nanoquant", 1000.0, 31.0),
         (second, "nanoquant", 1000.0, 32.0),
     ]
+
+
+def test_the_front_is_what_nothing_smaller_beats():
+    sizes = [(3, 20.0), (1, 90.0), (2, 95.0), (2, 40.0), (4, 20.0), (1, 99.0)]
+    points = [Point("p", "m", "n", *size) for size in sizes]
+    assert [(p.bytes, p.perplexity) for p in front(points)] == [(1, 90.0), (2, 40.0), (3, 20.0)]
 
 
 def test_without_matplotlib_the_message_says_how_to_install_it(tmp_path, capsys, monkeypatch):

@@ -23,6 +23,12 @@ PAGE = "report.html"
 FOLDER = "report"
 """Within the folder of the run, where --output does not say otherwise."""
 
+PLOTS = (
+    "perplexity layer_errors block_errors ranks model_loss block_loss sign_flips latents spectra "
+    "phase_seconds phase_memory block_seconds"
+).split()
+"""Names of all plots; a PNG of an earlier report that has no figures any more is removed."""
+
 
 def report_command(config: ReportConfig) -> Path:
     """Write the page and its PNGs, and say where they are and what they lack.
@@ -43,6 +49,8 @@ def report_command(config: ReportConfig) -> Path:
         sections = make_sections(run, config)
     output.mkdir(parents=True, exist_ok=True)
     plots = [item for section in sections for item in section.items if isinstance(item, Plot)]
+    for name in PLOTS:
+        (output / f"{name}.png").unlink(missing_ok=True)
     for plot in plots:
         (output / f"{plot.name}.png").write_bytes(plot.light)
     page = output / PAGE

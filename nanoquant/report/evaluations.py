@@ -81,7 +81,7 @@ def record_points(run: Run, given: list[str]) -> tuple[list[Point], list[str]]:
 
 def _found_beside(run: Run) -> dict[Path, dict[str, Any]]:
     """Records in the run's folder and beside it whose model is that of the run, dense or quantized."""
-    models = {_same(run, model) for model in (run.text("source"), run.text("output"))}
+    models = {_same(run, m) for m in (run.text("source"), run.text("output")) if m}
     return {
         file.absolute(): record
         for folder in (run.folder, run.folder.parent)
