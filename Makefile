@@ -27,5 +27,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,demo]'
+	$(PIP) --editable '.[dev,demo,plots]'
 	@touch $@

@@ -1,4 +1,4 @@
-"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench | advise``.
+"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench | advise | report``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """
@@ -25,6 +25,7 @@ commands:
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
   bench                             speed and memory of packed layers and models on this machine
   advise MODEL --memory 8GB         what to use for a memory and a task, before anything is computed
+  report OUT                        one page of plots from what a run recorded
 
 "nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
 NANOQUANT_DEBUG=1 shows the traceback of an error.
@@ -121,6 +122,15 @@ def _bench(arguments: list[str]) -> None:
     bench_command(config)
 
 
+def _report(arguments: list[str]) -> None:
+    from nanoquant.parsers import parse_report
+
+    config = parse_report(arguments)
+    from nanoquant.report.command import report_command
+
+    report_command(config)
+
+
 def _other(name: str, what: str, module: str = "nanoquant.commands") -> Callable[[list[str]], None]:
     """The command whose function in a module has the flags as its arguments."""
 
@@ -146,4 +156,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "Say what to use for a memory and a task; MODEL may also be a published name, as llama-2-7b.",
         "nanoquant.advice.command",
     ),
+    "report": _report,
 }

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from nanoquant.benchmark.config import BenchConfig
 from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
 from nanoquant.job import JobConfig
+from nanoquant.report.config import ReportConfig
 
 SHORT = {"--bits": "--budget.bits"}
 """Flags that stand for others; written out before parsing, so that the order of flags decides."""
@@ -90,6 +91,18 @@ def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
     parser = quantize_parser(preset)
     built = parser.instantiate_classes(parse(parser, arguments))
     return _pick(JobConfig, built), _pick(NanoQuantConfig, built)
+
+
+def parse_report(arguments: list[str]) -> ReportConfig:
+    """Settings of ``report``.
+
+    Raises:
+        ValueError: the folder is missing, or a flag is unknown or out of its range.
+    """
+    parser = _empty("report", "OUT [flags]", "Draw what a run recorded as one HTML page and PNGs.")
+    parser.add_argument("folder", metavar="OUT", help="Checkpoint of a run, or its OUT.run folder.")
+    parser.add_class_arguments(ReportConfig, None, skip={"folder"})
+    return _pick(ReportConfig, parse(parser, arguments))
 
 
 def bench_parser() -> ArgumentParser:

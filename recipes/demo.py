@@ -2,6 +2,7 @@
 
 python recipes/demo.py                                 about 20 minutes on 2 cores
 python recipes/demo.py --preset balanced --bits 0.8    any flag of "nanoquant quantize" works
+nanoquant report runs/demo-fast-1.0-bit --output tutorials/demo    page and PNGs of what the first of them recorded
 """
 
 import argparse

@@ -83,8 +83,13 @@ def test_readme_commands_parse():
         "inspect",
         "bench",
         "advise",
+        "report",
     ]
-    own = {"quantize": parsers.parse_quantize, "bench": parsers.parse_bench}
+    own = {
+        "quantize": parsers.parse_quantize,
+        "bench": parsers.parse_bench,
+        "report": parsers.parse_report,
+    }
     for command, arguments in lines:
         if command in own:
             own[command](shlex.split(arguments))
