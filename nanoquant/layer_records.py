@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.architectures import Decoder, as_linear
-from nanoquant.binary import relative_error
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.records import POINTS, Recorder
 
-SAMPLED_SIGNS = 16384
-"""Signs of each latent matrix that are followed: a share of 2% is known to 0.1%."""
+SAMPLED_SIGNS = 4096
+"""Signs of each latent matrix that are followed; over 200 layers a share of 2% is known to 0.01%."""
 LATENT_RANGE, LATENT_BINS = 4.0, 64
 """Histograms span this many mean magnitudes to both sides, in this many bins; what lies outside is in the end bins."""
 FOLLOWED_LAYERS = 4
@@ -32,7 +31,10 @@ def weight_error(weight: Tensor, approximation: Tensor, importance: Importance) 
     """Importance-weighted relative squared error sum o i (W - A)^2 / sum o i W^2 of one layer."""
     W = weight.detach().float()
     i, o = (moment.to(W) for moment in (importance.input, importance.output))
-    return float(relative_error(W, approximation.to(W), o.unsqueeze(-1) * i))
+    error = o @ (
+        (W - approximation.to(W)).square_() @ i
+    )  # no matrix of weights: this runs for every layer
+    return float(error / (o @ (W.square() @ i)))
 
 
 def layer_error(layer: BinaryLowRankLinear, weight: Tensor, importance: Importance) -> float:

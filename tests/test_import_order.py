@@ -76,6 +76,11 @@ ORDER = (
     "benchmark.command",
     "commands",
     "parsers",
+    "ablation.__init__",
+    "ablation.plan",
+    "ablation.cells",
+    "ablation.table",
+    "ablation.plots",
     "cli",
     "__main__",
 )
