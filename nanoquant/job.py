@@ -32,9 +32,6 @@ from nanoquant.evaluate import check_length, perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
-from nanoquant.runs.folder import RunFolder, run_folder
-from nanoquant.runs.loggers import check_logger, make_sinks
-from nanoquant.runs.tracker import RunTracker, TrackedProgress
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -45,6 +42,9 @@ from nanoquant.sources import (
     weight_bytes,
 )
 from nanoquant.text import split_text
+from nanoquant.tracking.folder import RunFolder, run_folder
+from nanoquant.tracking.loggers import check_logger, make_sinks
+from nanoquant.tracking.tracker import RunTracker, TrackedProgress
 
 
 @dataclass(frozen=True, kw_only=True)

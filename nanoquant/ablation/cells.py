@@ -20,8 +20,8 @@ from nanoquant.evaluate import perplexity
 from nanoquant.figures import versions
 from nanoquant.job import evaluation_windows, free_memory
 from nanoquant.quantize import quantize
-from nanoquant.runs.layout import Layout
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer
+from nanoquant.tracking.layout import Layout
 
 logger = logging.getLogger(__name__)
 

@@ -5,10 +5,10 @@ import importlib.util
 
 import pytest
 
-from nanoquant.runs import loggers
-from nanoquant.runs.folder import RunFolder, read_run
-from nanoquant.runs.loggers import check_logger, make_sinks
-from nanoquant.runs.tracker import RunTracker, TrackedProgress
+from nanoquant.tracking import loggers
+from nanoquant.tracking.folder import RunFolder, read_run
+from nanoquant.tracking.loggers import check_logger, make_sinks
+from nanoquant.tracking.tracker import RunTracker, TrackedProgress
 
 
 class Broken:

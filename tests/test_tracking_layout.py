@@ -2,7 +2,7 @@
 
 import pytest
 
-from nanoquant.runs.layout import LAYER_COLUMNS, Layout
+from nanoquant.tracking.layout import LAYER_COLUMNS, Layout
 
 
 def points(layout, **record):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nanoquant.runs.folder import RunFolder, read_run, run_folder
+from nanoquant.tracking.folder import RunFolder, read_run, run_folder
 
 
 def lines(folder):
@@ -64,7 +64,7 @@ def test_a_file_in_the_way_is_said_once(tmp_path, caplog):
 def test_a_full_disk_is_said_once(tmp_path, caplog, monkeypatch):
     folder = RunFolder(tmp_path / "out.run", {"status": "running"})
     folder.stream = Path("/dev/full").open("w")
-    monkeypatch.setattr("nanoquant.runs.folder.SECONDS_BETWEEN_FLUSHES", -1.0)
+    monkeypatch.setattr("nanoquant.tracking.folder.SECONDS_BETWEEN_FLUSHES", -1.0)
     with caplog.at_level(logging.WARNING):
         for step in range(20):
             folder.append({"step": step})

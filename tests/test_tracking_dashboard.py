@@ -7,10 +7,10 @@ import time
 import pytest
 from wandb_files import read_back
 
-from nanoquant.runs import dashboard
-from nanoquant.runs.dashboard import WandbSink, answers, has_key
-from nanoquant.runs.folder import RunFolder
-from nanoquant.runs.tracker import RunTracker
+from nanoquant.tracking import dashboard
+from nanoquant.tracking.dashboard import WandbSink, answers, has_key
+from nanoquant.tracking.folder import RunFolder
+from nanoquant.tracking.tracker import RunTracker
 
 wandb = pytest.importorskip("wandb")
 ABOUT = {"source": "models/dense", "output": "runs/small", "job": {"sample": "the"}}
