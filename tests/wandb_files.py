@@ -30,6 +30,9 @@ def records(file):
 
 def read_back(folder):
     """Series, axes by metric, summary, artifacts and run id of the only run below ``folder``."""
+    import wandb
+
+    wandb.teardown()  # its service writes the last records after the end of a run was answered
     (file,) = folder.glob("wandb/*run-*/*.wandb")
     found = {"series": defaultdict(list), "axes": {}, "summary": {}, "artifacts": [], "id": None}
     for record in records(file):
