@@ -19,7 +19,9 @@ from nanoquant.architectures import as_linear
 from nanoquant.binary import BinaryFactors, relative_error
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
 from nanoquant.importance import Importance
+from nanoquant.layer_records import BlockWatch
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.records import UNRECORDED, Recorder
 from nanoquant.training import FitResult, OptimizerConfig
 
 Groups = tuple[tuple[str, ...], ...]
@@ -134,6 +136,7 @@ class BlockReconstructor(nn.Module):
         precision: str = "32-true",
         freeze: bool = True,
         loggers: list[Any] | None = None,
+        recorder: Recorder = UNRECORDED,
     ) -> BlockReport:
         """Quantize ``block`` in place.
 
@@ -147,6 +150,7 @@ class BlockReconstructor(nn.Module):
             precision: Lightning precision of the tuning loops.
             freeze: fix the signs; False keeps the latents, which training signs later starts from.
             loggers: Lightning loggers.
+            recorder: takes losses, and errors of the linears after each phase.
 
         Raises:
             ValueError: a linear has no importance or rank, or the config tunes and ``data`` is absent.
@@ -164,19 +168,24 @@ class BlockReconstructor(nn.Module):
             )
         dtypes = {name: tensor.dtype for name, tensor in _others(block, names)}
         self._prepare(block, names)
-        report = BlockReport()
-        tuner = None
+        report, watch, tuner = BlockReport(), BlockWatch(recorder, importances), None
         if self.config.tunes:
+            watch.keep(block, names)
             weight = importances[names[-1]].output
             tuner = BlockTuner(
                 block, data, weight, self.config.optimizer, self.seed, name, precision, loggers
             )
         for round_names in SCHEDULES[self.config.schedule](groups):
             if self.config.dense_epochs:
-                self.tune_dense(tuner, names, round_names, report)
-            report.weight_error |= self.initialize(block, round_names, importances, ranks)
+                result = self.tune_dense(tuner, names, round_names, report)
+                watch.losses("tune dense", result.losses)
+                watch.tuned(block, round_names)
+            errors = self.initialize(block, round_names, importances, ranks)
+            watch.initialized(block, errors)
+            report.weight_error |= errors
             if self.config.refine_epochs:
-                self.refine(tuner, round_names, report)
+                watch.losses("refine", self.refine(tuner, round_names, report).losses)
+                watch.refined(block, round_names)
             if freeze:
                 for linear in round_names:
                     block.get_submodule(linear).freeze()
@@ -192,7 +201,7 @@ class BlockReconstructor(nn.Module):
 
     def tune_dense(
         self, tuner: BlockTuner, names: list[str], coming: tuple[str, ...], report: BlockReport
-    ) -> None:
+    ) -> FitResult:
         """Error propagation mitigation: tune all still dense weights before those of ``coming`` go (step 1)."""
         modules = [tuner.block.get_submodule(linear) for linear in names]
         weights = [module.weight for module in modules if isinstance(module, nn.Linear)]
@@ -200,8 +209,9 @@ class BlockReconstructor(nn.Module):
         phase = f"tune dense before {', '.join(coming)}"
         result = tuner.fit(phase, groups, self.config.dense_epochs, self.config.dense_batch)
         report.add("tune dense", result, self.config.dense_epochs)
+        return result
 
-    def refine(self, tuner: BlockTuner, names: tuple[str, ...], report: BlockReport) -> None:
+    def refine(self, tuner: BlockTuner, names: tuple[str, ...], report: BlockReport) -> FitResult:
         """Factor refinement: latents and scales of the round just initialized (step 3, Eq. 10)."""
         layers = [tuner.block.get_submodule(linear) for linear in names]
         latents = [latent for layer in layers for latent in (layer.U, layer.V)]
@@ -211,6 +221,7 @@ class BlockReconstructor(nn.Module):
         phase = f"refine {', '.join(names)}"
         result = tuner.fit(phase, groups, self.config.refine_epochs, self.config.refine_batch)
         report.add("refine", result, self.config.refine_epochs)
+        return result
 
     def initialize(
         self,

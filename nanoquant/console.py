@@ -34,6 +34,7 @@ QUIET_ENVIRONMENT = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "WANDB_SILENT": "true",
+    "WANDB_ERROR_REPORTING": "false",
 }
 
 
@@ -184,14 +185,14 @@ def write_json(file: str | None, figures: dict[str, Any]) -> None:
     if file is None:
         return
     partial = Path(f"{file}.partial")
-    partial.write_text(json.dumps(_plain(figures), indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(finite(figures), indent=2) + "\n", encoding="utf-8")
     partial.replace(file)
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def finite(value: Any) -> Any:  # noqa: ANN401
     """The value with string keys and without NaN or infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

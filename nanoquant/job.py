@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.architectures import find_decoder
 from nanoquant.checkpoint import read_sizes, save_pretrained
-from nanoquant.checkpoint_files import check_can_be_made, check_output_folder
+from nanoquant.checkpoint_files import check_output_folder
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs, write_json
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
@@ -41,8 +42,9 @@ from nanoquant.sources import (
     weight_bytes,
 )
 from nanoquant.text import split_text
-
-LOGGERS = ("none", "csv", "wandb")
+from nanoquant.tracking.folder import RunFolder, run_folder
+from nanoquant.tracking.loggers import check_logger, make_sinks
+from nanoquant.tracking.tracker import RunTracker, TrackedProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,16 +69,13 @@ class JobConfig:
     """Most new tokens of a sample."""
     json: str | None = None
     """File for every printed figure."""
-    logger: str = "none"
-    """Where Lightning logs the losses: none, csv or wandb (offline without a key)."""
-    log_dir: str = "logs"
-    """Folder of the logs."""
+    logger: str = "csv"
+    """Where metrics go besides OUT.run/metrics.jsonl: csv, or also tensorboard or wandb (offline without a key)."""
     verbose: bool = False
     """Show what each block and each held-out measurement gave."""
 
     def __post_init__(self) -> None:
-        if self.logger not in LOGGERS:
-            raise ValueError(f"logger must be one of {', '.join(LOGGERS)}, got {self.logger!r}")
+        check_logger(self.logger)
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
         if self.json is not None and Path(self.json).absolute() == Path(self.output).absolute():
@@ -105,8 +104,6 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     show_logs(job.verbose)
     check_output_folder(job.output)
     check_json_path(job.json)
-    if job.logger != "none":
-        check_can_be_made(Path(job.log_dir), f"--log_dir {job.log_dir}")
     device = device_of(config.run.accelerator)
     folder = find_model(job.source)
     check_dense(folder)
@@ -114,7 +111,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     tokens = load_tokens(job.text, tokenizer)
     text = split_text(tokens, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
-    progress = ConsoleProgress(phase_names(job, config))
+    begun, progress = time.perf_counter(), TrackedProgress(phase_names(job, config))
     with progress.phase("load", 1):
         model = load_model(folder, device, trainable=True)
         check_model(model, text, config)
@@ -122,24 +119,54 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
         choose_ranks(decoder, config.block_range(len(decoder.blocks)), config)
         if windows is not None:
             check_length(model, windows.shape[1])
-    dense = measure(model, tokenizer, windows, job, progress, weight_bytes(folder))
-    loggers = make_loggers(job)
-    report = quantize(model, tokens, config, tokenizer, progress=progress, loggers=loggers)
-    with progress.phase("save", 1):
-        recipe = recipe_of(job, report)
-        save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
-    quantized = Figures(weight_bytes(Path(job.output)), read_sizes(job.output).to_dict())
-    del model, decoder, loggers
-    free_memory()
-    try:
-        with progress.phase("measure in a fresh process", 0):
-            measure_in_fresh_process(job, device, quantized)
-    finally:  # what is known is never lost
-        seconds = dict(progress.seconds)
-        result = JobResult(asdict(job), dense, quantized, report.to_dict(), seconds, versions())
-        say(result_table(result))
-        write_json(job.json, result.to_dict())
+    tracker = start_record(job, config, begun)
+    progress.follow(tracker)
+    with tracker.following():
+        dense = measure(model, tokenizer, windows, job, progress, weight_bytes(folder))
+        record_figures(tracker, dense, "dense")
+        report = quantize(model, tokens, config, tokenizer, progress=progress, recorder=tracker)
+        with progress.phase("save", 1):
+            recipe = recipe_of(job, report)
+            save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
+        quantized = Figures(weight_bytes(Path(job.output)), read_sizes(job.output).to_dict())
+        del model, decoder
+        free_memory()
+        try:
+            with progress.phase("measure in a fresh process", 0):
+                measure_in_fresh_process(job, device, quantized)
+        finally:  # what is known is never lost
+            seconds = dict(progress.seconds)
+            result = JobResult(asdict(job), dense, quantized, report.to_dict(), seconds, versions())
+            record_figures(tracker, quantized, "quantized")
+            tracker.folder.update(figures=result.to_dict())
+            say(result_table(result))
+            write_json(job.json, result.to_dict())
     return result
+
+
+def start_record(job: JobConfig, config: NanoQuantConfig, begun: float) -> RunTracker:
+    """The run's folder and loggers; from here on the run is on record, however it ends."""
+    about = {
+        "status": "running",
+        "error": None,
+        "source": job.source,
+        "output": job.output,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "config": config.to_dict(),
+        "job": asdict(job),
+        "versions": versions(),
+        "seconds": {},
+        "figures": None,
+    }
+    folder = RunFolder(run_folder(job.output), about)
+    return RunTracker(folder, make_sinks(job.logger, folder), begun)
+
+
+def record_figures(tracker: RunTracker, figures: Figures, whose: str) -> None:
+    """Sizes and perplexity of the dense or the quantized model as a record."""
+    found = {"perplexity": figures.perplexity, "file_bytes": figures.file_bytes, **figures.sizes}
+    known = {name: value for name, value in found.items() if value is not None}
+    tracker.record("evaluate", model=whose, **known)
 
 
 def phase_names(job: JobConfig, config: NanoQuantConfig) -> list[str]:
@@ -228,17 +255,3 @@ def recipe_of(job: JobConfig, report: QuantizationReport) -> dict[str, Any]:
         "seconds": report.seconds,
         "versions": versions(),
     }
-
-
-def make_loggers(job: JobConfig) -> list[Any]:
-    """Lightning loggers of a job; Weights & Biases stays offline without a key."""
-    if job.logger == "none":
-        return []
-    from lightning.pytorch.loggers import CSVLogger, WandbLogger
-
-    name = Path(job.output).name
-    if job.logger == "csv":
-        return [CSVLogger(job.log_dir, name=name)]
-    Path(job.log_dir).mkdir(parents=True, exist_ok=True)
-    offline = "WANDB_API_KEY" not in os.environ
-    return [WandbLogger(name=name, save_dir=job.log_dir, project="nanoquant", offline=offline)]

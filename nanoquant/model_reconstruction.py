@@ -23,7 +23,9 @@ from nanoquant.block_tuning import scale_groups, vector_group
 from nanoquant.compiling import binary_blocks, compiled
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import held_out_divergence, logits_divergence
+from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.records import UNRECORDED, Recorder
 from nanoquant.training import OptimizerConfig, first_non_finite, fit
 
 logger = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ class ModelReconstructor(nn.Module):
         precision: str = "32-true",
         on_step: Callable[[int, float], None] | None = None,
         loggers: list[Any] | None = None,
+        recorder: Recorder = UNRECORDED,
     ) -> ModelReport:
         """Train ``student`` in place and leave it frozen in its best state.
 
@@ -122,6 +125,7 @@ class ModelReconstructor(nn.Module):
             precision: Lightning precision.
             on_step: called with (step, loss).
             loggers: Lightning loggers.
+            recorder: takes losses, held-out divergence, rates, flipped signs and latents.
 
         Raises:
             ValueError: the student has no binary layers.
@@ -130,7 +134,7 @@ class ModelReconstructor(nn.Module):
         report = ModelReport()
         if self.config.train == "none":
             return report
-        layers = {n: m for n, m in student.named_modules() if isinstance(m, BinaryLowRankLinear)}
+        layers = binary_layers(student)
         if not layers:
             raise ValueError(
                 "the student has no BinaryLowRankLinear layer; quantize its blocks first"
@@ -146,7 +150,7 @@ class ModelReconstructor(nn.Module):
                 locate=lambda: locate_non_finite(objective, held_out[:1], precision),
                 report=report,
             )
-            self.train_objective(objective, windows, keeper, precision, on_step, loggers)
+            self.train_objective(objective, windows, keeper, precision, on_step, loggers, recorder)
         student.requires_grad_(False)
         for layer in layers.values():
             layer.freeze()
@@ -162,6 +166,7 @@ class ModelReconstructor(nn.Module):
         precision: str,
         on_step: Callable[[int, float], None] | None,
         loggers: list[Any] | None,
+        recorder: Recorder,
     ) -> None:
         """Run the loop, look at the held-out windows now and then, and put the best state back."""
         config = self.config
@@ -173,15 +178,22 @@ class ModelReconstructor(nn.Module):
         looks = sorted(
             {steps * k // config.evaluations for k in range(1, config.evaluations)} - {0}
         )
+        watch = ModelWatch(recorder, binary_layers(objective.student), steps)
+        peak = config.latent_lr if config.train == "signs" else config.scale_lr
+
+        def look(step: int) -> None:
+            keeper.consider(step)
+            recorder.record("model", step=step, held_out=keeper.report.held_out[step])
 
         def follow(step: int, loss: float) -> None:
             if looks and step >= looks[0]:  # a step that was undone is not followed
                 looks.pop(0)
-                keeper.consider(step)
+                look(step)
+            watch.step(step, loss=loss, rate=peak * config.optimizer.rate(step, steps))
             if on_step is not None:
                 on_step(step, loss)
 
-        keeper.consider(0)
+        look(0)
         long = config.compile_from is not None and steps >= config.compile_from
         try:
             with compiled(binary_blocks(objective.student)) if long else nullcontext():
@@ -201,7 +213,8 @@ class ModelReconstructor(nn.Module):
             logger.warning("%s; training ends here, and the state of step %d is kept", error, best)
         else:
             keeper.report.losses, keeper.report.undone = result.losses, result.undone
-            keeper.consider(steps)
+            watch.finish(steps)
+            look(steps)
         keeper.restore()
 
     def parameter_groups(
@@ -230,14 +243,22 @@ class ModelReconstructor(nn.Module):
         return groups
 
 
+def binary_layers(model: nn.Module) -> dict[str, BinaryLowRankLinear]:
+    """Binary layers by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, BinaryLowRankLinear)}
+
+
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Vectors of normalisation modules beside binary layers or above them.
 
     Those are the norms of the blocks that hold binary layers, and the model's last one; blocks that stay
     dense keep theirs. A normalisation module is one whose class name says so.
     """
-    layers = [n for n, m in model.named_modules() if isinstance(m, BinaryLowRankLinear)]
-    above = {name.rsplit(".", k)[0] for name in layers for k in range(1, name.count(".") + 1)}
+    above = {
+        name.rsplit(".", k)[0]
+        for name in binary_layers(model)
+        for k in range(1, name.count(".") + 1)
+    }
     return [
         parameter
         for name, module in model.named_modules()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -33,6 +34,7 @@ def command_parser(command: str, function: Callable[..., None], what: str) -> Ar
     return parser
 
 
+@functools.cache  # it takes half a second, and an ablation parses every cell
 def quantize_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
     """Parser of ``quantize`` whose defaults are those of a preset."""
     what = (

@@ -27,8 +27,8 @@ class Progress:
         try:
             yield
         finally:
-            self.end()
             self.seconds[name] = time.perf_counter() - begun
+            self.end()
 
     def begin(self, name: str, total: int) -> None:
         """A phase starts."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluate import check_length
 from nanoquant.importance import Importance, collect_importances
+from nanoquant.layer_records import record_model_errors
 from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
+from nanoquant.records import UNRECORDED, BlockRecorder, Recorder
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import Text, split_text
 
@@ -56,6 +59,7 @@ def quantize(
     initializer: Initializer | None = None,
     progress: Progress | None = None,
     loggers: list[Any] | None = None,
+    recorder: Recorder = UNRECORDED,
 ) -> QuantizationReport:
     """Quantize a causal language model in place: calibrate, reconstruct blocks, reconstruct the model, pack.
 
@@ -72,6 +76,7 @@ def quantize(
         initializer: in the place of ``ADMMInitializer(config.admm)``.
         progress: told about phases.
         loggers: Lightning loggers for the losses.
+        recorder: takes errors of layers, losses, rates and flipped signs as they come.
 
     Raises:
         ValueError: the model, the text or the budget does not allow it; says what to change.
@@ -105,9 +110,13 @@ def quantize(
             config,
             progress,
             loggers,
+            recorder,
         )
         if teacher is not None:
-            report.model = reconstruct_model(model, teacher, text, config, progress, loggers)
+            report.model = reconstruct_model(
+                model, teacher, text, config, progress, loggers, recorder
+            )
+            record_model_errors(recorder, decoder, teacher, importances)
             del teacher
     with progress.phase("pack", 1):
         pack_model(model)
@@ -207,6 +216,7 @@ def reconstruct_blocks(
     config: NanoQuantConfig,
     progress: Progress,
     loggers: list[Any] | None,
+    recorder: Recorder,
 ) -> dict[int, BlockReport]:
     """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix."""
     reports = {}
@@ -220,6 +230,7 @@ def reconstruct_blocks(
             data = None if activations is None else activations.targets_of(b, block)
             if b in chosen:
                 full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
+                begun = time.perf_counter()
                 reports[b] = reconstructor(
                     block,
                     decoder.groups[b],
@@ -230,7 +241,9 @@ def reconstruct_blocks(
                     precision=precision_of(model, config),
                     freeze=config.model.train != "signs",
                     loggers=loggers,
+                    recorder=BlockRecorder(recorder, b, full),
                 )
+                recorder.record("block", block=b, seconds=time.perf_counter() - begun)
                 worst = _worst(reports[b])
                 logger.info("block %d: %s", b, worst)
                 progress.advance(1, note=worst)
@@ -251,6 +264,7 @@ def reconstruct_model(
     config: NanoQuantConfig,
     progress: Progress,
     loggers: list[Any] | None,
+    recorder: Recorder,
 ) -> ModelReport:
     """Phase 3: logits of the whole model against the dense teacher's."""
     settings = config.model
@@ -264,4 +278,5 @@ def reconstruct_model(
             precision=precision_of(model, config),
             on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
             loggers=loggers,
+            recorder=recorder,
         )

@@ -44,7 +44,7 @@ BAD_FLAGS = {
         ["--embedding.bits", "4", "--embedding.group-size", "96"],
         "group_size=96 does not divide the 64 columns",
     ),
-    "unknown logger": (["--logger", "paper"], "one of none, csv, wandb"),
+    "unknown logger": (["--logger", "paper"], "one of csv, tensorboard, wandb"),
     "text too short": (["--calibration.windows", "1000"], "needed are 32064"),
     "held-out text too short": (
         ["--eval-text", "text.txt", "--eval-windows", "900"],
@@ -57,7 +57,6 @@ BAD_FLAGS = {
     "no such configuration": (["--config", "none.yaml"], "File does not exist"),
     "no GPU": (["--run.accelerator", "gpu"], "finds no GPU"),
     "unknown accelerator": (["--run.accelerator", "gpuu"], "auto, cpu, gpu or cuda, got 'gpuu'"),
-    "logs into a file": (["--logger", "csv", "--log-dir", "text.txt"], "'text.txt' is a file"),
     "held-out windows too long": (
         ["--eval-text", "text.txt", "--eval-windows", "1", "--eval-length", "4096"],
         "longer than the model's",

@@ -15,6 +15,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant import job
 from nanoquant.checkpoint import load
+from nanoquant.records import PHASES
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -71,6 +72,9 @@ def test_an_interrupted_run_leaves_no_checkpoint(step, place, tmp_path, capsys, 
     )
     assert (code, out, err.splitlines()[-1]) == (130, "", "nanoquant: interrupted")
     assert not (tmp_path / "new").exists()
+    if step != "find_model":  # before which there is no run
+        run = json.loads((tmp_path / "new.run" / "run.json").read_text())
+        assert (run["status"], run["error"]) == ("failed", "interrupted")
 
 
 def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
@@ -122,14 +126,25 @@ def test_verbose_tells_what_every_block_gave(place, tmp_path, capsys):
         assert line in err
 
 
-def test_csv_logger_writes_losses_under_the_name_of_the_output(place, tmp_path):
-    from nanoquant.job import JobConfig, make_loggers
+def test_the_run_is_on_record_beside_the_checkpoint(place, finished, figures):
+    run = json.loads((place / "out.run" / "run.json").read_text())
+    assert (run["status"], run["source"], run["output"]) == ("finished", "dense", "out")
+    assert run["figures"] == figures and run["seconds"] == figures["seconds"]
+    assert run["memory_bytes"].keys() == run["seconds"].keys()
+    lines = (place / "out.run" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert {r["phase"] for r in records} == set(PHASES)
+    measured = {r["model"]: r["perplexity"] for r in records if "perplexity" in r}
+    assert measured == {name: figures[name]["perplexity"] for name in ("dense", "quantized")}
+    assert "model/loss" in (place / "out.run" / "csv" / "metrics.csv").read_text()
 
-    job = JobConfig(source="m", output="runs/out", text="t", logger="csv", log_dir=str(tmp_path))
-    (logger,) = make_loggers(job)
-    logger.log_metrics({"model/loss": 1.0}, step=3)
-    logger.save()
-    assert "1.0" in (tmp_path / "out" / "version_0" / "metrics.csv").read_text()
+
+def test_a_run_whose_record_can_not_be_written_goes_on(place, tmp_path, capsys):
+    (tmp_path / "new.run").write_text("in the way")
+    flags = ["--text", place / "text.txt", *SMALL]
+    code, _, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    assert code == 0 and err.count("is incomplete") == 1
+    assert (tmp_path / "new" / "config.json").exists()
 
 
 @pytest.mark.slow

@@ -74,9 +74,9 @@ def test_one_yaml_with_two_different_bits_is_refused(tmp_path):
 
 
 def test_dashes_and_underscores_are_the_same_and_switches_need_no_value():
-    arguments = ["MODEL", "OUT", "--text", "TEXT", "--verbose", "--log-dir=my-logs"]
+    arguments = ["MODEL", "OUT", "--text", "TEXT", "--verbose", "--sample=my-town"]
     job, config = parsers.parse_quantize([*arguments, "--block.dense-epochs", "9"])
-    assert (job.verbose, job.log_dir, config.block.dense_epochs) == (True, "my-logs", 9)
+    assert (job.verbose, job.sample, config.block.dense_epochs) == (True, "my-town", 9)
 
 
 def test_a_prompt_may_be_given_several_times_and_is_never_read_as_yaml():

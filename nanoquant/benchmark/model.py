@@ -5,10 +5,8 @@ No dense weight of a packed linear is ever made.
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from nanoquant.benchmark.shapes import skeleton
 from nanoquant.benchmark.timing import TRIALS, captured
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.model_embeddings import find_embeddings, quantized_tables, swap_embeddings
+from nanoquant.memory import resident_bytes
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 
@@ -160,13 +159,3 @@ def memory_figures(model: PreTrainedModel, before: int | None) -> dict[str, int 
     if model.device.type == "cuda":
         own = torch.cuda.max_memory_allocated()
     return {"weight_bytes": measure_sizes(model).bytes_resident, "peak_bytes": own}
-
-
-def resident_bytes() -> dict[str, int | None]:
-    """Memory of this process in RAM, now (VmRSS) and at most (VmHWM); None where the system does not tell."""
-    try:
-        text = Path("/proc/self/status").read_text()
-    except OSError:
-        text = ""
-    found = {name: re.search(rf"{name}:\s+(\d+) kB", text) for name in ("VmRSS", "VmHWM")}
-    return {name: int(match[1]) << 10 if match else None for name, match in found.items()}

@@ -1,0 +1,158 @@
+"""Running the cells of a plan: each leaves one JSON record, and one that is finished is never run again."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from nanoquant.ablation.plan import Cell, Plan
+from nanoquant.console import ConsoleProgress, note, write_json
+from nanoquant.data import load_tokens
+from nanoquant.evaluate import perplexity
+from nanoquant.figures import versions
+from nanoquant.job import evaluation_windows, free_memory
+from nanoquant.quantize import quantize
+from nanoquant.sources import device_of, find_model, load_model, load_tokenizer
+from nanoquant.tracking.layout import Layout
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+
+
+class LayerErrors:
+    """A recorder that keeps only what the layers' errors are."""
+
+    wanted = True
+
+    def __init__(self) -> None:
+        self.layout = Layout()
+
+    def record(self, phase: str, **metrics: Any) -> None:  # noqa: ANN401
+        """Keep errors of layers."""
+        for _ in self.layout.points({"phase": phase, **metrics}):
+            pass
+
+    def means(self) -> dict[str, float]:
+        """Mean error over all weights after each phase that has any: "initialize", "block", "model"."""
+        found = {}
+        for phase in ("initialize", "block", "model"):
+            if mean := self.layout.mean_error(phase):
+                found[phase] = mean
+        return found
+
+
+@dataclass
+class Shared:
+    """What the cells of one model share: the dense model, texts by name, the dense perplexity by text."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    held_out: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
+
+    def text(self, source: str) -> Tensor:
+        """Token ids of a calibration text."""
+        if source not in self.tokens:
+            self.tokens[source] = load_tokens(source, self.tokenizer)
+        return self.tokens[source]
+
+    def evaluation(self, cell: Cell) -> tuple[Tensor, float]:
+        """Held-out windows of a cell, and the dense model's perplexity on them."""
+        key = str(cell.job.evaluation)
+        if key not in self.held_out:
+            windows = evaluation_windows(cell.job.evaluation, self.tokenizer)
+            self.held_out[key] = windows, perplexity(self.model, windows).value
+        return self.held_out[key]
+
+
+def run_plan(plan: Plan, folder: str | Path) -> list[dict[str, Any]]:
+    """Run what is not finished, and return the records of all cells in the plan's order.
+
+    Args:
+        plan: the cells.
+        folder: takes ``cells/NAME.json``; made if need be.
+    """
+    place = Path(folder) / "cells"
+    place.mkdir(parents=True, exist_ok=True)
+    shared, records = None, []
+    for number, cell in enumerate(plan.cells, 1):
+        file = place / f"{cell.key}.json"
+        record = read_record(file)
+        if record.get("status") != "finished":
+            note(f"cell {number} of {len(plan.cells)}: {cell.key}")
+            shared = shared or prepare(cell)
+            record = run_cell(cell, shared)
+            write_json(str(file), record)
+        records.append(record)
+    return records
+
+
+def read_record(file: Path) -> dict[str, Any]:
+    """A cell's record; empty where there is none, or one that can't be read, which is then made again."""
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) and record.get("format") == FORMAT else {}
+
+
+def prepare(cell: Cell) -> Shared:
+    """Load the model that all cells start from."""
+    folder = find_model(cell.job.source)
+    device = device_of(cell.config.run.accelerator)
+    return Shared(load_model(folder, device, trainable=True), load_tokenizer(folder))
+
+
+def run_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
+    """Quantize a copy of the dense model and measure it; a failure is a record as well."""
+    record = {
+        "format": FORMAT,
+        "status": "failed",
+        "error": None,
+        "model": cell.job.source,
+        "choices": cell.choices,
+        "flags": cell.flags,
+        "config": cell.config.to_dict(),
+        "versions": versions(),
+    }
+    begun = time.perf_counter()
+    try:
+        record |= measure_cell(cell, shared) | {"status": "finished"}
+    except Exception as error:  # the other cells go on, and the table names this one
+        record["error"] = f"{type(error).__name__}: {error}"
+        logger.warning("cell %s failed: %s", cell.key, record["error"])
+    free_memory()
+    return record | {"seconds": time.perf_counter() - begun}
+
+
+def measure_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
+    """Figures of one quantization."""
+    windows, before = shared.evaluation(cell)
+    model, errors = copy.deepcopy(shared.model), LayerErrors()
+    report = quantize(
+        model,
+        shared.text(cell.job.text),
+        cell.config,
+        shared.tokenizer,
+        progress=ConsoleProgress(["calibrate", "blocks", "model", "pack"]),
+        recorder=errors,
+    )
+    held_out = report.model.held_out
+    return {
+        "dense_perplexity": before,
+        "perplexity": perplexity(model, windows).value,
+        "bits": report.bits,
+        "mean_rank": sum(report.ranks.values()) / len(report.ranks),
+        "errors": errors.means(),
+        "divergence": held_out.get(report.model.best_step),
+        "phase_seconds": report.seconds,
+    }

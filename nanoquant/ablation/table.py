@@ -1,0 +1,104 @@
+"""The outcome of an ablation as a table: a row for every combination of choices, its seeds taken together."""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanoquant.ablation.plan import SEED
+
+COLUMNS = ("bits", "perplexity", "excess", "spread", "error", "divergence", "seconds", "seeds")
+FORMS = dict(zip(COLUMNS, (".4f", ".2f", ".3f", ".3f", ".4f", ".4f", ".0f", "d"), strict=True))
+
+
+@dataclass(frozen=True)
+class Row:
+    """Means over the finished seeds of one combination; ``failed`` tells what went wrong in others.
+
+    excess: mean of ln(perplexity) - ln(dense perplexity), in nats a token; spread: its standard deviation
+    over seeds; error: weighted relative squared error of the weights after the last phase.
+    """
+
+    choices: dict[str, str]
+    values: dict[str, float | None]
+    failed: list[str]
+
+
+def excess(record: dict[str, Any]) -> float:
+    """Loss above the dense model's, in nats a token."""
+    return math.log(record["perplexity"]) - math.log(record["dense_perplexity"])
+
+
+def rows(records: list[dict[str, Any]]) -> list[Row]:
+    """Rows in the order of the cells."""
+    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    for record in records:
+        choices = tuple(item for item in record["choices"].items() if item[0] != SEED)
+        groups.setdefault(choices, []).append(record)
+    return [_row(dict(choices), members) for choices, members in groups.items()]
+
+
+def _row(choices: dict[str, str], records: list[dict[str, Any]]) -> Row:
+    done = [record for record in records if record["status"] == "finished"]
+    failed = [record["error"] for record in records if record["status"] != "finished"]
+    values: dict[str, float | None] = dict.fromkeys(COLUMNS)
+    if done:
+        above = [excess(record) for record in done]
+        values = {
+            "bits": _mean([record["bits"] for record in done]),
+            "perplexity": math.exp(_mean([math.log(record["perplexity"]) for record in done])),
+            "excess": _mean(above),
+            "spread": statistics.stdev(above) if len(above) > 1 else None,
+            "error": _mean([list(record["errors"].values())[-1] for record in done]),
+            "divergence": _mean([record["divergence"] for record in done]),
+            "seconds": _mean([record["seconds"] for record in done]),
+        }
+    return Row(choices, values | {"seeds": len(done)}, failed)
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """The mean; None where any is missing."""
+    return None if None in values else math.fsum(values) / len(values)
+
+
+def markdown(found: list[Row]) -> str:
+    """The rows as a Markdown table, failures under it."""
+    axes = list(found[0].choices)
+    lines = ["| " + " | ".join([*axes, *COLUMNS]) + " |", "|" + "---|" * (len(axes) + len(COLUMNS))]
+    notes = []
+    for row in found:
+        cells = [row.choices[axis] for axis in axes]
+        cells += [
+            "" if row.values[name] is None else format(row.values[name], FORMS[name])
+            for name in COLUMNS
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        where = ", ".join(f"{axis} {label}" for axis, label in row.choices.items())
+        notes += [f"- failed: {where}: {' '.join(error.split())}" for error in row.failed]
+    return "\n".join([*lines, *([""] if notes else []), *notes]) + "\n"
+
+
+def write_csv(file: Path, records: list[dict[str, Any]]) -> None:
+    """Every cell as a line: choices, figures, and the error of one that failed."""
+    axes = list(records[0]["choices"])
+    figures = ["perplexity", "dense_perplexity", "bits", "mean_rank", "divergence", "seconds"]
+    phases = ["initialize", "block", "model"]
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        header = [*axes, "status", *figures, *(f"{phase}_error" for phase in phases), "failure"]
+        writer.writerow(header)
+        for record in records:
+            errors = record.get("errors", {})
+            writer.writerow(
+                [
+                    *(record["choices"][axis] for axis in axes),
+                    record["status"],
+                    *(record.get(name) for name in figures),
+                    *(errors.get(phase) for phase in phases),
+                    record["error"],
+                ]
+            )
