@@ -44,7 +44,7 @@ def test_packages_are_listed_where_they_are():
             re.MULTILINE,
         )
     )
-    listed = re.findall(r'"([\w.]+)"', re.search(r"^packages = (.*)$", settings, re.MULTILINE)[1])
+    listed = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", settings, re.MULTILINE | re.DOTALL)[1])
     found = [
         ".".join([name, *file.parent.relative_to(ROOT / folder).parts])
         for name, folder in folders.items()

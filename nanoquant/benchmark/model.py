@@ -15,8 +15,8 @@ from transformers import PreTrainedConfig, PreTrainedModel, StaticCache
 from nanoquant.benchmark.shapes import skeleton
 from nanoquant.benchmark.timing import TRIALS, captured
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.model_embeddings import find_embeddings, quantized_tables, swap_embeddings
 from nanoquant.memory import resident_bytes
+from nanoquant.model_embeddings import find_embeddings, quantized_tables, swap_embeddings
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import measure_sizes
 
