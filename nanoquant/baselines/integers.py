@@ -28,7 +28,7 @@ def int8(target: Target, config: BaselineConfig, windows: Tensor | None) -> None
 def int4(target: Target, config: BaselineConfig, windows: Tensor | None) -> None:
     """Torchao's int4 weight-only for CPUs: asymmetric groups, round to nearest."""
     target.check_groups(config.group_size)
-    _quantize(target, _int4_config(config.group_size))
+    _quantize(target, _int4_config(config.group_size, target.model.device))
 
 
 class RoundToNearest:
@@ -66,8 +66,12 @@ class AWQ:
 
         target.check_groups(config.group_size)
         size = config.group_size
-        base = _int4_config(size) if self.bits == 4 else _packed_config(self.bits, size, False)
-        decoder = target.decoder
+        decoder, device = target.decoder, target.model.device
+        base = (
+            _int4_config(size, device)
+            if self.bits == 4
+            else _packed_config(self.bits, size, hqq=False)
+        )
         hidden, calls = capture_block_inputs(target.model, decoder, windows)
         for b, (block, call) in enumerate(zip(decoder.blocks, calls, strict=True)):
             inside = set(decoder.linears[b])
@@ -77,11 +81,19 @@ class AWQ:
             _quantize_inside(block, AWQConfig(base, step="convert"), inside)
 
 
-def _int4_config(group_size: int) -> object:
-    """The int4 of torchao that runs on CPUs; ``Int4WeightOnlyConfig`` wants a GPU."""
-    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+def _int4_config(group_size: int, device: torch.device) -> object:
+    """torchao's int4 weight-only for a device: ``Int4WeightOnlyConfig`` wants a GPU, the prototype a CPU."""
+    if device.type == "cpu":
+        from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 
-    return PrototypeInt4WeightOnlyConfig(group_size=group_size, set_inductor_config=False)
+        return PrototypeInt4WeightOnlyConfig(group_size=group_size, set_inductor_config=False)
+    from torchao.quantization import Int4WeightOnlyConfig
+
+    return Int4WeightOnlyConfig(
+        group_size=group_size,
+        int4_packing_format="tile_packed_to_4d",  # the one that needs no other package
+        set_inductor_config=False,
+    )
 
 
 def _packed_config(bits: int, group_size: int, hqq: bool) -> object:

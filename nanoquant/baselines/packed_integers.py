@@ -81,7 +81,8 @@ class PackedIntegerTensor(TorchAOBaseTensor):
 
     def unpacked(self) -> IntxUnpackedToInt8Tensor:
         """Torchao's own tensor of the same codes, a byte each."""
-        codes = torch.full(self.shape, -(2 ** (self.bits - 1)), dtype=torch.int8)
+        smallest = -(2 ** (self.bits - 1))
+        codes = torch.full(self.shape, smallest, dtype=torch.int8, device=self.device)
         for k, plane in enumerate(self.planes):
             codes += (unpack_signs(plane, self.shape[1], torch.int8) < 0).to(torch.int8) << k
         zeros = self.zero_point

@@ -14,6 +14,9 @@ from nanoquant.baselines.target import Target
 
 Apply = Callable[[Target, BaselineConfig, Tensor | None], None]
 
+CALIBRATION = ("text", "windows", "length")
+GROUPS = ("group_size",)
+
 NO_GPTQ = (
     "torchao 0.18 has GPTQ for 4 and 8 bits only and runs it on CUDA only, for 4 bits with the package mslk; "
     "nothing is put in its place: awq{bits} and hqq{bits} are other methods at these bits"
@@ -30,18 +33,28 @@ class Baseline:
     """Whose code or formula it is."""
     apply: Apply | None = None
     """Changes the model of a target; none where no library offers it here."""
-    needs_text: bool = False
-    """Whether it wants calibration text."""
-    takes_bits: bool = False
-    """Whether a name may end in @BITS."""
+    reads: tuple[str, ...] = ()
+    """Fields of BaselineConfig that it depends on."""
     unavailable: str = ""
     """Why there is no ``apply``."""
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it wants calibration text."""
+        return "text" in self.reads
+
+    @property
+    def takes_bits(self) -> bool:
+        """Whether a name may end in @BITS."""
+        return "bits" in self.reads
 
 
 def _integers(bits: int, hqq: bool) -> Baseline:
     what = f"{bits}-bit integers, " + ("HQQ's scales" if hqq else "round to nearest, zero points")
     source = "torchao IntxWeightOnlyConfig, packed"
-    return Baseline(what=what, source=source, apply=integers.RoundToNearest(bits, hqq))
+    return Baseline(
+        what=what, source=source, apply=integers.RoundToNearest(bits, hqq), reads=GROUPS
+    )
 
 
 BASELINES: dict[str, Baseline] = {
@@ -53,8 +66,9 @@ BASELINES: dict[str, Baseline] = {
     ),
     "int4": Baseline(
         what="4-bit integers, round to nearest, zero points",
-        source="torchao PrototypeInt4WeightOnlyConfig",
+        source="torchao int4 weight-only",
         apply=integers.int4,
+        reads=GROUPS,
     ),
     **{f"int{bits}": _integers(bits, hqq=False) for bits in (3, 2, 1)},
     **{f"hqq{bits}": _integers(bits, hqq=True) for bits in (4, 3, 2, 1)},
@@ -63,7 +77,7 @@ BASELINES: dict[str, Baseline] = {
             what=f"{bits}-bit integers, activation-aware scales",
             source="torchao AWQConfig" + ("" if bits == 4 else " over packed integers"),
             apply=integers.AWQ(bits),
-            needs_text=True,
+            reads=(*CALIBRATION, *GROUPS),
         )
         for bits in (4, 3, 2)
     },
@@ -89,20 +103,19 @@ BASELINES: dict[str, Baseline] = {
         what="signs of the truncated SVD, scales refitted",
         source="plain",
         apply=binary.sign_of_svd,
-        takes_bits=True,
+        reads=("bits",),
     ),
     "dual-svid": Baseline(
         what="LittleBit's initialization, one path",
         source="LittleBit (arXiv 2506.13771)",
         apply=binary.dual_svid_initialization,
-        takes_bits=True,
+        reads=("bits",),
     ),
     "nanoquant-init": Baseline(
         what="our ADMM initialization alone",
         source="NanoQuant (arXiv 2602.06694)",
         apply=binary.nanoquant_initialization,
-        needs_text=True,
-        takes_bits=True,
+        reads=(*CALIBRATION, "bits", "seed"),
     ),
 }
 
