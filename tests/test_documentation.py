@@ -82,7 +82,11 @@ def test_readme_commands_parse():
         "inspect",
         "bench",
     ]
-    own = {"quantize": parsers.parse_quantize, "bench": parsers.parse_bench}
+    own = {
+        "quantize": parsers.parse_quantize,
+        "evaluate": parsers.parse_evaluate,
+        "bench": parsers.parse_bench,
+    }
     for command, arguments in lines:
         if command in own:
             own[command](shlex.split(arguments))

@@ -82,7 +82,7 @@ class AWQ:
 
 
 def _int4_config(group_size: int, device: torch.device) -> object:
-    """torchao's int4 weight-only for a device: ``Int4WeightOnlyConfig`` wants a GPU, the prototype a CPU."""
+    """Torchao's int4 weight-only for a device: ``Int4WeightOnlyConfig`` wants a GPU, the prototype a CPU."""
     if device.type == "cpu":
         from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
 

@@ -143,6 +143,11 @@ def split_name(name: str) -> tuple[str, float | None]:
         raise ValueError(f"the bits after @ in {name!r} are no number; write {kind}@0.8") from None
 
 
+def needs_text(name: str) -> bool:
+    """Whether the baseline of a name wants calibration text."""
+    return BASELINES[split_name(name)[0]].needs_text
+
+
 def find_baseline(name: str, config: BaselineConfig) -> tuple[Baseline, BaselineConfig]:
     """The baseline of a name, and the settings with the bits of the name.
 
