@@ -75,7 +75,7 @@ def test_make_targets_named_exist():
 
 def test_readme_commands_parse():
     lines = re.findall(r"^nanoquant (\w+) (.*)$", README, re.MULTILINE)
-    assert [command for command, _ in lines] == [
+    assert list(dict.fromkeys(command for command, _ in lines)) == [
         "quantize",
         "evaluate",
         "generate",

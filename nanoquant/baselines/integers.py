@@ -79,6 +79,7 @@ class AWQ:
             # one window a call: torchao joins what it saw along the tokens
             hidden = run_windows(block, hidden, call, batch=1)
             _quantize_inside(block, AWQConfig(base, step="convert"), inside)
+            target.progress.advance(len(inside), note=f"block {b}")
 
 
 def _int4_config(group_size: int, device: torch.device) -> object:

@@ -120,8 +120,8 @@ class BaselineRuns:
         """
         what = self.measurement
         progress = ConsoleProgress(["quantize", *phase_names(what.request, dense=True)])
-        with progress.phase("quantize", 1), torch.no_grad():
-            target = Target.of(copy.deepcopy(self.dense))
+        target = Target.of(copy.deepcopy(self.dense), progress)
+        with progress.phase("quantize", len(target.shapes)), torch.no_grad():
             apply_baseline(name, target, self.config, self.calibration)
         measured = evaluate_model(
             target.model,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nanoquant.architectures import Decoder, as_linear, find_decoder
+from nanoquant.progress import Progress
 from nanoquant.sizes import Sizes, measure_sizes, tensor_bytes
 
 
@@ -25,9 +26,11 @@ class Target:
     """(d_out, d_in) of every linear, by full name."""
     parameters: int
     """Parameters of the dense model."""
+    progress: Progress
+    """Told about linears that are done, by baselines that take long."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> Target:
+    def of(cls, model: PreTrainedModel, progress: Progress | None = None) -> Target:
         """Find the linears of a dense model; those stored transposed become plain ones.
 
         Raises:
@@ -40,7 +43,8 @@ class Target:
             linear = as_linear(module)
             model.set_submodule(name, linear)
             shapes[name] = tuple(linear.weight.shape)
-        return cls(model, decoder, shapes, measure_sizes(model).parameters)
+        parameters = measure_sizes(model).parameters
+        return cls(model, decoder, shapes, parameters, progress or Progress())
 
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear as it is now, by full name."""
@@ -51,6 +55,7 @@ class Target:
         for name, linear in self.linears().items():
             layer = make(name, linear.weight.detach().float(), linear.bias)
             self.model.set_submodule(name, layer.eval())
+            self.progress.advance(1, note=name)
 
     def check_groups(self, size: int) -> None:
         """Refuse a group size that does not divide all rows, instead of leaving some linears dense.
