@@ -170,8 +170,9 @@ BAD = {
     "sample": ("--baselines int8 --sample x", "--baselines is about one dense MODEL"),
     "out": ("--out x", "--out is for --baselines"),
     "plot": ("--plot x.png", "--plot is for --table or --baselines"),
-    "groups": ("--baselines int4", "group_size=64 does not divide"),
-    "settings": ("--baselines int4 --baseline.group-size 7", "group_size must be 32, 64"),
+    "groups": ("--baselines bf16,int4 --out x", "group_size=64 does not divide"),
+    "bits": ("--baselines bf16,sign-svd@0.3 --out x", "bits=0.3 can't be met with these shapes"),
+    "settings": ("--baselines int4 --baseline.group-size 7", "group_size must be one of 32, 64"),
 }
 
 
@@ -181,6 +182,7 @@ def test_bad_input_is_answered_in_one_line(place, capsys, tmp_path, monkeypatch,
     wanted = ["evaluate", place / "dense", "--text", place / "text.txt", *MEASURE, *more.split()]
     code, out, err = call(capsys, *wanted)
     assert (code, out) == (2, "") and message in err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nothing_to_measure_is_refused(place, capsys):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GROUP_SIZES = (32, 64, 128, 256)
+"""What torchao's int4 takes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineConfig:
@@ -23,8 +26,9 @@ class BaselineConfig:
     """Seed of nanoquant-init."""
 
     def __post_init__(self) -> None:
-        if self.group_size not in (32, 64, 128, 256):
-            raise ValueError(f"group_size must be 32, 64, 128 or 256, got {self.group_size}")
+        if self.group_size not in GROUP_SIZES:
+            allowed = ", ".join(map(str, GROUP_SIZES))
+            raise ValueError(f"group_size must be one of {allowed}, got {self.group_size}")
         if self.windows < 1 or self.length < 2:
             raise ValueError(
                 f"windows must be at least 1 and length at least 2, got {self.windows} and {self.length}"

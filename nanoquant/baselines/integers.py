@@ -27,7 +27,6 @@ def int8(target: Target, config: BaselineConfig, windows: Tensor | None) -> None
 
 def int4(target: Target, config: BaselineConfig, windows: Tensor | None) -> None:
     """Torchao's int4 weight-only for CPUs: asymmetric groups, round to nearest."""
-    target.check_groups(config.group_size)
     _quantize(target, _int4_config(config.group_size, target.model.device))
 
 
@@ -44,7 +43,6 @@ class RoundToNearest:
 
     def __call__(self, target: Target, config: BaselineConfig, windows: Tensor | None) -> None:
         """Quantize every linear, without text."""
-        target.check_groups(config.group_size)
         _quantize(target, _packed_config(self.bits, config.group_size, self.hqq))
 
 
@@ -64,7 +62,6 @@ class AWQ:
         """Observe each block's inputs and quantize it; (N, T) windows of text."""
         from torchao.prototype.awq import AWQConfig
 
-        target.check_groups(config.group_size)
         size = config.group_size
         decoder, device = target.decoder, target.model.device
         base = (

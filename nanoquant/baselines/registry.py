@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nanoquant.baselines import binary, integers
 from nanoquant.baselines.config import BaselineConfig
-from nanoquant.baselines.target import Target
+from nanoquant.baselines.target import Target, check_groups
+from nanoquant.budget import BudgetConfig, allocate_ranks
 
 Apply = Callable[[Target, BaselineConfig, Tensor | None], None]
 
@@ -165,6 +166,19 @@ def find_baseline(name: str, config: BaselineConfig) -> tuple[Baseline, Baseline
     return baseline, config if bits is None else dataclasses.replace(config, bits=bits)
 
 
+def check_shapes(name: str, shapes: dict[str, tuple[int, int]], config: BaselineConfig) -> None:
+    """Refuse linears of shapes (d_out, d_in) that the settings of a baseline do not suit.
+
+    Raises:
+        ValueError: the group size does not divide all rows, or the bits suit no ranks; says what would.
+    """
+    baseline, config = find_baseline(name, config)
+    if "group_size" in baseline.reads:
+        check_groups(shapes, config.group_size)
+    if baseline.takes_bits:
+        allocate_ranks(shapes, BudgetConfig(bits=config.bits))
+
+
 def apply_baseline(
     name: str, target: Target, config: BaselineConfig, windows: Tensor | None = None
 ) -> None:
@@ -179,6 +193,7 @@ def apply_baseline(
     Raises:
         ValueError: as :func:`find_baseline`, or the shapes do not allow it.
     """
+    check_shapes(name, target.shapes, config)
     baseline, config = find_baseline(name, config)
     before = {key: linear.weight for key, linear in target.linears().items()}
     baseline.apply(target, config, windows)

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.baselines.config import BaselineConfig
-from nanoquant.baselines.registry import BASELINES, apply_baseline, find_baseline
-from nanoquant.baselines.target import Target
+from nanoquant.baselines.registry import BASELINES, apply_baseline, check_shapes, find_baseline
+from nanoquant.baselines.target import Target, linear_shapes
 from nanoquant.console import ConsoleProgress, note, write_json
 from nanoquant.evaluation.compare import read_record
 from nanoquant.evaluation.protocols import Prepared
@@ -84,7 +84,10 @@ class BaselineRuns:
         Raises:
             ValueError: the folder has a record of another run, or a baseline does not fit the model.
         """
-        finished = {name: self.finished(name) for name in names}  # all are checked before any work
+        shapes = linear_shapes(self.dense)
+        for name in names:  # all are checked before any work
+            check_shapes(name, shapes, self.config)
+        finished = {name: self.finished(name) for name in names}
         records: list[dict[str, Any]] = []
         for number, name in enumerate(names, 1):
             state = "finished before" if finished[name] else "runs"

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nanoquant.architectures import Decoder, as_linear, find_decoder
+from nanoquant.architectures import Decoder, as_linear, decoder_from_structure, find_decoder
+from nanoquant.baselines.config import GROUP_SIZES
 from nanoquant.progress import Progress
 from nanoquant.sizes import Sizes, measure_sizes, tensor_bytes
 
@@ -57,21 +58,6 @@ class Target:
             self.model.set_submodule(name, layer.eval())
             self.progress.advance(1, note=name)
 
-    def check_groups(self, size: int) -> None:
-        """Refuse a group size that does not divide all rows, instead of leaving some linears dense.
-
-        Raises:
-            ValueError: names one linear, and what would fit.
-        """
-        bad = [name for name, (_, d_in) in self.shapes.items() if d_in % size]
-        if bad:
-            common = math.gcd(*(d_in for _, d_in in self.shapes.values()))
-            fits = [str(n) for n in (32, 64, 128, 256) if common % n == 0]
-            raise ValueError(
-                f"group_size={size} does not divide the {self.shapes[bad[0]][1]} inputs of {bad[0]} and "
-                f"{len(bad) - 1} more linears; sizes that fit all linears: {', '.join(fits) or 'none'}"
-            )
-
     def sizes(self) -> Sizes:
         """True sizes: every tensor that is stored for the linears counts, biases apart, whatever its form."""
         stored = sum(stored_bytes(linear) for linear in self.linears().values())
@@ -91,3 +77,25 @@ def stored_bytes(module: nn.Module) -> int:
     bias = getattr(module, "bias", None)
     tensors = [*module.parameters(), *module.buffers()]
     return tensor_bytes(tensor for tensor in tensors if tensor is not bias)
+
+
+def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of the linears that a baseline changes, by full name, without a forward pass."""
+    modules = decoder_from_structure(model).linear_modules()
+    return {name: tuple(as_linear(module).weight.shape) for name, module in modules.items()}
+
+
+def check_groups(shapes: dict[str, tuple[int, int]], size: int) -> None:
+    """Refuse a group size that does not divide all rows, instead of leaving some linears dense.
+
+    Raises:
+        ValueError: names one linear, and what would fit.
+    """
+    bad = [name for name, (_, d_in) in shapes.items() if d_in % size]
+    if bad:
+        common = math.gcd(*(d_in for _, d_in in shapes.values()))
+        fits = [str(n) for n in GROUP_SIZES if common % n == 0]
+        raise ValueError(
+            f"group_size={size} does not divide the {shapes[bad[0]][1]} inputs of {bad[0]} and "
+            f"{len(bad) - 1} more linears; sizes that fit all linears: {', '.join(fits) or 'none'}"
+        )
