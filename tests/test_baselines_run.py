@@ -9,9 +9,9 @@ from command_line import WORDS, call, refused
 from transformers import AutoModelForCausalLM
 
 from nanoquant.baselines.config import BaselineConfig
-from nanoquant.baselines.records import read_comparable
+from nanoquant.baselines.records import read_comparable, row_of
 from nanoquant.baselines.registry import BASELINES
-from nanoquant.baselines.report import pareto_front, plot_pareto, records_table
+from nanoquant.baselines.report import draw_panel, pareto_front, plot_pareto, records_table
 from nanoquant.baselines.run import BaselineRuns, Measurement, chosen_names
 from nanoquant.cli import main
 from nanoquant.evaluation.record import prepare_windows
@@ -152,6 +152,17 @@ def test_the_plot_is_a_png_of_all_protocols(ran, tmp_path, capsys):
     found[0]["results"]["c4"] = {"perplexity": None}
     plot_pareto(found, str(tmp_path / "two.png"))
     assert (tmp_path / "two.png").stat().st_size > plot.stat().st_size
+
+
+def test_a_ruined_model_is_named_and_not_drawn(ran):
+    figure = pytest.importorskip("matplotlib.figure").Figure()
+    rows = [row_of(record) for record in records(ran).values()]
+    for row, perplexity in zip(rows, (20.0, 21.0, 1e7, 1999.0, 2001.0), strict=True):
+        row.perplexity["text"] = perplexity
+    axes = figure.add_subplot()
+    draw_panel(axes, "text", rows)
+    assert {text.get_text() for text in axes.texts} == {"bf16", "int8", "awq3"}
+    assert "above 100 times the best: rtn1 1.0e+07, sign-svd@1.9 2001.00" in axes.get_title()
 
 
 def test_all_means_what_runs_with_what_is_given():

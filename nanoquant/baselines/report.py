@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 SIZE = (9, 6)
 """Of the plot, inches."""
+RUINED = 100.0
+"""Times the best perplexity above which a model is named, not drawn: it would flatten all others."""
+TITLE_WIDTH = 120
+"""Characters."""
 
 
 def records_table(records: Sequence[dict[str, Any]]) -> str:
@@ -89,23 +94,39 @@ def plot_pareto(records: Sequence[dict[str, Any]], file: str) -> None:
     figure = Figure(figsize=(SIZE[0], SIZE[1] * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
-        _panel(axes, name, [row for row in rows if name in row.perplexity])
+        draw_panel(axes, name, [row for row in rows if name in row.perplexity])
     figure.savefig(file, format="png")
 
 
-def _panel(axes: Axes, name: str, rows: Sequence[Row]) -> None:
-    """Points of one protocol, their names, and the front."""
-    points = [(row.bytes / 1e6, row.perplexity[name]) for row in rows]
+def draw_panel(axes: Axes, name: str, rows: Sequence[Row]) -> None:
+    """Points of one protocol, their names, and the front; models that are ruined are only named."""
+    best = min((row.perplexity[name] for row in rows), default=1.0)
+    usable = [row for row in rows if row.perplexity[name] <= RUINED * best]
+    points = [(row.bytes / 1e6, row.perplexity[name]) for row in usable]
     front = pareto_front(points)
-    for index, (row, (x, y)) in enumerate(zip(rows, points, strict=True)):
+    order = sorted(range(len(points)), key=points.__getitem__)
+    for place, index in enumerate(order):
+        row, point = usable[index], points[index]
         colour = "tab:blue" if index in front else "tab:gray"
-        marker = "*" if row.name.startswith("nanoquant") else "o"
-        axes.plot(x, y, marker, color=colour)
-        axes.annotate(row.name, (x, y), (4, 4), textcoords="offset points", fontsize="small")
-    best = [points[index] for index in front]
-    axes.plot(*zip(*best, strict=True), "-", color="tab:blue", alpha=0.5, label="Pareto front")
+        axes.plot(*point, "*" if row.name.startswith("nanoquant") else "o", color=colour)
+        # neighbours in bytes are often neighbours in perplexity: names on both sides in turns
+        offset, side = (((5, 5), "left"), ((-5, -12), "right"))[place % 2]
+        axes.annotate(
+            row.name, point, offset, textcoords="offset points", fontsize="small", ha=side
+        )
+    if front:
+        line = [points[index] for index in front]
+        axes.plot(*zip(*line, strict=True), "-", color="tab:blue", alpha=0.5, label="Pareto front")
+        axes.legend()
+    ruined = [f"{row.name} {_short(row.perplexity[name])}" for row in rows if row not in usable]
+    if ruined:
+        text = f"not drawn, above {RUINED:g} times the best: {', '.join(ruined)}"
+        axes.set_title(textwrap.fill(text, TITLE_WIDTH), fontsize="small")
+    axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("stored bytes of the whole model, MB")
     axes.set_ylabel(f"perplexity, {name}")
-    axes.legend()
+    for axis in (axes.xaxis, axes.yaxis):  # powers of ten alone say too little
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter("{x:g}")
     axes.grid(True, alpha=0.3, which="both")
