@@ -34,10 +34,17 @@ INSTALL = (
 )
 
 
-def check_harness() -> None:
-    """Raise ValueError that says how to install the harness if it is not there."""
-    if importlib.util.find_spec("lm_eval") is None:
+def check_tasks(names: Sequence[str], data: str | None) -> None:
+    """Look before any work whether tasks can run.
+
+    Raises:
+        ValueError: the harness is not installed, or local rows are not there or lack columns.
+    """
+    if names and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(INSTALL)
+    for name in names if data is not None else ():
+        _, files = find_files(data, TASKS[name].folders, TASKS[name].splits)
+        next(read_rows(files, TASKS[name].columns, f"the task {name}"), None)
 
 
 def zero_shot(
@@ -71,7 +78,7 @@ def zero_shot(
     Raises:
         ValueError: the harness is not installed, or the rows are not there or lack columns.
     """
-    check_harness()
+    check_tasks(names, data)
     progress = progress or Progress()
     found = {}
     with TemporaryDirectory(prefix="nanoquant-") as folder, _hushed():
