@@ -91,7 +91,7 @@ def test_mismatched_tokenizers_are_refused_by_name(place, stranger, capsys, tmp_
     monkeypatch.setattr("nanoquant.evaluation.command.load_model", None)
     text = ["--text", place / "text.txt"]
     line = refused(capsys, "evaluate", place / "dense", "--dense", stranger, *text)
-    assert "have other tokenizers; give --dense its own" in line
+    assert "have other tokenizers; give --dense the model it came from" in line
 
 
 BAD = {

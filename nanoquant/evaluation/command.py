@@ -106,7 +106,9 @@ def measure_folder(job: EvaluationJob, request: EvaluationRequest) -> dict[str, 
     tokenizer = load_tokenizer(folder)
     dense_folder = None if request.empty else find_dense(folder, job.dense)
     if dense_folder is not None and not _same_tokenizer(dense_folder, tokenizer):
-        raise ValueError(f"{dense_folder} and {folder} have other tokenizers; give --dense its own")
+        raise ValueError(
+            f"{dense_folder} and {folder} have other tokenizers; give --dense the model it came from, or none"
+        )
     model_type = read_json(folder / "config.json").get("model_type", "")
     windows = prepare_windows(request, tokenizer, model_type)
     progress = ConsoleProgress(_phases(job, request, dense_folder is not None))
