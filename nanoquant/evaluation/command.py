@@ -21,7 +21,7 @@ from nanoquant.console import (
     show_logs,
     write_json,
 )
-from nanoquant.evaluation.compare import compare, compare_table, read_record
+from nanoquant.evaluation.compare import check_comparable, compare, compare_table, read_record
 from nanoquant.evaluation.protocols import TEXT, fingerprint
 from nanoquant.evaluation.record import (
     DENSE,
@@ -138,7 +138,9 @@ def measure_folder(job: EvaluationJob, request: EvaluationRequest) -> dict[str, 
     tokenizer = load_tokenizer(folder)
     dense_folder = None if request.empty else find_dense(folder, job.dense)
     if dense_folder is not None and not _same_tokenizer(dense_folder, tokenizer):
-        raise ValueError(f"{dense_folder} and {folder} have other tokenizers; give --dense its own")
+        raise ValueError(
+            f"{dense_folder} and {folder} have other tokenizers; give --dense the model it came from, or none"
+        )
     model_type = read_json(folder / "config.json").get("model_type", "")
     windows = prepare_windows(request, tokenizer, model_type)
     progress = ConsoleProgress(_phases(job, request, dense_folder is not None))
@@ -218,8 +220,9 @@ def _compare(job: EvaluationJob, request: EvaluationRequest) -> dict[str, Any]:
             "--zero-shot, or its record"
         )
     records = [None if name in folders else read_record(name) for name in names]
-    for name in folders:
-        find_model(name)  # all are refused before one is measured
+    known = next(((n, r) for n, r in zip(names, records, strict=True) if r is not None), None)
+    for name in folders:  # all are refused before one is measured
+        known = _check_folder(name, request, known)
     for index, name in enumerate(names):
         if records[index] is None:
             say(name)
@@ -233,6 +236,23 @@ def _compare(job: EvaluationJob, request: EvaluationRequest) -> dict[str, Any]:
     say(compare_table(found))
     measured = dict(zip(names, records, strict=True))
     return found | {"records": {name: measured[name] for name in folders}}
+
+
+def _check_folder(
+    name: str, request: EvaluationRequest, known: tuple[str, dict[str, Any]] | None
+) -> tuple[str, dict[str, Any]]:
+    """Refuse a model that could not be compared with a known record by its perplexities; what is known now."""
+    folder = find_model(name)
+    tokenizer = load_tokenizer(folder)
+    model_type = read_json(folder / "config.json").get("model_type", "")
+    windows = prepare_windows(request, tokenizer, model_type)
+    settings = {prepared.name: prepared.settings for prepared in windows}
+    one = {"protocols": settings, "tokenizer": fingerprint(tokenizer)}
+    if known is None:
+        return name, one
+    if set(settings) & set(known[1]["protocols"]):
+        check_comparable((known[0], name), (known[1], one))
+    return known
 
 
 def _phases(job: EvaluationJob, request: EvaluationRequest, dense: bool) -> list[str]:

@@ -66,15 +66,7 @@ def compare(names: Sequence[str], records: Sequence[dict[str, Any]]) -> dict[str
     first, *others = records
     differences = []
     for name, other in zip(names[1:], others, strict=True):
-        common = [key for key in first["results"] if key in other["results"]]
-        if not common:
-            raise ValueError(
-                f"{names[0]} and {name} have no protocol in common: {', '.join(first['results'])} and "
-                f"{', '.join(other['results'])}"
-            )
-        _check_tokenizers((names[0], name), (first, other), common)
-        for key in common:
-            check_settings((names[0], name), (first, other), key)
+        common = check_comparable((names[0], name), (first, other))
         found = [
             {"model": name, **entry}
             for key in common
@@ -89,6 +81,26 @@ def compare(names: Sequence[str], records: Sequence[dict[str, Any]]) -> dict[str
         "left_out": _left_out(names, records),
         "differences": differences,
     }
+
+
+def check_comparable(
+    names: tuple[str, str], records: tuple[dict[str, Any], dict[str, Any]]
+) -> list[str]:
+    """Names of the protocols of two records; of these only "protocols" and "tokenizer" are looked at.
+
+    Raises:
+        ValueError: other tokenizers, other settings of a protocol, or nothing in common; says which.
+    """
+    one, two = (record["protocols"] for record in records)
+    common = [key for key in one if key in two]
+    if not common:
+        raise ValueError(
+            f"{names[0]} and {names[1]} have no protocol in common: {', '.join(one)} and {', '.join(two)}"
+        )
+    _check_tokenizers(names, records, common)
+    for key in common:
+        check_settings(names, records, key)
+    return common
 
 
 def compare_table(found: dict[str, Any]) -> str:

@@ -120,7 +120,10 @@ def _read_arrow(file: Path) -> list[dict[str, Any]]:
     import pyarrow
 
     with pyarrow.memory_map(str(file)) as source:
-        return pyarrow.ipc.open_stream(source).read_all().to_pylist()
+        footer = source.read(6) == b"ARROW1"
+        source.seek(0)
+        reader = (pyarrow.ipc.open_file if footer else pyarrow.ipc.open_stream)(source)
+        return reader.read_all().to_pylist()
 
 
 _READERS = {

@@ -15,7 +15,7 @@ from nanoquant.evaluation.agreement import Agreement, agreement
 from nanoquant.evaluation.perplexity import Perplexity, check_length, perplexity
 from nanoquant.evaluation.protocols import TEXT, Prepared, fingerprint, prepare, prepare_text
 from nanoquant.evaluation.request import EvaluationRequest
-from nanoquant.evaluation.zero_shot import check_harness, mean_accuracy, zero_shot
+from nanoquant.evaluation.zero_shot import check_tasks, mean_accuracy, zero_shot
 from nanoquant.figures import versions
 from nanoquant.progress import Progress
 from nanoquant.sizes import measure_sizes
@@ -85,15 +85,14 @@ def evaluate_model(
 def prepare_windows(
     request: EvaluationRequest, tokenizer: PreTrainedTokenizerBase, model_type: str
 ) -> list[Prepared]:
-    """Windows of every perplexity protocol; also refuses tasks without the harness, before any work.
+    """Windows of every perplexity protocol; refuses tasks that can't run as well, before any work.
 
     Args:
         request: what is measured.
         tokenizer: of the model.
         model_type: of the model's config.
     """
-    if request.tasks:
-        check_harness()
+    check_tasks(request.tasks, request.data)
     return [
         prepare_text(request.text_data, request.bos, tokenizer)
         if name == TEXT

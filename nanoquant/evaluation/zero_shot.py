@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nanoquant.evaluation.local_data import find_files, read_rows
 from nanoquant.evaluation.tasks import TASKS
@@ -34,10 +34,17 @@ INSTALL = (
 )
 
 
-def check_harness() -> None:
-    """Raise ValueError that says how to install the harness if it is not there."""
-    if importlib.util.find_spec("lm_eval") is None:
+def check_tasks(names: Sequence[str], data: str | None) -> None:
+    """Look before any work whether tasks can run.
+
+    Raises:
+        ValueError: the harness is not installed, or local rows are not there or lack columns.
+    """
+    if names and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(INSTALL)
+    for name in names if data is not None else ():
+        _, files = find_files(data, TASKS[name].folders, TASKS[name].splits)
+        next(read_rows(files, TASKS[name].columns, f"the task {name}"), None)
 
 
 def zero_shot(
@@ -71,11 +78,11 @@ def zero_shot(
     Raises:
         ValueError: the harness is not installed, or the rows are not there or lack columns.
     """
-    check_harness()
+    check_tasks(names, data)
     progress = progress or Progress()
     found = {}
-    with TemporaryDirectory(prefix="nanoquant-") as folder, _hushed():
-        scorer = _scorer(model, tokenizer, batch, softmax_dtype, progress)
+    with TemporaryDirectory(prefix="nanoquant-") as folder, _hushed() as stderr:
+        scorer = _scorer(model, tokenizer, batch, softmax_dtype, progress, stderr)
         for name in names:
             scorer.phase = f"{label}{name}"
             task, split = _load_task(name, data, Path(folder))
@@ -193,6 +200,7 @@ def _scorer(
     batch: int,
     softmax_dtype: str | None,
     progress: Progress,
+    stderr: TextIO,
 ) -> Any:  # noqa: ANN401
     """The harness's model class around a loaded model, showing our progress instead of its own."""
     from lm_eval.models.huggingface import HFLM
@@ -204,7 +212,7 @@ def _scorer(
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
             """Log-likelihoods of the requests; the harness calls it once a task."""
-            with _heard(), progress.phase(self.phase, len(requests)):
+            with contextlib.redirect_stderr(stderr), progress.phase(self.phase, len(requests)):
                 return super().loglikelihood(requests, disable_tqdm=True)
 
     own = copy.deepcopy(tokenizer)  # the harness sets its pad token
@@ -224,26 +232,14 @@ class _Counter:
         self.progress.advance(1)
 
 
-_HEARD: list[Any] = []
-
-
 @contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-    """Without the harness's own log and bars, which go to stderr."""
-    logger = logging.getLogger("lm_eval")
+def _hushed() -> Iterator[TextIO]:
+    """Without the harness's own log and bars, which go to stderr; yields the real one."""
+    logger, stderr = logging.getLogger("lm_eval"), sys.stderr
     level = logger.level
     logger.setLevel(logging.ERROR)
-    _HEARD.append(sys.stderr)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            yield
+            yield stderr
     finally:
-        _HEARD.pop()
         logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _heard() -> Iterator[None]:
-    """With stderr as it was before ``_hushed``."""
-    with contextlib.redirect_stderr(_HEARD[-1]):
-        yield
