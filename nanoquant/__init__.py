@@ -23,7 +23,7 @@ _MODULES = {
     "read_sizes": "checkpoint",
     "generate": "generate",
     "GenerationSettings": "generation_settings",
-    "perplexity": "evaluate",
+    "perplexity": "evaluation.perplexity",
     "BinaryLowRankLinear": "linear",
     "BinaryFactors": "binary",
     "Importance": "importance",

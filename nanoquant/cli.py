@@ -20,7 +20,7 @@ Language models at one bit per weight and below: binary low-rank factors of ever
 
 commands:
   quantize MODEL OUT --text FILE    quantize a model, save a checkpoint, measure it in a fresh process
-  evaluate MODEL --text FILE        perplexity of a dense or quantized model
+  evaluate MODEL --text FILE        perplexity, KL from the dense model, zero-shot tasks; --compare A B
   generate MODEL --prompt TEXT      continue a text
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
   bench                             speed and memory of packed layers and models on this machine
@@ -113,6 +113,15 @@ def _quantize(arguments: list[str]) -> None:
     run_job(job, config)
 
 
+def _evaluate(arguments: list[str]) -> None:
+    from nanoquant.parsers import parse_evaluate
+
+    job, request = parse_evaluate(arguments)
+    from nanoquant.evaluation.command import evaluate_command
+
+    evaluate_command(job, request)
+
+
 def _bench(arguments: list[str]) -> None:
     from nanoquant.parsers import parse_bench
 
@@ -145,7 +154,7 @@ def _other(name: str, what: str, module: str = "nanoquant.commands") -> Callable
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quantize": _quantize,
-    "evaluate": _other("evaluate", "Measure perplexity and sizes of a dense or quantized model."),
+    "evaluate": _evaluate,
     "generate": _other("generate", "Continue a text with a dense or quantized model."),
     "inspect": _other(
         "inspect", "Show sizes, ranks and recipe of a checkpoint without its weights."

@@ -1,4 +1,4 @@
-"""The commands ``evaluate``, ``generate`` and ``inspect``; ``quantize`` and ``bench`` have files of their own."""
+"""The commands ``generate`` and ``inspect``; the others have files of their own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from nanoquant.checkpoint import read_sizes
 from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
 from nanoquant.console import (
-    ConsoleProgress,
     check_json_path,
     note,
     say,
@@ -22,100 +18,13 @@ from nanoquant.console import (
     table,
     write_json,
 )
-from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
-from nanoquant.evaluate import perplexity
-from nanoquant.generate import (
-    SAMPLE_TOKENS,
-    check_prompts,
-    check_sample,
-    generate,
-    greedy_sample,
-)
+from nanoquant.generate import check_prompts, generate
 from nanoquant.generation_settings import GenerationSettings
 from nanoquant.hf_quantizer import PARTS
 from nanoquant.int8_activations import Int8Config, read_windows, use_int8_activations
 from nanoquant.prompts import printer, read_prompts, speed_lines
-from nanoquant.sizes import Sizes, measure_sizes
+from nanoquant.sizes import Sizes
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer, weight_bytes
-
-
-def evaluate_command(
-    model: str,
-    text: str | None = None,
-    windows: int = DataConfig.windows,
-    length: int = DataConfig.length,
-    seed: int | None = None,
-    sample: str | None = None,
-    sample_tokens: int = SAMPLE_TOKENS,
-    device: str = "auto",
-    json: str | None = None,
-) -> None:
-    """Print perplexity, sizes and a sample of a dense or quantized model.
-
-    Args:
-        model: folder or Hub name.
-        text: held-out text: a text, .jsonl, .pt or .safetensors file, or a data set as name:config:split.
-        windows: number of windows.
-        length: tokens of a window.
-        seed: seed that chooses the windows; null takes the first ones in order.
-        sample: prompt to continue, greedily.
-        sample_tokens: most new tokens of the sample.
-        device: auto takes a GPU if there is one; cpu or cuda.
-        json: file for every printed figure.
-
-    Raises:
-        ValueError: nothing to do, or the folder, the text or the prompt is not usable.
-    """
-    if text is None and sample is None:
-        raise ValueError("nothing to measure: give --text, --sample or both")
-    if sample is not None:
-        check_sample(sample, sample_tokens)
-    check_json_path(json)
-    show_logs(verbose=False)
-    folder, target = find_model(model), device_of(device)
-    tokenizer = load_tokenizer(folder)
-    tokens = None
-    if text is not None:
-        data = DataConfig(text=text, windows=windows, length=length, seed=seed)
-        tokens = make_windows(
-            load_tokens(text, tokenizer), data.length, data.windows, bos_of(tokenizer), data.seed
-        )
-    progress = ConsoleProgress(
-        ["load"] + ["perplexity"] * (text is not None) + ["sample"] * (sample is not None)
-    )
-    with progress.phase("load", 1):
-        loaded = load_model(folder, target)
-    figures: dict[str, Any] = {"model": model, "text": text, "perplexity": None, "sample": None}
-    if tokens is not None:
-        with progress.phase("perplexity", len(tokens)):
-            figures |= _perplexity(loaded, tokens, progress)
-        say(
-            "perplexity {perplexity:.4f} on {tokens:,} tokens of {windows} windows".format(
-                **figures
-            )
-        )
-    if sample is not None:
-        with progress.phase("sample", 1):
-            figures["sample"] = greedy_sample(loaded, tokenizer, sample, sample_tokens)
-        say(f"sample: {sample}{figures['sample']}")
-    sizes, file_bytes = measure_sizes(loaded), weight_bytes(folder)
-    say(sizes_table(sizes, file_bytes))
-    figures |= {"sizes": sizes.to_dict(), "file_bytes": file_bytes, "seconds": progress.seconds}
-    write_json(json, figures)
-
-
-def _perplexity(
-    model: PreTrainedModel, windows: Tensor, progress: ConsoleProgress
-) -> dict[str, Any]:
-    """Perplexity on windows (N, T), and what it was taken over."""
-    result = perplexity(model, windows, progress=lambda done, total: progress.advance(1))
-    return {
-        "perplexity": result.value,
-        "nll_per_token": result.nll.sum().item() / result.tokens,
-        "tokens": result.tokens,
-        "windows": result.windows,
-        "length": windows.shape[1],
-    }
 
 
 def generate_command(

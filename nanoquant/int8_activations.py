@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nanoquant.data import bos_of, load_tokens, make_windows
 from nanoquant.decoder import evaluation_mode, input_device, observe_calls
 from nanoquant.divergence import ForwardKL
-from nanoquant.evaluate import check_length
+from nanoquant.evaluation.perplexity import check_length
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant_kernels import binary_low_rank_linear, binary_low_rank_linear_int8
 from nanoquant_kernels.cpu_build import available_int8_paths

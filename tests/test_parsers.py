@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from nanoquant import parsers
-from nanoquant.commands import evaluate_command, generate_command, inspect_command
+from nanoquant.commands import generate_command, inspect_command
 from nanoquant.config import PRESETS
 from nanoquant.generation_settings import GenerationSettings
 
@@ -19,7 +19,7 @@ def settings(*flags):
     "parser",
     [
         parsers.quantize_parser(),
-        parsers.command_parser("evaluate", evaluate_command, ""),
+        parsers.evaluate_parser(),
         parsers.command_parser("generate", generate_command, ""),
         parsers.command_parser("inspect", inspect_command, ""),
         parsers.bench_parser(),

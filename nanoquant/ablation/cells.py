@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nanoquant.ablation.plan import Cell, Plan
 from nanoquant.console import ConsoleProgress, note, write_json
 from nanoquant.data import load_tokens
-from nanoquant.evaluate import perplexity
+from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.figures import versions
 from nanoquant.job import evaluation_windows, free_memory
 from nanoquant.quantize import quantize

@@ -52,15 +52,15 @@ def negative_log_likelihood(
     Raises:
         ValueError: The windows are too short, or the logits are not finite.
     """
-    _check(windows)
+    check_windows(windows)
     check_length(model, windows.shape[1])
     sums = []
-    for batch in _batches(windows, batch_size, progress):
-        logits = _logits(model, batch)
+    for batch in batches(windows, batch_size, progress):
+        logits = window_logits(model, batch)
         for row, ids in zip(logits, batch.to(logits.device), strict=True):
             nll = [
-                _log_sum_exp(chunk, len(sums)) - chunk.gather(1, target[:, None])[:, 0]
-                for chunk, target in _chunks(row[:-1], ids[1:])
+                log_sum_exp(chunk, len(sums)) - chunk.gather(1, target[:, None])[:, 0]
+                for chunk, target in logit_chunks(row[:-1], ids[1:])
             ]
             sums.append(torch.cat(nll).double().sum().cpu())
     return torch.stack(sums), windows[:, 1:].numel()
@@ -70,11 +70,15 @@ def perplexity(
     model: nn.Module, windows: Tensor, batch_size: int = 1, progress: Progress | None = None
 ) -> Perplexity:
     """Perplexity of the model on windows (N, T); arguments as ``negative_log_likelihood``."""
-    nll, tokens = negative_log_likelihood(model, windows, batch_size, progress)
+    return make_perplexity(*negative_log_likelihood(model, windows, batch_size, progress))
+
+
+def make_perplexity(nll: Tensor, tokens: int) -> Perplexity:
+    """Perplexity from the sums of windows (N,) and the number of predicted tokens of all."""
     mean = nll.sum().item() / tokens
     # above exp(709) a float64 overflows
     value = math.exp(mean) if mean < 709 else math.inf
-    return Perplexity(value=value, tokens=tokens, windows=len(windows), nll=nll)
+    return Perplexity(value=value, tokens=tokens, windows=len(nll), nll=nll)
 
 
 def check_length(model: nn.Module, length: int) -> None:
@@ -90,13 +94,13 @@ def check_length(model: nn.Module, length: int) -> None:
         )
 
 
-def _check(windows: Tensor) -> None:
+def check_windows(windows: Tensor) -> None:
     """Check the shape of the windows."""
     if windows.ndim != 2 or len(windows) < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows have shape {tuple(windows.shape)}; allowed: (N >= 1, T >= 2)")
 
 
-def _batches(windows: Tensor, batch_size: int, progress: Progress | None) -> Iterator[Tensor]:
+def batches(windows: Tensor, batch_size: int, progress: Progress | None) -> Iterator[Tensor]:
     """Yield batches of windows, and report each once it has been used."""
     done = 0
     for batch in windows.split(batch_size):
@@ -107,20 +111,21 @@ def _batches(windows: Tensor, batch_size: int, progress: Progress | None) -> Ite
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, batch: Tensor) -> Tensor:
+def window_logits(model: nn.Module, batch: Tensor) -> Tensor:
     """Logits (B, T, V) in the dtype of the model."""
     with evaluation_mode(model):
         return model(input_ids=batch.to(input_device(model)), use_cache=False).logits
 
 
-def _chunks(logits: Tensor, other: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield rows of logits (T, V) as float32 chunks, with the same rows of another tensor."""
-    rows = max(1, CHUNK_ELEMENTS // logits.shape[-1])
-    for chunk, same in zip(logits.split(rows), other.split(rows), strict=True):
-        yield chunk.float(), same
+def logit_chunks(logits: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield rows of logits (T, V) in chunks, with the same rows of other tensors; what has V columns as float32."""
+    share = CHUNK_ELEMENTS // sum(x.ndim > 1 for x in (logits, *others))
+    rows = max(1, share // logits.shape[-1])
+    for chunk in zip(*(x.split(rows) for x in (logits, *others)), strict=True):
+        yield tuple(x.float() if x.ndim > 1 else x for x in chunk)
 
 
-def _log_sum_exp(logits: Tensor, window: int) -> Tensor:
+def log_sum_exp(logits: Tensor, window: int) -> Tensor:
     """Logarithm of the normaliser of every row (chunk,); not finite if a logit is NaN or +inf."""
     result = logits.logsumexp(-1)
     if not result.isfinite().all():

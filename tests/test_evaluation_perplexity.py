@@ -5,8 +5,8 @@ import torch
 from tiny_models import random_windows, tiny_gemma2, tiny_llama
 from torch.nn import functional as F
 
-from nanoquant import evaluate
-from nanoquant.evaluate import negative_log_likelihood, perplexity
+from nanoquant.evaluation import perplexity as module
+from nanoquant.evaluation.perplexity import negative_log_likelihood, perplexity
 
 
 @pytest.fixture
@@ -40,17 +40,17 @@ def test_perplexity_is_exp_of_the_mean(windows):
 def test_chunks_and_batches_do_not_change_the_result(windows, monkeypatch):
     model = tiny_llama()
     whole = perplexity(model, windows)
-    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 128 * 5)
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 128 * 5)
     parts = perplexity(model, windows, 3)
     torch.testing.assert_close(whole.nll, parts.nll, rtol=1e-5, atol=0)
 
 
 def test_no_more_than_a_chunk_is_converted_to_float32(windows, monkeypatch):
     sizes = []
-    monkeypatch.setattr(evaluate, "CHUNK_ELEMENTS", 128 * 5)
-    inner = evaluate._log_sum_exp
+    monkeypatch.setattr(module, "CHUNK_ELEMENTS", 128 * 5)
+    inner = module.log_sum_exp
     monkeypatch.setattr(
-        evaluate, "_log_sum_exp", lambda z, *a: (sizes.append(z.numel()), inner(z, *a))[1]
+        module, "log_sum_exp", lambda z, *a: (sizes.append(z.numel()), inner(z, *a))[1]
     )
     perplexity(tiny_llama(dtype=torch.bfloat16), windows, batch_size=5)
     assert max(sizes) == 128 * 5

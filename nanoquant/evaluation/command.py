@@ -1,0 +1,266 @@
+"""The command ``evaluate``: measure one model beside its dense one, or compare what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanoquant.baselines.command import run_baselines, show_records
+from nanoquant.baselines.config import BaselineConfig
+from nanoquant.benchmark.report import check_plot
+from nanoquant.checkpoint_files import QUANT_METHOD, read_json
+from nanoquant.commands import sizes_table
+from nanoquant.console import (
+    ConsoleProgress,
+    check_json_path,
+    note,
+    say,
+    show_logs,
+    write_json,
+)
+from nanoquant.evaluation.compare import check_comparable, compare, compare_table, read_record
+from nanoquant.evaluation.protocols import TEXT, fingerprint
+from nanoquant.evaluation.record import (
+    DENSE,
+    evaluate_model,
+    make_record,
+    phase_names,
+    prepare_windows,
+    result_table,
+)
+from nanoquant.evaluation.request import EvaluationRequest
+from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
+from nanoquant.sizes import Sizes
+from nanoquant.sources import (
+    device_of,
+    find_model,
+    load_model,
+    load_tokenizer,
+    quantization_method,
+    weight_bytes,
+)
+
+NO_DENSE = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationJob:
+    """Which model is measured, beside which, and what is written."""
+
+    model: str | None = None
+    """Folder or Hub name of the model; left out with --compare and --table."""
+    dense: str | None = None
+    """Dense model for KL, agreement and its own figures; null: the one a checkpoint was made from, if here; or none."""
+    compare: list[str] | None = None
+    """Records that --json wrote, or models, which are measured first: differences of each from the first one."""
+    baselines: str | None = None
+    """Baselines to measure on copies of a dense MODEL, separated by commas, or all: int4, awq3, xnor, sign-svd@0.8."""
+    baseline: BaselineConfig = field(default_factory=BaselineConfig)
+    """Settings of the baselines."""
+    out: str | None = None
+    """Folder for a record of each baseline; one whose record is there is not computed again."""
+    table: list[str] | None = None
+    """Records that --json or --out wrote, as one table in true bits."""
+    plot: str | None = None
+    """PNG for the Pareto plot, perplexity against stored bytes, of --table or --baselines; needs matplotlib."""
+    sample: str | None = None
+    """Prompt to continue, greedily."""
+    sample_tokens: int = SAMPLE_TOKENS
+    """Most new tokens of the sample."""
+    device: str = "auto"
+    """auto takes a GPU if there is one; cpu or cuda."""
+    json: str | None = None
+    """File for the record, every printed figure in it."""
+
+    def __post_init__(self) -> None:
+        given = [what for what in (self.model, self.compare, self.table) if what is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "give one MODEL to measure it, or --compare A B to compare two or more, or --table A B"
+            )
+        if self.baselines is None and self.out is not None:
+            raise ValueError("--out is for --baselines; the record of one model goes to --json")
+        if self.baselines is None and self.table is None and self.plot is not None:
+            raise ValueError("--plot is for --table or --baselines")
+        if self.baselines is not None and (self.model is None or self.sample is not None):
+            raise ValueError("--baselines is about one dense MODEL, without --sample")
+        if self.compare is not None:
+            if len(self.compare) < 2:
+                raise ValueError(f"--compare needs two records or models, got {self.compare}")
+            if self.sample is not None:
+                raise ValueError("--sample is about one model; leave it out with --compare")
+        if self.sample is not None:
+            check_sample(self.sample, self.sample_tokens)
+
+
+def evaluate_command(job: EvaluationJob, request: EvaluationRequest) -> None:
+    """Print what a model measures, or how models differ, and write it as JSON.
+
+    Raises:
+        ValueError: nothing to do, or a folder, text, data set, record or prompt is not usable.
+    """
+    check_json_path(job.json)
+    check_json_path(job.plot, "--plot")
+    if job.plot is not None:
+        check_plot()
+    show_logs(verbose=False)
+    if job.table is not None:
+        write_json(job.json, show_records(job.table, job.plot))
+        return
+    if job.baselines is not None:
+        found = run_baselines(
+            str(job.model), job.baselines, job.baseline, request, job.device, job.out, job.plot
+        )
+        write_json(job.json, found)
+        return
+    if job.compare is not None:
+        write_json(job.json, _compare(job, request))
+        return
+    if request.empty and job.sample is None:
+        raise ValueError("nothing to measure: give --text, --protocol, --zero-shot or --sample")
+    record = measure_folder(job, request)
+    if record["sample"] is not None:
+        say(f"sample: {job.sample}{record['sample']}")
+    say(sizes_table(Sizes(**record["bits"]), record["file_bytes"]))
+    write_json(job.json, record)
+
+
+def measure_folder(job: EvaluationJob, request: EvaluationRequest) -> dict[str, Any]:
+    """The record of a model in a folder; prints its figures.
+
+    Raises:
+        ValueError: as :func:`evaluate_command`.
+    """
+    folder, device = find_model(str(job.model)), device_of(job.device)
+    tokenizer = load_tokenizer(folder)
+    dense_folder = None if request.empty else find_dense(folder, job.dense)
+    if dense_folder is not None and not _same_tokenizer(dense_folder, tokenizer):
+        raise ValueError(
+            f"{dense_folder} and {folder} have other tokenizers; give --dense the model it came from, or none"
+        )
+    model_type = read_json(folder / "config.json").get("model_type", "")
+    windows = prepare_windows(request, tokenizer, model_type)
+    progress = ConsoleProgress(_phases(job, request, dense_folder is not None))
+    with progress.phase("load", 1):
+        model = load_model(folder, device)
+        dense = None if dense_folder is None else load_model(dense_folder, device)
+    measured = evaluate_model(model, tokenizer, request, dense, progress=progress, windows=windows)
+    sample = None
+    if job.sample is not None:
+        with progress.phase("sample", 1):
+            sample = greedy_sample(model, tokenizer, job.sample, job.sample_tokens)
+    record = make_record(
+        measured,
+        model,
+        tokenizer,
+        name=str(job.model),
+        method=method_of(folder),
+        file_bytes=weight_bytes(folder),
+        seed=request.seed,
+        seconds=progress.seconds,
+        dense_name=None if dense_folder is None else str(dense_folder),
+    )
+    for line in result_lines(record):
+        say(line)
+    return record | {"sample": sample}
+
+
+def find_dense(folder: Path, name: str | None) -> Path | None:
+    """Folder of the dense model that goes beside a model.
+
+    Args:
+        folder: of the model.
+        name: as --dense has it: a model, "none", or null for the one that a checkpoint names if it is a folder here.
+
+    Raises:
+        ValueError: the model that was named is not usable.
+    """
+    if name == NO_DENSE:
+        return None
+    if name is not None:
+        return find_model(name)
+    if quantization_method(folder) != QUANT_METHOD:
+        return None
+    recipe = read_json(folder / "config.json")["quantization_config"].get("recipe") or {}
+    source = recipe.get("source")
+    if source is not None and Path(source).is_dir():
+        return find_model(source)
+    note(f"the dense model {source or ''} is not here; --dense FOLDER puts its figures beside")
+    return None
+
+
+def method_of(folder: Path) -> str:
+    """What made the model of a folder, for its record."""
+    method = quantization_method(folder)
+    return DENSE if method is None else "nanoquant" if method == QUANT_METHOD else method
+
+
+def result_lines(record: dict[str, Any]) -> list[str]:
+    """Perplexities in words, and the table."""
+    lines = [
+        f"perplexity {results['perplexity']:.4f} on {results['tokens']:,} tokens of {results['windows']} windows"
+        + ("" if name == TEXT else f" of {name}")
+        for name, results in record["results"].items()
+        if "perplexity" in results
+    ]
+    found = result_table(record)
+    return [*lines, "", found, ""] if found else lines
+
+
+def _compare(job: EvaluationJob, request: EvaluationRequest) -> dict[str, Any]:
+    """Read or measure all records, print their differences."""
+    names = list(job.compare or [])
+    folders = [name for name in names if not Path(name).is_file()]
+    if folders and request.empty:
+        raise ValueError(
+            f"{folders[0]} is no record but a model, which has to be measured: give --text, --protocol or "
+            "--zero-shot, or its record"
+        )
+    records = [None if name in folders else read_record(name) for name in names]
+    known = next(((n, r) for n, r in zip(names, records, strict=True) if r is not None), None)
+    for name in folders:  # all are refused before one is measured
+        known = _check_folder(name, request, known)
+    for index, name in enumerate(names):
+        if records[index] is None:
+            say(name)
+            one = replace(job, model=name, compare=None)
+            records[index] = measure_folder(one, request)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    found = compare(names, [record for record in records if record is not None])
+    for line in found["left_out"]:
+        note(line)
+    say(compare_table(found))
+    measured = dict(zip(names, records, strict=True))
+    return found | {"records": {name: measured[name] for name in folders}}
+
+
+def _check_folder(
+    name: str, request: EvaluationRequest, known: tuple[str, dict[str, Any]] | None
+) -> tuple[str, dict[str, Any]]:
+    """Refuse a model that could not be compared with a known record by its perplexities; what is known now."""
+    folder = find_model(name)
+    tokenizer = load_tokenizer(folder)
+    model_type = read_json(folder / "config.json").get("model_type", "")
+    windows = prepare_windows(request, tokenizer, model_type)
+    settings = {prepared.name: prepared.settings for prepared in windows}
+    one = {"protocols": settings, "tokenizer": fingerprint(tokenizer)}
+    if known is None:
+        return name, one
+    if set(settings) & set(known[1]["protocols"]):
+        check_comparable((known[0], name), (known[1], one))
+    return known
+
+
+def _phases(job: EvaluationJob, request: EvaluationRequest, dense: bool) -> list[str]:
+    """Names of the phases, in order."""
+    sample = ["sample"] if job.sample is not None else []
+    return ["load", *phase_names(request, dense), *sample]
+
+
+def _same_tokenizer(folder: Path, tokenizer: Any) -> bool:  # noqa: ANN401
+    """Whether the tokenizer of a folder gives the same ids as another one."""
+    return fingerprint(load_tokenizer(folder))["sha256"] == fingerprint(tokenizer)["sha256"]
