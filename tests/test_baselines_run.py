@@ -201,6 +201,12 @@ def test_nothing_to_measure_is_refused(place, capsys):
     assert "nothing to measure" in line
 
 
+def test_the_text_of_the_evaluation_is_no_calibration_text(place, capsys):
+    text = place / "text.txt"
+    wanted = ["evaluate", place / "dense", "--text", text, "--baselines", "awq2"]
+    assert "is both the calibration" in refused(capsys, *wanted, "--baseline.text", text)
+
+
 def test_a_quantized_model_has_no_baselines(place, finished, capsys):
     text = ["--text", place / "text.txt", *MEASURE]
     line = refused(capsys, "evaluate", place / "out", *text, "--baselines", "int8")

@@ -56,6 +56,10 @@ def run_baselines(
         raise ValueError("nothing to measure: give --text, --protocol or --zero-shot")
     if plot is not None and not request.protocols:
         raise ValueError("--plot draws perplexity: give --text or --protocol")
+    if config.text is not None and config.text == request.text:
+        raise ValueError(
+            f"{config.text} is both the calibration text and the text of the evaluation; give --baseline.text another"
+        )
     source, target = find_model(model), device_of(device)
     method = quantization_method(source)
     if method is not None:

@@ -26,7 +26,7 @@ def int8(target: Target, config: BaselineConfig, windows: Tensor | None) -> None
 
 
 def int4(target: Target, config: BaselineConfig, windows: Tensor | None) -> None:
-    """Torchao's int4 weight-only for CPUs: asymmetric groups, round to nearest."""
+    """Torchao's int4 weight-only in the packing of the device: asymmetric groups, round to nearest."""
     _quantize(target, _int4_config(config.group_size, target.model.device))
 
 
