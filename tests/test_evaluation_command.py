@@ -38,6 +38,19 @@ def test_the_dense_model_of_a_checkpoint_stands_beside_it_where_it_is_here(
     assert json.loads((tmp_path / "a.json").read_text())["dense"] == record["dense"]
 
 
+def test_an_interrupted_evaluation_keeps_what_was_measured(
+    place, finished, capsys, tmp_path, monkeypatch
+):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanoquant.evaluation.command.greedy_sample", interrupted)
+    flags = ["--text", place / "text.txt", *SMALL, "--sample", "the", "--json", tmp_path / "a.json"]
+    code, out, _ = call(capsys, "evaluate", place / "dense", *flags)
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert code == 130 and f"perplexity {record['results']['text']['perplexity']:.4f}" in out
+
+
 def test_two_records_are_compared_without_a_model(place, finished, capsys, tmp_path, monkeypatch):
     for name in ("dense", "out"):
         file = tmp_path / f"{name}.json"

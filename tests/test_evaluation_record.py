@@ -7,7 +7,13 @@ import torch
 from tiny_models import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from nanoquant.evaluation import record as module
-from nanoquant.evaluation.record import evaluate_model, make_record, prepare_windows, result_table
+from nanoquant.evaluation.record import (
+    evaluate_model,
+    make_record,
+    phase_names,
+    prepare_windows,
+    result_table,
+)
 from nanoquant.evaluation.request import EvaluationRequest
 
 WORDS = "the river runs over stone and light falls on an old town "
@@ -72,7 +78,7 @@ def scored(monkeypatch):
     """A stand-in for the harness that notes which models it scored."""
     models = []
 
-    def zero_shot(model, tokenizer, names, *settings):
+    def zero_shot(model, names, **settings):
         models.append(model)
         scores = {"acc": 0.5, "acc_stderr": 0.1, "acc_norm": None, "acc_norm_stderr": None}
         return {name: ({"version": 1}, scores | {"per_question": [0, 1]}) for name in names}
@@ -88,10 +94,27 @@ def test_tasks_run_on_both_models_and_not_again_where_the_dense_ones_are_known(
     both = dataclasses.replace(request_of_text, zero_shot="piqa,boolq")
     model, dense, tokenizer = other_model(), tiny_llama(), tiny_tokenizer()
     first = evaluate_model(model, tokenizer, both, dense)
-    assert scored == [model, dense]
+    assert scored == [model, dense] * 2
     second = evaluate_model(model, tokenizer, both, dense, first["dense"])
-    assert scored == [model, dense, model]
+    assert scored == [model, dense] * 2 + [model] * 2
     assert second["dense"].keys() == first["dense"].keys() == {"text", "piqa", "boolq"}
+
+
+def test_what_is_measured_is_handed_out_after_every_protocol_and_task(request_of_text, scored):
+    both = dataclasses.replace(request_of_text, zero_shot="piqa,boolq")
+    kept = []
+    evaluate_model(
+        other_model(),
+        tiny_tokenizer(),
+        both,
+        tiny_llama(),
+        keep=lambda measured: kept.append((list(measured["results"]), list(measured["dense"]))),
+    )
+    assert kept == [
+        (names, names) for names in (["text"], ["text", "piqa"], ["text", "piqa", "boolq"])
+    ]
+    assert phase_names(both, True) == ["text", "piqa", "dense piqa", "boolq", "dense boolq"]
+    assert phase_names(both, False) == ["text", "piqa", "boolq"]
 
 
 def test_a_record_holds_the_contract_and_its_table_every_figure(request_of_text, scored):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,15 +122,16 @@ def evaluate_command(job: EvaluationJob, request: EvaluationRequest) -> None:
         return
     if request.empty and job.sample is None:
         raise ValueError("nothing to measure: give --text, --protocol, --zero-shot or --sample")
-    record = measure_folder(job, request)
+    record = measure_folder(job, request, job.json)
     if record["sample"] is not None:
         say(f"sample: {job.sample}{record['sample']}")
     say(sizes_table(Sizes(**record["bits"]), record["file_bytes"]))
-    write_json(job.json, record)
 
 
-def measure_folder(job: EvaluationJob, request: EvaluationRequest) -> dict[str, Any]:
-    """The record of a model in a folder; prints its figures.
+def measure_folder(
+    job: EvaluationJob, request: EvaluationRequest, file: str | None
+) -> dict[str, Any]:
+    """The record of a model in a folder; prints its figures as they come, and keeps them in ``file``.
 
     Raises:
         ValueError: as :func:`evaluate_command`.
@@ -147,25 +149,34 @@ def measure_folder(job: EvaluationJob, request: EvaluationRequest) -> dict[str, 
     with progress.phase("load", 1):
         model = load_model(folder, device)
         dense = None if dense_folder is None else load_model(dense_folder, device)
-    measured = evaluate_model(model, tokenizer, request, dense, progress=progress, windows=windows)
-    sample = None
-    if job.sample is not None:
-        with progress.phase("sample", 1):
-            sample = greedy_sample(model, tokenizer, job.sample, job.sample_tokens)
-    record = make_record(
-        measured,
-        model,
-        tokenizer,
+    record = partial(
+        make_record,
+        model=model,
+        tokenizer=tokenizer,
         name=str(job.model),
         method=method_of(folder),
         file_bytes=weight_bytes(folder),
         seed=request.seed,
-        seconds=progress.seconds,
         dense_name=None if dense_folder is None else str(dense_folder),
     )
-    for line in result_lines(record):
-        say(line)
-    return record | {"sample": sample}
+
+    def keep(measured: dict[str, Any]) -> None:
+        so_far = record(measured, seconds=progress.seconds)
+        say(result_line(*list(so_far["results"].items())[-1]))
+        write_json(file, so_far | {"sample": None})
+
+    measured = evaluate_model(
+        model, tokenizer, request, dense, progress=progress, windows=windows, keep=keep
+    )
+    sample = None
+    if job.sample is not None:
+        with progress.phase("sample", 1):
+            sample = greedy_sample(model, tokenizer, job.sample, job.sample_tokens)
+    found = record(measured, seconds=progress.seconds) | {"sample": sample}
+    if measured["results"]:
+        say(f"\n{result_table(found)}\n")
+    write_json(file, found)
+    return found
 
 
 def find_dense(folder: Path, name: str | None) -> Path | None:
@@ -198,16 +209,15 @@ def method_of(folder: Path) -> str:
     return DENSE if method is None else "nanoquant" if method == QUANT_METHOD else method
 
 
-def result_lines(record: dict[str, Any]) -> list[str]:
-    """Perplexities in words, and the table."""
-    lines = [
-        f"perplexity {results['perplexity']:.4f} on {results['tokens']:,} tokens of {results['windows']} windows"
-        + ("" if name == TEXT else f" of {name}")
-        for name, results in record["results"].items()
-        if "perplexity" in results
-    ]
-    found = result_table(record)
-    return [*lines, "", found, ""] if found else lines
+def result_line(name: str, results: dict[str, Any]) -> str:
+    """What one protocol or task gave, in words."""
+    if "perplexity" not in results:
+        return f"{name}: acc {results['acc']:.4f} of {results['questions']:,} questions"
+    where = "" if name == TEXT else f" of {name}"
+    return (
+        f"perplexity {results['perplexity']:.4f} on {results['tokens']:,} tokens of "
+        f"{results['windows']} windows{where}"
+    )
 
 
 def _compare(job: EvaluationJob, request: EvaluationRequest) -> dict[str, Any]:
@@ -227,7 +237,7 @@ def _compare(job: EvaluationJob, request: EvaluationRequest) -> dict[str, Any]:
         if records[index] is None:
             say(name)
             one = replace(job, model=name, compare=None)
-            records[index] = measure_folder(one, request)
+            records[index] = measure_folder(one, request, None)
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     found = compare(names, [record for record in records if record is not None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ FORMAT = 1
 DENSE = "dense"
 DENSE_LABEL = "dense "
 
+Keep = Callable[[dict[str, Any]], None]
+
 
 @dataclass
 class Measured:
@@ -45,6 +47,7 @@ def evaluate_model(
     dense_results: dict[str, Any] | None = None,
     progress: Progress | None = None,
     windows: Sequence[Prepared] | None = None,
+    keep: Keep | None = None,
 ) -> dict[str, Any]:
     """Measure a model that is in memory, however it was made.
 
@@ -57,6 +60,7 @@ def evaluate_model(
             model again, and without a dense model it is taken over as it is.
         progress: has a phase for every protocol and task, see :func:`phase_names`.
         windows: of :func:`prepare_windows`, if they are there already.
+        keep: called with what is measured until then after every protocol and task, so that none is lost.
 
     Returns:
         "protocols", "results" and "dense" of the record.
@@ -71,14 +75,17 @@ def evaluate_model(
         check_length(model, prepared.windows.shape[1])
     beside = None if dense is None and dense_results is None else dict(dense_results or {})
     measured = Measured(dense=beside)
-    for prepared in windows:
-        with progress.phase(prepared.name, len(prepared.windows)):
-            _perplexity(model, dense, prepared, measured, progress)
-    _tasks(model, tokenizer, request, measured, progress)
-    if dense is not None and request.tasks and not set(request.tasks) <= set(measured.dense or {}):
-        beside = Measured()
-        _tasks(dense, tokenizer, request, beside, progress, DENSE_LABEL)
-        measured.dense |= beside.results
+    steps: list[Callable[[], None]] = [
+        partial(_perplexity, model, dense, prepared, measured, progress) for prepared in windows
+    ]
+    steps += [
+        partial(_task, model, dense, tokenizer, request, name, measured, progress)
+        for name in request.tasks
+    ]
+    for step in steps:
+        step()
+        if keep is not None:
+            keep(vars(measured))
     return vars(measured)
 
 
@@ -103,8 +110,8 @@ def prepare_windows(
 
 def phase_names(request: EvaluationRequest, dense: bool) -> list[str]:
     """Phases of :func:`evaluate_model`, in order."""
-    again = [f"{DENSE_LABEL}{name}" for name in request.tasks] if dense else []
-    return [*request.protocols, *request.tasks, *again]
+    labels = ["", DENSE_LABEL] if dense else [""]
+    return request.protocols + [f"{label}{name}" for name in request.tasks for label in labels]
 
 
 def make_record(
@@ -197,40 +204,39 @@ def _perplexity(
     """Measure one protocol, and the dense model in the same passes."""
     step = partial(_advance, progress)
     measured.protocols[prepared.name] = prepared.settings
-    if dense is None:
-        measured.results[prepared.name] = _figures(
-            perplexity(model, prepared.windows, progress=step)
-        )
-        return
-    found = agreement(model, dense, prepared.windows, step)
-    measured.results[prepared.name] = _figures(found.model) | _against_dense(found)
-    measured.dense[prepared.name] = _figures(found.dense)
+    with progress.phase(prepared.name, len(prepared.windows)):
+        if dense is None:
+            found = _figures(perplexity(model, prepared.windows, progress=step))
+        else:
+            both = agreement(model, dense, prepared.windows, step)
+            found = _figures(both.model) | _against_dense(both)
+            measured.dense[prepared.name] = _figures(both.dense)
+    measured.results[prepared.name] = found
 
 
-def _tasks(
+def _task(
     model: PreTrainedModel,
+    dense: PreTrainedModel | None,
     tokenizer: PreTrainedTokenizerBase,
     request: EvaluationRequest,
+    name: str,
     measured: Measured,
     progress: Progress,
-    label: str = "",
 ) -> None:
-    """Run the zero-shot tasks."""
-    if not request.tasks:
-        return
-    found = zero_shot(
-        model,
-        tokenizer,
-        request.tasks,
-        request.questions,
-        request.batch,
-        request.softmax_dtype,
-        request.data,
-        progress,
-        label,
+    """Run one zero-shot task, on the dense model too unless its results are there."""
+    run = partial(
+        zero_shot,
+        tokenizer=tokenizer,
+        names=[name],
+        questions=request.questions,
+        batch=request.batch,
+        softmax_dtype=request.softmax_dtype,
+        data=request.data,
+        progress=progress,
     )
-    for name, (settings, results) in found.items():
-        measured.protocols[name], measured.results[name] = settings, results
+    measured.protocols[name], measured.results[name] = run(model)[name]
+    if dense is not None and name not in measured.dense:
+        measured.dense[name] = run(dense, label=DENSE_LABEL)[name][1]
 
 
 def _figures(result: Perplexity) -> dict[str, Any]:
