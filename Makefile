@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 install: $(VENV)/.installed
 
@@ -27,5 +27,5 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,demo,plots]'
+	$(PIP) --editable '.[dev,demo,eval,plots]'
 	@touch $@
