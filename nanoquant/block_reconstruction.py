@@ -21,7 +21,7 @@ from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
 from nanoquant.importance import Importance
 from nanoquant.layer_records import BlockWatch
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.records import UNRECORDED, Recorder
+from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.training import FitResult, OptimizerConfig
 
 Groups = tuple[tuple[str, ...], ...]

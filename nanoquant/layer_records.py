@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.records import POINTS, Recorder
+from nanoquant.recorder import POINTS, Recorder
 
 SAMPLED_SIGNS = 4096
 """Signs of each latent matrix that are followed; over 200 layers a share of 2% is known to 0.01%."""

@@ -25,7 +25,7 @@ from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import held_out_divergence, logits_divergence
 from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.records import UNRECORDED, Recorder
+from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.training import OptimizerConfig, first_non_finite, fit
 
 logger = logging.getLogger(__name__)

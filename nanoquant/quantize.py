@@ -26,7 +26,7 @@ from nanoquant.layer_records import record_model_errors
 from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
-from nanoquant.records import UNRECORDED, BlockRecorder, Recorder
+from nanoquant.recorder import UNRECORDED, BlockRecorder, Recorder
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import Text, split_text
 

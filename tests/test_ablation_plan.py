@@ -2,6 +2,7 @@
 
 import pytest
 
+from nanoquant.ablation import plan as module
 from nanoquant.ablation.plan import read_plan
 
 BASE = "base: {preset: paper, text: t.txt, eval_text: e.txt}\n"
@@ -22,6 +23,11 @@ def plan(tmp_path):
         return read_plan(tmp_path / "plan.yaml", model, changes)
 
     return read
+
+
+def test_the_example_of_the_documentation_is_a_plan(plan):
+    found = plan(module.__doc__.partition("::\n")[2])
+    assert len(found.cells) == 8 and list(found.axes) == ["budget.bits", "phases", "run.seed"]
 
 
 def test_a_grid_has_every_combination_with_its_settings(plan):

@@ -205,6 +205,14 @@ def test_the_text_of_the_evaluation_is_no_calibration_text(place, capsys):
     text = place / "text.txt"
     wanted = ["evaluate", place / "dense", "--text", text, "--baselines", "awq2"]
     assert "is both the calibration" in refused(capsys, *wanted, "--baseline.text", text)
+    same = text.parent / ".." / text.parent.name / text.name
+    assert "is both the calibration" in refused(capsys, *wanted, "--baseline.text", same)
+
+
+def test_a_folder_for_records_that_can_not_be_made_is_refused_before_any_work(place, capsys):
+    wanted = ["evaluate", place / "dense", "--text", place / "text.txt", *MEASURE]
+    line = refused(capsys, *wanted, "--baselines", "int8", "--out", place / "text.txt" / "out")
+    assert "--out" in line and "is a file; give a folder" in line
 
 
 def test_a_quantized_model_has_no_baselines(place, finished, capsys):
@@ -220,6 +228,10 @@ def test_files_that_are_no_records_or_measured_otherwise_are_refused(ran, capsys
     other.write_text(json.dumps(record))
     line = refused(capsys, "evaluate", "--table", good, other)
     assert "measured by another text: length 32 and 64" in line
+    record["tokenizer"]["sha256"] = "another"
+    other.write_text(json.dumps(record))
+    assert "have other tokenizers" in refused(capsys, "evaluate", "--table", good, other)
+    assert "holds several records" in refused(capsys, "evaluate", "--table", good, ran / "all.json")
     other.write_text("{}")
     assert "is no record" in refused(capsys, "evaluate", "--table", good, other)
     assert "can't be read" in refused(capsys, "evaluate", "--table", good, tmp_path / "none.json")

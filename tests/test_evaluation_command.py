@@ -8,6 +8,8 @@ import torch
 from command_line import call, refused
 from tiny_models import tiny_llama, tiny_tokenizer
 
+from nanoquant.evaluation.command import result_line
+
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
 SMALL = ["--windows", 4, "--length", 32]
@@ -155,3 +157,8 @@ def test_a_dense_model_of_another_size_is_refused(place, finished, capsys, tmp_p
     text = ["--text", place / "text.txt", *SMALL]
     line = refused(capsys, "evaluate", place / "out", "--dense", tmp_path / "other", *text)
     assert "vocabularies of 128 and 144 tokens" in line
+
+
+def test_the_line_of_a_task_names_the_split_that_was_scored():
+    line = result_line("arc_easy", {"acc": 0.5, "questions": 2376}, {"split": "validation"})
+    assert line == "arc_easy: acc 0.5000 on 2,376 questions of the validation split"

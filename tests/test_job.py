@@ -15,7 +15,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant import job
 from nanoquant.checkpoint import load
-from nanoquant.records import PHASES
+from nanoquant.recorder import PHASES
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 

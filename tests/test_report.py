@@ -19,9 +19,9 @@ from nanoquant.report import style
 from nanoquant.report.command import PLOTS, make_sections
 from nanoquant.report.config import ReportConfig
 from nanoquant.report.content import Table, short
-from nanoquant.report.evaluations import Point, record_points
+from nanoquant.report.evaluations import Point, own_points, record_points
 from nanoquant.report.quality import front
-from nanoquant.report.record import read_run
+from nanoquant.report.run_files import read_run
 
 BROWSER = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 HOSTILE = (
@@ -306,6 +306,36 @@ def test_perplexities_share_a_panel_only_where_their_tokens_are_the_same(tmp_pat
         (first, "nanoquant", 1000.0, 31.0),
         (second, "nanoquant", 1000.0, 32.0),
     ]
+
+
+@pytest.mark.parametrize(
+    ("settings", "label"),
+    [
+        ({"source": "text.txt", "seed": None}, "text.txt, 64 windows of 512 tokens"),
+        ({"source": "text.txt", "seed": 1}, "text.txt, 64 windows of 512 tokens, settings 2"),
+        ({"source": "b/text.txt"}, "text.txt, 64 windows of 512 tokens, settings 2"),
+        ({"source": "b/other.txt"}, "other.txt, 64 windows of 512 tokens"),
+    ],
+)
+def test_a_record_shares_the_panel_of_the_run_where_it_read_the_same_windows(
+    tmp_path, undrawn, settings, label
+):
+    run = read_run(write_run(tmp_path / "out.run"))
+    settings |= {"windows": 64, "length": 512, "tokens_sha256": "x"}
+    record = {"format": 1, "method": "nanoquant", "model": "out", "file_bytes": 1000}
+    record |= {"protocols": {"text": settings}, "results": {"text": {"perplexity": 30.0}}}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    (point,) = record_points(run, [])[0]
+    assert {point.protocol for point in own_points(run)} == {"text.txt, 64 windows of 512 tokens"}
+    assert point.protocol == label
+
+
+def test_a_given_record_of_another_format_is_refused(tmp_path, undrawn):
+    run = read_run(write_run(tmp_path / "out.run"))
+    record = {"format": 2, "method": "nanoquant", "model": "out", "results": {}}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="has format 2; this version reads 1"):
+        record_points(run, [str(tmp_path / "a.json")])
 
 
 def test_the_front_is_what_nothing_smaller_beats():

@@ -18,7 +18,7 @@ from nanoquant.report.measures import (
     phase_order,
     phase_seconds,
 )
-from nanoquant.report.record import find_run, number, read_run
+from nanoquant.report.run_files import find_run, number, read_run
 
 
 @pytest.fixture

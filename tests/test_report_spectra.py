@@ -7,7 +7,7 @@ from run_folders import write_head, write_run, write_source
 from safetensors.torch import load_file
 
 from nanoquant.budget import real_rank
-from nanoquant.report.record import read_run
+from nanoquant.report.run_files import read_run
 from nanoquant.report.spectra import Spectrum, chosen_layers, layer_spectra, source_folder
 
 

@@ -1,16 +1,18 @@
 """The plan of an ablation: a YAML of flags that all cells share, and of axes whose choices make the cells.
 
-base:                            flags of "nanoquant quantize", by dotted name
-preset: paper
-text: recipes/data/wiki_train.txt
-eval_text: recipes/data/wiki_test.txt
-mode: grid                       every combination; "each" changes one axis at a time, first choices elsewhere
-axes:
-budget.bits: [1.0, 0.8]        a flag and its values
-phases:                        or any name, and several flags for each choice
-initialization: {block.dense_epochs: 0, block.refine_epochs: 0, model.train: none}
-all: {}
-run.seed: [0, 1]               seeds become one row, with their spread
+Such as::
+
+    base:                        # flags of "nanoquant quantize", by dotted name
+      preset: paper
+      text: recipes/data/wiki_train.txt
+      eval_text: recipes/data/wiki_test.txt
+    mode: grid                   # every combination; "each" changes one axis at a time, first choices elsewhere
+    axes:
+      budget.bits: [1.0, 0.8]    # a flag and its values
+      phases:                    # or any name, and several flags for each choice
+        initialization: {block.dense_epochs: 0, block.refine_epochs: 0, model.train: none}
+        all: {}
+      run.seed: [0, 1]           # seeds become one row, with their spread
 """
 
 from __future__ import annotations

@@ -93,7 +93,8 @@ def _errors(axes: Axes, records: list[dict[str, Any]]) -> None:
     for record in done[:MOST_LINES]:
         name = ", ".join(f"{k} {v}" for k, v in record["choices"].items() if k != SEED)
         errors = record["errors"]
-        axes.plot(list(errors), list(errors.values()), marker="o", label=name)
+        places = [phases.index(phase) for phase in errors]  # a phase may be missing
+        axes.plot(places, list(errors.values()), marker="o", label=name)
     if len(done) > MOST_LINES:
         axes.set_title(f"{MOST_LINES} of {len(done)} cells")
     axes.set_xticks(range(len(phases)), phases)

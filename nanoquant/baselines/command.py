@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from nanoquant.baselines.config import BaselineConfig
@@ -11,7 +12,7 @@ from nanoquant.baselines.records import read_comparable, row_of
 from nanoquant.baselines.registry import needs_text
 from nanoquant.baselines.report import check_plottable, plot_pareto, records_table
 from nanoquant.baselines.run import BaselineRuns, Measurement, chosen_names
-from nanoquant.checkpoint_files import read_json
+from nanoquant.checkpoint_files import check_can_be_made, read_json
 from nanoquant.console import ConsoleProgress, say
 from nanoquant.data import bos_of, load_tokens, make_windows
 from nanoquant.evaluation.record import prepare_windows
@@ -56,7 +57,9 @@ def run_baselines(
         raise ValueError("nothing to measure: give --text, --protocol or --zero-shot")
     if plot is not None and not request.protocols:
         raise ValueError("--plot draws perplexity: give --text or --protocol")
-    if config.text is not None and config.text == request.text:
+    if folder is not None:
+        check_can_be_made(Path(folder).absolute(), f"--out {folder}")
+    if _same_text(config.text, request.text):
         raise ValueError(
             f"{config.text} is both the calibration text and the text of the evaluation; give --baseline.text another"
         )
@@ -93,6 +96,11 @@ def show_records(files: Sequence[str], plot: str | None) -> dict[str, Any]:
         ValueError: a file is no record, or they measured different things.
     """
     return _show(read_comparable(files), plot)
+
+
+def _same_text(one: str | None, two: str | None) -> bool:
+    """Whether two sources are one text; a file may be written in two ways."""
+    return one is not None and two is not None and Path(one).resolve() == Path(two).resolve()
 
 
 def _show(records: Sequence[dict[str, Any]], plot: str | None) -> dict[str, Any]:

@@ -162,7 +162,8 @@ def measure_folder(
 
     def keep(measured: dict[str, Any]) -> None:
         so_far = record(measured, seconds=progress.seconds)
-        say(result_line(*list(so_far["results"].items())[-1]))
+        name, results = list(so_far["results"].items())[-1]
+        say(result_line(name, results, so_far["protocols"][name]))
         write_json(file, so_far | {"sample": None})
 
     measured = evaluate_model(
@@ -209,10 +210,11 @@ def method_of(folder: Path) -> str:
     return DENSE if method is None else "nanoquant" if method == QUANT_METHOD else method
 
 
-def result_line(name: str, results: dict[str, Any]) -> str:
+def result_line(name: str, results: dict[str, Any], settings: dict[str, Any]) -> str:
     """What one protocol or task gave, in words."""
     if "perplexity" not in results:
-        return f"{name}: acc {results['acc']:.4f} of {results['questions']:,} questions"
+        rows = f"{results['questions']:,} questions of the {settings['split']} split"
+        return f"{name}: acc {results['acc']:.4f} on {rows}"
     where = "" if name == TEXT else f" of {name}"
     return (
         f"perplexity {results['perplexity']:.4f} on {results['tokens']:,} tokens of "

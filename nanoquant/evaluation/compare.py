@@ -41,7 +41,12 @@ def read_record(file: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} can't be read as a record: {error}") from None
     if not isinstance(record, dict) or not {"protocols", "results", "tokenizer"} <= record.keys():
-        raise ValueError(f"{file} is no record; nanoquant evaluate MODEL --json FILE writes one")
+        several = isinstance(record, dict) and "records" in record
+        raise ValueError(
+            f"{file} holds several records; give single ones, as --baselines leaves them in the folder --out"
+            if several
+            else f"{file} is no record; nanoquant evaluate MODEL --json FILE writes one"
+        )
     if record.get("format") != FORMAT:
         raise ValueError(f"{file} has format {record.get('format')!r}; this version reads {FORMAT}")
     return record
@@ -97,7 +102,6 @@ def check_comparable(
         raise ValueError(
             f"{names[0]} and {names[1]} have no protocol in common: {', '.join(one)} and {', '.join(two)}"
         )
-    _check_tokenizers(names, records, common)
     for key in common:
         check_settings(names, records, key)
     return common
@@ -191,24 +195,12 @@ def _mean_over_tasks(name: str, found: list[dict[str, Any]]) -> list[dict[str, A
     return [entry | {"low": mean - half, "high": mean + half, "stderr": error}]
 
 
-def _check_tokenizers(
-    names: tuple[str, str], records: tuple[dict[str, Any], dict[str, Any]], common: list[str]
-) -> None:
-    """Refuse losses per token of different tokens; answers to questions may be compared all the same."""
-    one, two = (record["tokenizer"] for record in records)
-    per_token = [key for key in common if key not in TASKS]
-    if per_token and one["sha256"] != two["sha256"]:
-        raise ValueError(
-            f"{names[0]} and {names[1]} have other tokenizers ({one['class']} of {one['tokens']:,} tokens, "
-            f"{two['class']} of {two['tokens']:,}), so {', '.join(per_token)} can't be compared per token; "
-            "zero-shot tasks can: evaluate both with --zero-shot alone"
-        )
-
-
 def check_settings(
     names: tuple[str, str], records: tuple[dict[str, Any], dict[str, Any]], key: str
 ) -> None:
-    """Refuse results of one protocol under other settings."""
+    """Refuse results of one protocol per token of different tokens, or under other settings."""
+    if key not in TASKS:  # answers to questions may be compared all the same
+        _check_tokenizers(names, records, key)
     one, two = (record["protocols"][key] for record in records)
     differing = [
         f"{name} {one.get(name)!r} and {two.get(name)!r}"
@@ -219,6 +211,18 @@ def check_settings(
         raise ValueError(
             f"{names[0]} and {names[1]} were measured by another {key}: {'; '.join(differing)}; "
             "evaluate one of them again with the settings of the other"
+        )
+
+
+def _check_tokenizers(
+    names: tuple[str, str], records: tuple[dict[str, Any], dict[str, Any]], key: str
+) -> None:
+    one, two = (record["tokenizer"] for record in records)
+    if one["sha256"] != two["sha256"]:
+        raise ValueError(
+            f"{names[0]} and {names[1]} have other tokenizers ({one['class']} of {one['tokens']:,} tokens, "
+            f"{two['class']} of {two['tokens']:,}), so {key} can't be compared per token; "
+            "zero-shot tasks can: evaluate both with --zero-shot alone"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanoquant.report.content import Section, Table, figure
 from nanoquant.report.measures import layer_grids, measured, phase_order
-from nanoquant.report.record import Run, number
+from nanoquant.report.run_files import Run, number
 
 STATES = {
     "finished": "finished",

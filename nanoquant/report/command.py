@@ -15,7 +15,7 @@ from nanoquant.report.curves import loss_section, sign_section
 from nanoquant.report.layers import error_section, rank_section
 from nanoquant.report.page import render
 from nanoquant.report.quality import perplexity_section, sample_section
-from nanoquant.report.record import Run, find_run, read_run
+from nanoquant.report.run_files import Run, find_run, read_run
 from nanoquant.report.spectra import spectrum_section
 from nanoquant.report.style import check_matplotlib
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from nanoquant.report.content import Plot, Section, short
 from nanoquant.report.measures import block_seconds, phase_memory, phase_seconds
-from nanoquant.report.record import Run
+from nanoquant.report.run_files import Run
 from nanoquant.report.style import Draw, Theme, plot, whole_ticks
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from nanoquant.report.measures import (
     latent_histograms,
     model_losses,
 )
-from nanoquant.report.record import Run
+from nanoquant.report.run_files import Run
 from nanoquant.report.style import MARKERS, Theme, depth_colour, log_axis, plot, whole_ticks
 
 if TYPE_CHECKING:

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.checkpoint_files import read_json
+from nanoquant.evaluation.protocols import TEXT
+from nanoquant.evaluation.record import FORMAT
 from nanoquant.report.measures import measured
-from nanoquant.report.record import HEAD_FILE, Run, number
+from nanoquant.report.run_files import Run, number
+from nanoquant.tracking.folder import RUN_FILE
 
 RECORD_KEYS = {"format", "model", "method", "results"}
 MOST_BYTES = 64 * 2**20
@@ -35,11 +38,7 @@ class Point:
 
 def own_points(run: Run) -> list[Point]:
     """Dense and quantized model as the run measured them."""
-    job = run.get("figures", "job") or run.get("job") or {}
-    job = job if isinstance(job, dict) else {}
-    text = Path(str(job.get("eval_text"))).name
-    protocol = f"{text}, {job.get('eval_windows')} windows of {job.get('eval_length')} tokens"
-    points = []
+    protocol, points = _own_label(run), []
     for who, method, model in (
         ("dense", "dense", run.text("source")),
         ("quantized", "nanoquant", run.text("output")),
@@ -67,9 +66,14 @@ def record_points(run: Run, given: list[str]) -> tuple[list[Point], list[str]]:
             raise ValueError(
                 f"--records {name}: no evaluation record; give a file of nanoquant evaluate --json, or a folder of them"
             )
+        for file, record in found.items():
+            if record["format"] != FORMAT:
+                raise ValueError(
+                    f"--records {file} has format {record['format']!r}; this version reads {FORMAT}"
+                )
         records |= {file.absolute(): record for file, record in found.items()}
     records = {file: records[file] for file in sorted(records)}
-    labels = _labels(list(records.values()))
+    labels = _labels(run, list(records.values()))
     points, problems = [], []
     for file, record in records.items():
         own = _points(run, record, labels)
@@ -103,7 +107,7 @@ def _records(folder: Path) -> dict[Path, dict[str, Any]]:
     """Evaluation records of a folder; other files are none of our business."""
     records = {}
     for file in sorted(folder.glob("*.json")):
-        if file.name == HEAD_FILE or file.stat().st_size > MOST_BYTES:
+        if file.name == RUN_FILE or file.stat().st_size > MOST_BYTES:
             continue
         try:
             record = read_json(file)
@@ -114,20 +118,45 @@ def _records(folder: Path) -> dict[Path, dict[str, Any]]:
     return records
 
 
-def _labels(records: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+def _labels(run: Run, records: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
     """A label for each protocol and the tokens it was taken on, so that only what compares shares a panel."""
+    own, text = _own_label(run), _own_job(run).get("eval_text")
     labels: dict[tuple[str, str], str] = {}
     for record in records:
         for protocol in _object(record["results"]):
             key = _key(record, protocol)
             settings = _object(_object(record.get("protocols")).get(protocol))
-            label = protocol
+            label = _text_of(protocol, settings)
             if {"windows", "length"} <= settings.keys():
-                label += f", {settings['windows']} windows of {settings['length']} tokens"
+                label = _label(label, settings["windows"], settings["length"])
             if key not in labels:
-                number_of = sum(other.startswith(label) for other in labels.values()) + 1
+                # the run kept no digest of its tokens: its panel is for the first windows of its text alone
+                shared = text == settings.get("source") and settings.get("seed") is None
+                taken = [*labels.values(), *([] if shared else [own])]
+                number_of = sum(other.startswith(label) for other in taken) + 1
                 labels[key] = label if number_of == 1 else f"{label}, settings {number_of}"
     return labels
+
+
+def _own_job(run: Run) -> dict[str, Any]:
+    return _object(run.get("figures", "job") or run.get("job"))
+
+
+def _own_label(run: Run) -> str:
+    """What the run itself measured perplexity on."""
+    job = _own_job(run)
+    text = Path(str(job.get("eval_text"))).name
+    return _label(text, job.get("eval_windows"), job.get("eval_length"))
+
+
+def _label(text: str, windows: Any, length: Any) -> str:  # noqa: ANN401
+    return f"{text}, {windows} windows of {length} tokens"
+
+
+def _text_of(protocol: str, settings: dict[str, Any]) -> str:
+    """The name of a protocol; that of the file where the protocol is any text."""
+    source = settings.get("source")
+    return Path(source).name if protocol == TEXT and isinstance(source, str) else protocol
 
 
 def _key(record: dict[str, Any], protocol: str) -> tuple[str, str]:

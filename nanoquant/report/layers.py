@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from nanoquant.report.content import Plot, Section, Table, figure, short
 from nanoquant.report.measures import Grid, layer_errors, layer_metric, layer_ranks
-from nanoquant.report.record import Run
+from nanoquant.report.run_files import Run
 from nanoquant.report.style import MARKERS, Theme, heat_map, plot, whole_ticks
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanoquant.report.record import PHASES, Run, number
+from nanoquant.recorder import PHASES
+from nanoquant.report.run_files import Run, number
 
 Cell = tuple[int, str]
 """A layer: its block, and its name within the block."""

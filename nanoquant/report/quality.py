@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from nanoquant.baselines.report import pareto_front
 from nanoquant.report.content import Plot, Section, Table, Texts, short
 from nanoquant.report.evaluations import Point, own_points, record_points
-from nanoquant.report.record import Run
+from nanoquant.report.run_files import Run
 from nanoquant.report.style import MARKERS, Theme, log_axis, plot
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ def _plot(points: list[Point], protocols: list[str]) -> Plot:
     )
     caption = (
         f"Down and to the left is better ({said}). The line joins the models that no smaller one beats. Bytes are "
-        "those of the whole files, embedding and head included, so methods compare at what they really take. Compare "
-        "within a panel only: each has its own text and windows."
+        "those of the whole files, or of all tensors where a baseline was never written, embedding and head included. "
+        "Compare within a panel only: each has its own text and windows."
     )
     height = 0.3 + 3.0 * len(protocols)
     return plot("perplexity", height, draw, caption, f"Perplexity against bytes: {said}.")
@@ -81,11 +82,7 @@ def _plot(points: list[Point], protocols: list[str]) -> Plot:
 
 def front(points: list[Point]) -> list[Point]:
     """The points that no smaller or equally large one beats, from small to large."""
-    kept: list[Point] = []
-    for point in sorted(points, key=lambda point: (point.bytes, point.perplexity)):
-        if not kept or point.perplexity < kept[-1].perplexity:
-            kept.append(point)
-    return kept
+    return [points[index] for index in pareto_front([(p.bytes, p.perplexity) for p in points])]
 
 
 def _table(points: list[Point]) -> Table:

@@ -17,7 +17,7 @@ from nanoquant.budget import real_rank
 from nanoquant.checkpoint_files import read_header, shard_files
 from nanoquant.report.content import Plot, Section, Table, short
 from nanoquant.report.measures import Cell, cell_of, layer_errors, layer_ranks
-from nanoquant.report.record import Run
+from nanoquant.report.run_files import Run
 from nanoquant.report.style import MARKERS, Theme, log_axis, plot
 
 if TYPE_CHECKING:

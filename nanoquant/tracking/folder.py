@@ -19,6 +19,7 @@ from nanoquant.console import finite, write_json
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+SUFFIX = ".run"
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
 SECONDS_BETWEEN_FLUSHES = 1.0
 
@@ -26,7 +27,7 @@ SECONDS_BETWEEN_FLUSHES = 1.0
 def run_folder(output: str | Path) -> Path:
     """Where the record of the checkpoint ``output`` lies: beside it."""
     path = Path(output).absolute()
-    return path.with_name(f"{path.name}.run")
+    return path.with_name(path.name + SUFFIX)
 
 
 def make_way(folder: Path) -> dict[str, Any]:

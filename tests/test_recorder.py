@@ -1,6 +1,6 @@
 """Records know where they belong, and a run without a recorder keeps none."""
 
-from nanoquant.records import UNRECORDED, BlockRecorder
+from nanoquant.recorder import UNRECORDED, BlockRecorder
 
 
 class Kept:

@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.checkpoint_files import read_json
+from nanoquant.tracking.folder import FORMAT, METRICS_FILE, RUN_FILE, SUFFIX, run_folder
 
-FORMAT = 1
-"""The newest layout of a run folder that is read here."""
-SUFFIX = ".run"
-HEAD_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
-PHASES = ("calibrate", "initialize", "block", "model", "evaluate")
-"""Phases in their order; others that a file names come after them."""
 STATES = ("running", "finished", "failed")
 LARGEST = 1e100
 """Numbers beyond this measure nothing; they count as not finite."""
@@ -91,14 +85,13 @@ def find_run(folder: str) -> Path:
         ValueError: there is none, or it is empty.
     """
     given = Path(folder)
-    absolute = given.absolute()
-    beside = absolute.with_name(absolute.name + SUFFIX)
+    beside = run_folder(given)
     for path in (given, beside):
-        if (path / HEAD_FILE).is_file() or (path / METRICS_FILE).is_file():
+        if (path / RUN_FILE).is_file() or (path / METRICS_FILE).is_file():
             return path.absolute()
     what = "a file" if given.is_file() else "no folder of a run" if given.is_dir() else "not there"
     raise ValueError(
-        f"{folder} is {what}: neither it nor {beside.name} beside it has {HEAD_FILE} or {METRICS_FILE}; "
+        f"{folder} is {what}: neither it nor {beside.name} beside it has {RUN_FILE} or {METRICS_FILE}; "
         "give OUT or OUT.run of nanoquant quantize MODEL OUT"
     )
 
@@ -111,13 +104,13 @@ def read_run(folder: Path) -> Run:
     """
     run = Run(folder)
     try:
-        run.head = read_json(folder / HEAD_FILE)
+        run.head = read_json(folder / RUN_FILE)
     except ValueError as error:
         run.problems.append(f"{error}; status, settings, versions and final figures are unknown.")
     version = run.head.get("format", FORMAT)
     if isinstance(version, int) and version > FORMAT:
         raise ValueError(
-            f"{folder / HEAD_FILE} has format {version}, but this nanoquant reads up to {FORMAT}; upgrade nanoquant"
+            f"{folder / RUN_FILE} has format {version}, but this nanoquant reads up to {FORMAT}; upgrade nanoquant"
         )
     _read_rows(run, folder / METRICS_FILE)
     return run
