@@ -20,10 +20,10 @@ from nanoquant.baselines.factorize import (
     truncated_svd,
 )
 from nanoquant.baselines.layers import MiddleScaleLinear, SignLinear
-from nanoquant.baselines.registry import BASELINES, apply_baseline, find_baseline
+from nanoquant.baselines.registry import BASELINES, apply_baseline, check_shapes, find_baseline
 from nanoquant.baselines.target import Target
 from nanoquant.binary import relative_error, sign
-from nanoquant.budget import SCALE_BITS, layer_bits
+from nanoquant.budget import SCALE_BITS, BudgetConfig, body_bits, layer_bits
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.sizes import measure_sizes, packed_parts
@@ -135,6 +135,14 @@ def test_the_scale_of_a_rank_is_paid_from_the_same_budget():
     assert used <= 2.0 * sum(a * b for a, b in shapes.values())
     sizes = quantized("dual-svid").sizes()
     assert 0.8 * CONFIG.bits < sizes.body_bits_per_weight <= CONFIG.bits
+
+
+def test_bits_that_leave_nothing_for_the_scales_of_ranks_are_refused_before_any_work():
+    shapes = {"a": (64, 64)}
+    least = body_bits(shapes, {"a": BudgetConfig().rank_multiple})
+    check_shapes(f"sign-svd@{least}", shapes, CONFIG)
+    with pytest.raises(ValueError, match="does not suffice for a scale a rank beside the signs"):
+        check_shapes(f"dual-svid@{least}", shapes, CONFIG)
 
 
 def test_bits_after_the_name_win():

@@ -9,7 +9,7 @@ from command_line import WORDS, call, refused
 from transformers import AutoModelForCausalLM
 
 from nanoquant.baselines.config import BaselineConfig
-from nanoquant.baselines.records import read_comparable, row_of
+from nanoquant.baselines.records import read_comparable, row_of, rows_of
 from nanoquant.baselines.registry import BASELINES
 from nanoquant.baselines.report import draw_panel, pareto_front, plot_pareto, records_table
 from nanoquant.baselines.run import BaselineRuns, Measurement, chosen_names
@@ -133,6 +133,16 @@ def test_the_table_shows_the_mean_of_tasks_where_there_is_one(ran):
     assert lines[0].endswith("zero-shot   +-")
     assert lines[2].split()[-2:] == ["50.0", "1.3"] and lines[3].split()[-2:] == ["-", "-"]
     assert lines[3].split()[4] == "-"
+
+
+def test_models_of_one_name_are_told_apart_by_the_whole_name(ran):
+    one, two, three = (dict(records(ran)["int8"], model=f"{folder}/m") for folder in "abc")
+    three["method"] = "nanoquant"
+    assert [row.name for row in rows_of([one, two, three])] == [
+        "int8 a/m",
+        "int8 b/m",
+        "nanoquant m",
+    ]
 
 
 def test_the_front_holds_what_nothing_beats_in_both():

@@ -111,6 +111,9 @@ def test_other_settings_of_a_protocol_are_refused_by_name():
     other["protocols"] = {"text": other["protocols"]["text"] | {"length": 2048}}
     with pytest.raises(ValueError, match="measured by another text: length 512 and 2048"):
         compare(["a", "b"], [record(), other])
+    other["protocols"]["text"]["source"] = "other.txt"
+    with pytest.raises(ValueError, match=r"another text \(text.txt and other.txt\): length 512"):
+        compare(["a", "b"], [record(), other])
 
 
 def test_the_same_text_may_lie_elsewhere():

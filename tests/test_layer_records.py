@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_records import Kept
+from test_recorder import Kept
 from tiny_models import random_windows, tiny_gpt2, tiny_llama
 
 from nanoquant import layer_records

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,7 @@ def xnor(target: Target, config: BaselineConfig, windows: Tensor | None) -> None
 
 def sign_of_svd(target: Target, config: BaselineConfig, windows: Tensor | None) -> None:
     """Signs of the truncated SVD's factors, at the ranks of the budget."""
-    ranks = allocate_ranks(target.shapes, BudgetConfig(bits=config.bits))
+    ranks = plain_ranks(target.shapes, config.bits)
 
     def make(name: str, W: Tensor, bias: Tensor | None) -> nn.Module:
         return PackedBinaryLinear.from_factors(sign_svd(W, ranks[name]), bias)
@@ -69,6 +67,15 @@ def nanoquant_initialization(
     target.replace(make)
 
 
+def plain_ranks(shapes: dict[str, tuple[int, int]], bits: float) -> dict[str, int]:
+    """Ranks of our own budget.
+
+    Raises:
+        ValueError: the budget does not suffice for the smallest ranks.
+    """
+    return allocate_ranks(shapes, BudgetConfig(bits=bits))
+
+
 def ranks_with_middle(shapes: dict[str, tuple[int, int]], bits: float) -> dict[str, int]:
     """Ranks that take at most ``bits`` per weight when each rank stores a scale besides its signs.
 
@@ -76,10 +83,17 @@ def ranks_with_middle(shapes: dict[str, tuple[int, int]], bits: float) -> dict[s
         ValueError: the budget does not suffice for the smallest ranks.
     """
     weights = sum(d_out * d_in for d_out, d_in in shapes.values())
-    budget = BudgetConfig(bits=bits)
+    left = bits
     while True:
-        ranks = allocate_ranks(shapes, budget)
+        try:
+            ranks = plain_ranks(shapes, left)
+        except ValueError as error:
+            if left == bits:
+                raise
+            raise ValueError(
+                f"bits={bits} does not suffice for a scale a rank beside the signs: {error}"
+            ) from None
         used = body_bits(shapes, ranks) + SCALE_BITS * sum(ranks.values()) / weights
         if used <= bits:
             return ranks
-        budget = dataclasses.replace(budget, bits=budget.bits - (used - bits))
+        left -= used - bits

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.baselines.config import BaselineConfig
-from nanoquant.baselines.records import read_comparable, row_of
+from nanoquant.baselines.records import read_comparable, rows_of
 from nanoquant.baselines.registry import needs_text
 from nanoquant.baselines.report import check_plottable, plot_pareto, records_table
 from nanoquant.baselines.run import BaselineRuns, Measurement, chosen_names
@@ -110,4 +110,4 @@ def _show(records: Sequence[dict[str, Any]], plot: str | None) -> dict[str, Any]
     say(records_table(records))
     if plot is not None:
         plot_pareto(records, plot)
-    return {"rows": [asdict(row_of(record)) for record in records]}
+    return {"rows": [asdict(row) for row in rows_of(records)]}

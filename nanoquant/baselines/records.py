@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def row_of(record: dict[str, Any]) -> Row:
         kl=_figures(results, "kl"),
         accuracy=record["zero_shot_mean"]["model"],
     )
+
+
+def rows_of(records: Sequence[dict[str, Any]]) -> list[Row]:
+    """What to show of records; where two would have one name, the whole name of the model tells them apart."""
+    rows = [row_of(record) for record in records]
+    times = Counter(row.name for row in rows)
+    return [
+        replace(row, name=f"{record['method']} {record['model']}") if times[row.name] > 1 else row
+        for row, record in zip(rows, records, strict=True)
+    ]
 
 
 def _figures(results: dict[str, Any], key: str) -> dict[str, float]:

@@ -11,7 +11,6 @@ from torch import Tensor
 from nanoquant.baselines import binary, integers
 from nanoquant.baselines.config import BaselineConfig
 from nanoquant.baselines.target import Target, check_groups
-from nanoquant.budget import BudgetConfig, allocate_ranks
 
 Apply = Callable[[Target, BaselineConfig, Tensor | None], None]
 
@@ -36,6 +35,8 @@ class Baseline:
     """Changes the model of a target; none where no library offers it here."""
     reads: tuple[str, ...] = ()
     """Fields of BaselineConfig that it depends on."""
+    ranks: Callable[[dict[str, tuple[int, int]], float], dict[str, int]] | None = None
+    """Ranks of shapes (d_out, d_in) at some bits, for one that chooses them."""
     unavailable: str = ""
     """Why there is no ``apply``."""
 
@@ -104,18 +105,21 @@ BASELINES: dict[str, Baseline] = {
         what="signs of the truncated SVD, scales refitted",
         source="plain",
         apply=binary.sign_of_svd,
+        ranks=binary.plain_ranks,
         reads=("bits",),
     ),
     "dual-svid": Baseline(
         what="LittleBit's initialization, one path",
         source="LittleBit (arXiv 2506.13771)",
         apply=binary.dual_svid_initialization,
+        ranks=binary.ranks_with_middle,
         reads=("bits",),
     ),
     "nanoquant-init": Baseline(
         what="our ADMM initialization alone",
         source="NanoQuant (arXiv 2602.06694)",
         apply=binary.nanoquant_initialization,
+        ranks=binary.plain_ranks,
         reads=(*CALIBRATION, "bits", "seed"),
     ),
 }
@@ -175,8 +179,8 @@ def check_shapes(name: str, shapes: dict[str, tuple[int, int]], config: Baseline
     baseline, config = find_baseline(name, config)
     if "group_size" in baseline.reads:
         check_groups(shapes, config.group_size)
-    if baseline.takes_bits:
-        allocate_ranks(shapes, BudgetConfig(bits=config.bits))
+    if baseline.ranks is not None:
+        baseline.ranks(shapes, config.bits)
 
 
 def apply_baseline(

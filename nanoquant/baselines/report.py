@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from nanoquant.baselines.records import Row, row_of
+from nanoquant.baselines.records import Row, rows_of
 from nanoquant.benchmark.report import number
 from nanoquant.console import table
 
@@ -24,7 +24,7 @@ TITLE_WIDTH = 120
 
 def records_table(records: Sequence[dict[str, Any]]) -> str:
     """One line a record, in the order given; a column for each protocol that any of them has."""
-    rows = [row_of(record) for record in records]
+    rows = rows_of(records)
     texts, divergences = (_names(row.perplexity for row in rows), _names(row.kl for row in rows))
     header = ["method", "body bits", "model bits", "MB"]
     header += [f"perplexity {name}" for name in texts] + [f"KL {name}" for name in divergences]
@@ -75,7 +75,7 @@ def check_plottable(records: Sequence[dict[str, Any]]) -> None:
     Raises:
         ValueError: no record has one.
     """
-    if not any(row_of(record).perplexity for record in records):
+    if not any(row.perplexity for row in rows_of(records)):
         raise ValueError("--plot draws perplexity against bytes, and no record has a perplexity")
 
 
@@ -89,7 +89,7 @@ def plot_pareto(records: Sequence[dict[str, Any]], file: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = [row_of(record) for record in records]
+    rows = rows_of(records)
     names = _names(row.perplexity for row in rows)
     figure = Figure(figsize=(SIZE[0], SIZE[1] * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -108,7 +108,7 @@ def draw_panel(axes: Axes, name: str, rows: Sequence[Row]) -> None:
     for place, index in enumerate(order):
         row, point = usable[index], points[index]
         colour = "tab:blue" if index in front else "tab:gray"
-        axes.plot(*point, "*" if row.name.startswith("nanoquant") else "o", color=colour)
+        axes.plot(*point, "*" if row.name.startswith("nanoquant ") else "o", color=colour)
         # neighbours in bytes are often neighbours in perplexity: names on both sides in turns
         offset, side = (((5, 5), "left"), ((-5, -12), "right"))[place % 2]
         axes.annotate(

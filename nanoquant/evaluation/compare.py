@@ -120,7 +120,8 @@ def compare_table(found: dict[str, Any]) -> str:
             low, high = (math.exp(entry[end]) for end in ("low", "high"))
             label = f"{entry['model']}: {entry['protocol']}, perplexity, ratio"
             rows.append([label, f"{entry['ratio']:.4f}", f"{low:.4f} to {high:.4f}{marked}", ""])
-    return f"{table(rows, header=header)}\n* excludes no difference; paired t over windows and questions"
+    legend = "* an interval without 0, or a ratio without 1; paired t over windows and questions"
+    return f"{table(rows, header=header)}\n{legend}"
 
 
 def paired_interval(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float]:
@@ -208,8 +209,10 @@ def check_settings(
         if one.get(name) != two.get(name)
     ]
     if differing:
+        sources = [str(settings.get("source")) for settings in (one, two)]
+        texts = f" ({sources[0]} and {sources[1]})" if sources[0] != sources[1] else ""
         raise ValueError(
-            f"{names[0]} and {names[1]} were measured by another {key}: {'; '.join(differing)}; "
+            f"{names[0]} and {names[1]} were measured by another {key}{texts}: {'; '.join(differing)}; "
             "evaluate one of them again with the settings of the other"
         )
 
