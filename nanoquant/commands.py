@@ -18,6 +18,7 @@ from nanoquant.console import (
     table,
     write_json,
 )
+from nanoquant.decoder import most_positions
 from nanoquant.generate import check_prompts, generate
 from nanoquant.generation_settings import GenerationSettings
 from nanoquant.hf_quantizer import PARTS
@@ -68,7 +69,8 @@ def generate_command(
     windows = None if int8_text is None else read_windows(int8_text, tokenizer, int8)
     loaded, figures = load_model(folder, target), {}
     if windows is not None:
-        switched = use_int8_activations(loaded, windows, int8.most_error)
+        readable = windows[:, : most_positions(loaded)]
+        switched = use_int8_activations(loaded, readable, int8.most_error)
         note(switched.line())
         figures["int8"] = asdict(switched)
     done = generate(loaded, tokenizer, texts, chosen, printer(texts))

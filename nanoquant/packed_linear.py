@@ -50,7 +50,7 @@ class PackedBinaryLinear(nn.Module):
     traced = False
     """Whether such others were looked for."""
     int8_activations = False
-    """Whether inputs are rounded to 8 bits, which is faster on CPUs; :mod:`nanoquant.int8_activations` sets it."""
+    """Whether inputs are rounded to 8 bits, on CPUs alone; :mod:`nanoquant.int8_activations` sets it."""
 
     def __init__(
         self,
@@ -143,7 +143,7 @@ class PackedBinaryLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (..., d_in), giving (..., d_out) in the dtype of ``x``."""
-        if self.int8_activations:
+        if self.int8_activations and x.device.type == "cpu":
             return binary_low_rank_linear_int8(x, *self.operands())
         if self.shared is not None and self.shared.serves(self, x):
             return self.shared(self, x)

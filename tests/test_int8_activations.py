@@ -12,7 +12,7 @@ from packed_models import pack_randomly
 from tiny_models import random_windows, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 import nanoquant
-from nanoquant import int8_activations
+from nanoquant import int8_activations, packed_linear
 from nanoquant.generate import generate
 from nanoquant.generation_settings import GenerationSettings
 from nanoquant.int8_activations import (
@@ -166,6 +166,13 @@ def test_a_saved_checkpoint_does_not_know_of_it(model, tmp_path):
     assert not switched(nanoquant.load(tmp_path / "out"))
 
 
+def test_on_another_device_the_exact_layer_serves(model, monkeypatch):
+    use_int8_activations(model, WINDOWS, most_error=1)
+    monkeypatch.setattr(packed_linear, "binary_low_rank_linear_int8", None)
+    ids = WINDOWS.to("meta")
+    assert model.to("meta")(ids).logits.shape[:2] == ids.shape
+
+
 def test_training_in_it_is_refused(model):
     use_int8_activations(model, WINDOWS, most_error=1)
     with pytest.raises(ValueError, match="no gradients"):
@@ -205,7 +212,7 @@ def test_windows_of_a_text_are_as_many_as_asked_or_as_there_are(tmp_path):
 def folder(model, tmp_path):
     """A packed checkpoint beside a text."""
     nanoquant.save_pretrained(model, tmp_path / "out", tokenizer=tiny_tokenizer())
-    (tmp_path / "text.txt").write_text(WORDS[:40])
+    (tmp_path / "text.txt").write_text(WORDS * 20)  # windows longer than the model's positions
     return tmp_path
 
 

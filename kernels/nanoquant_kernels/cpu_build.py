@@ -1,7 +1,8 @@
 """Compile the C++ loops on first use, keep the result in a cache, and load it; None where that can't be done.
 
 The cache is ``$NANOQUANT_CACHE``, else ``$XDG_CACHE_HOME/nanoquant``, else ``~/.cache/nanoquant``; a file is named by
-what it was made from, so an update makes a new one. ``NANOQUANT_NO_EXTENSION=1`` switches the extension off.
+what it was made from, so an update makes a new one. ``NANOQUANT_NO_EXTENSION=1`` switches the extension off; code that
+torch.compile generates takes over then, and plain PyTorch where ``TORCH_COMPILE_DISABLE=1`` switches that off too.
 """
 
 from __future__ import annotations
