@@ -52,7 +52,9 @@ class Baseline:
 
 
 def _integers(bits: int, hqq: bool) -> Baseline:
-    what = f"{bits}-bit integers, " + ("HQQ's scales" if hqq else "round to nearest, zero points")
+    what = f"{bits}-bit integers, " + (
+        "HQQ's scales, no zero points" if hqq else "round to nearest, zero points"
+    )
     source = "torchao IntxWeightOnlyConfig, packed"
     return Baseline(
         what=what, source=source, apply=integers.RoundToNearest(bits, hqq), reads=GROUPS

@@ -162,8 +162,7 @@ class BaselineRuns:
         baseline, config = find_baseline(name, self.config)
         return {
             "model": self.measurement.name,
-            "what": baseline.what,
-            "source": baseline.source,
+            "name": name,
             "settings": {key: getattr(config, key) for key in baseline.reads},
             "request": asdict(self.measurement.request),
         }
