@@ -75,3 +75,12 @@ def bench_run(config_folder):
         )
         assert main(["bench", *flags.split()]) == 0
     return "\n".join(lines), json.loads(file.read_text())
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Plots of a report are made, but not drawn: for tests of what the page says."""
+    pytest.importorskip("matplotlib")
+    from nanoquant.report import style
+
+    monkeypatch.setattr(style, "_png", lambda draw, theme, height: b"")

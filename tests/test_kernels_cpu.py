@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kernels_ops import arguments, expected
+from test_kernels_ops import arguments, expected, with_one_and_two_threads
 
 from nanoquant_kernels import binary_low_rank_linear, compiled, cpu, cpu_build, reference
 
@@ -53,16 +53,7 @@ def test_what_is_not_a_number_reaches_every_output_of_its_token_and_no_other(pat
 
 @needs_compiler
 def test_threads_do_not_change_a_bit():
-    args = arguments(2048, 2048, 1024, lead=(2,))
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(cpu.binary_low_rank_linear(*args))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*results)
+    assert torch.equal(*with_one_and_two_threads(cpu.binary_low_rank_linear))
 
 
 @needs_compiler

@@ -8,7 +8,7 @@ import needs
 import pytest
 import torch
 from test_kernels_cpu import ROUNDING, SHAPES
-from test_kernels_ops import arguments, expected
+from test_kernels_ops import arguments, expected, with_one_and_two_threads
 
 from nanoquant_kernels import binary_low_rank_linear_int8, cpu_build, cpu_int8, int8_reference
 from nanoquant_kernels.int8_reference import groups_of, quantize, rounded
@@ -131,16 +131,7 @@ def test_every_output_is_written(path, monkeypatch):
 
 @needs_compiler
 def test_threads_do_not_change_a_bit():
-    args = arguments(2048, 2048, 1024, lead=(2,))
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(cpu_int8.binary_low_rank_linear_int8(*args))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(*results)
+    assert torch.equal(*with_one_and_two_threads(cpu_int8.binary_low_rank_linear_int8))
 
 
 READ_NO_FURTHER = """

@@ -18,6 +18,17 @@ def arguments(d_out, d_in, rank, lead=(3,), dtype=torch.float32, bias=True, scal
     return x.to(dtype), pack_signs(u), pack_signs(v), *real, b.to(dtype) if bias else None, rank
 
 
+def with_one_and_two_threads(function):
+    """Results of work that is large enough for two threads."""
+    args, before = arguments(2048, 2048, 1024, lead=(2,)), torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            yield function(*args)
+    finally:
+        torch.set_num_threads(before)
+
+
 def dense_weight(u_signs, v_signs, s1, s2, rank, dtype=torch.float64):
     U, V = unpack_signs(u_signs, rank, dtype), unpack_signs(v_signs, len(s2), dtype)
     return s1.to(dtype)[:, None] * (U @ V) * s2.to(dtype)
