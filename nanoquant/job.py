@@ -13,7 +13,6 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -198,15 +197,10 @@ def measure(
         return figures
     with progress.phase("measure dense", 0 if windows is None else len(windows)):
         if windows is not None:
-            step = partial(_advance, progress)
-            figures.perplexity = perplexity(model, windows, progress=step).value
+            figures.perplexity = perplexity(model, windows, progress=progress.step).value
         if job.sample is not None:
             figures.sample = greedy_sample(model, tokenizer, job.sample, job.sample_tokens)
     return figures
-
-
-def _advance(progress: ConsoleProgress, done: int, total: int) -> None:
-    progress.advance(1)
 
 
 def free_memory() -> None:

@@ -36,5 +36,9 @@ class Progress:
     def advance(self, done: int, note: str = "") -> None:
         """``done`` more units of the current phase; ``note`` is a short state such as the loss."""
 
+    def step(self, done: int, total: int) -> None:
+        """One more unit, for functions that call back with (done, total)."""
+        self.advance(1)
+
     def end(self) -> None:
         """The current phase is over."""

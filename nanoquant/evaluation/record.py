@@ -202,13 +202,12 @@ def _perplexity(
     progress: Progress,
 ) -> None:
     """Measure one protocol, and the dense model in the same passes."""
-    step = partial(_advance, progress)
     measured.protocols[prepared.name] = prepared.settings
     with progress.phase(prepared.name, len(prepared.windows)):
         if dense is None:
-            found = _figures(perplexity(model, prepared.windows, progress=step))
+            found = _figures(perplexity(model, prepared.windows, progress=progress.step))
         else:
-            both = agreement(model, dense, prepared.windows, step)
+            both = agreement(model, dense, prepared.windows, progress.step)
             found = _figures(both.model) | _against_dense(both)
             measured.dense[prepared.name] = _figures(both.dense)
     measured.results[prepared.name] = found
@@ -267,7 +266,3 @@ def _against_dense(found: Agreement) -> dict[str, Any]:
 def _stderr(values: Tensor) -> float | None:
     """Standard error of a mean over windows (N,); None for one."""
     return values.std().item() / len(values) ** 0.5 if len(values) > 1 else None
-
-
-def _advance(progress: Progress, done: int, total: int) -> None:
-    progress.advance(1)
