@@ -1,8 +1,10 @@
 # make demo                             quantize a real 135M model in .venv and show what came of it
 # make demo PRESET=balanced BITS=0.8    the same with other settings; ARGS="..." passes any flag of nanoquant quantize
+# make demo MODEL=gemma-3-270m          the same with a model of another family
 # make test                             lint and tests
 
 PYTHON ?= python3
+MODEL ?= smollm2-135m-instruct
 PRESET ?= fast
 BITS ?= 1.0
 ARGS ?=
@@ -14,7 +16,7 @@ PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --const
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python recipes/demo.py --preset $(PRESET) --bits $(BITS) $(ARGS)
+	$(VENV)/bin/python recipes/demo.py --get $(MODEL) --preset $(PRESET) --bits $(BITS) $(ARGS)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

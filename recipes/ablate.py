@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from get_demo_model import demo_model
+from get_model import get_model
 
 from nanoquant.console import note, quiet, say, show_logs
 
@@ -23,7 +23,7 @@ def ablate(arguments):
     from nanoquant.ablation.table import markdown, rows, write_csv
 
     changes = dict(change.split("=", 1) for change in arguments.set)
-    plan = read_plan(arguments.plan, arguments.model or str(demo_model()), changes)
+    plan = read_plan(arguments.plan, arguments.model or str(get_model()), changes)
     folder = Path(arguments.output)
     note(f"{len(plan.cells)} cells, in {folder}")
     records = run_plan(plan, folder)

