@@ -9,7 +9,7 @@ from nanoquant.report.command import make_sections
 from nanoquant.report.config import ReportConfig
 from nanoquant.report.content import Table
 from nanoquant.report.evaluations import Point, own_points, record_points
-from nanoquant.report.quality import front
+from nanoquant.report.quality import drawn, front, perplexity_section
 from nanoquant.report.run_files import read_run
 
 
@@ -102,3 +102,16 @@ def test_the_front_is_what_nothing_smaller_beats():
     sizes = [(3, 20.0), (1, 90.0), (2, 95.0), (2, 40.0), (4, 20.0), (1, 99.0)]
     points = [Point("p", "m", "n", *size) for size in sizes]
     assert [(p.bytes, p.perplexity) for p in front(points)] == [(1, 90.0), (2, 40.0), (3, 20.0)]
+
+
+def test_a_ruined_model_is_named_and_not_drawn(tmp_path, undrawn):
+    run = read_run(write_run(tmp_path / "out.run"))
+    for method, perplexity in (("int4", 40.0), ("rtn1", 1.1e6)):
+        record = {"format": 1, "method": method, "model": "m", "file_bytes": 1000}
+        record |= {"protocols": {"text": {}}, "results": {"text": {"perplexity": perplexity}}}
+        (tmp_path / f"{method}.json").write_text(json.dumps(record))
+    section = perplexity_section(run, [str(tmp_path / name) for name in ("int4.json", "rtn1.json")])
+    caption = section.items[0].caption
+    assert "Not drawn, above 100 times the best of their panel: rtn1, m 1.1e+06." in caption
+    points = [Point("p", method, "m", 1, value) for method, value in (("a", 40.0), ("b", 4e3))]
+    assert drawn(points) == points and drawn([*points, Point("p", "c", "m", 1, 4001.0)]) == points

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanoquant.baselines.report import pareto_front
+from nanoquant.baselines.report import RUINED, pareto_front
 from nanoquant.report.content import Plot, Section, Table, Texts, short
 from nanoquant.report.evaluations import Point, own_points, record_points
 from nanoquant.report.run_files import Run
@@ -37,7 +37,7 @@ def perplexity_section(run: Run, records: list[str]) -> Section:
 def _plot(points: list[Point], protocols: list[str]) -> Plot:
     """Panels under each other, each with the front of what nothing smaller beats."""
     methods = list(dict.fromkeys(point.method for point in points))
-    panels_of = {p: [point for point in points if point.protocol == p] for p in protocols}
+    panels_of = {p: drawn([point for point in points if point.protocol == p]) for p in protocols}
     crowded = max(map(len, panels_of.values())) > MOST_NAMED
 
     def draw(canvas: Figure, theme: Theme) -> None:
@@ -65,6 +65,7 @@ def _plot(points: list[Point], protocols: list[str]) -> Plot:
             names = [short(method, 28) for method in handles]
             canvas.legend(handles.values(), names, loc="outside right upper")
 
+    hidden = [p for p in points if p not in panels_of[p.protocol]]
     best = min(points, key=lambda point: point.perplexity)
     least = min(points, key=lambda point: point.bytes)
     said = (
@@ -76,8 +77,17 @@ def _plot(points: list[Point], protocols: list[str]) -> Plot:
         "those of the whole files, or of all tensors where a baseline was never written, embedding and head included. "
         "Compare within a panel only: each has its own text and windows."
     )
+    if hidden:
+        named = ", ".join(f"{short(p.name, 44)} {p.perplexity:.2g}" for p in hidden)
+        caption += f" Not drawn, above {RUINED:g} times the best of their panel: {named}."
     height = 0.3 + 3.0 * len(protocols)
     return plot("perplexity", height, draw, caption, f"Perplexity against bytes: {said}.")
+
+
+def drawn(points: list[Point]) -> list[Point]:
+    """The points of a panel that are of use; ruined models would squeeze all others together."""
+    best = min(point.perplexity for point in points)
+    return [point for point in points if point.perplexity <= RUINED * best]
 
 
 def front(points: list[Point]) -> list[Point]:
