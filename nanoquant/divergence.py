@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from nanoquant.compiling import uncompiled
+
+Piece = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def divergence_piece(student: Tensor, teacher: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """Summed KL(teacher || student) of logits (n, vocabulary) in float32, and its gradient divided by ``tokens``.
+
+    The gradient has the dtype of the student's logits.
+    """
+    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+    p = log_p.exp()
+    gradient = (log_q.exp() - p) / tokens
+    return p.mul(log_p - log_q).sum(), gradient.to(student.dtype)
 
 
 class ForwardKL(torch.autograd.Function):
@@ -19,36 +34,42 @@ class ForwardKL(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx, student: Tensor, teacher: Tensor
+        ctx: torch.autograd.function.FunctionCtx,
+        student: Tensor,
+        teacher: Tensor,
+        piece: Piece = divergence_piece,
     ) -> Tensor:
-        """Divergence of logits (tokens, vocabulary)."""
+        """Divergence of logits (tokens, vocabulary); ``piece`` may be a compiled :func:`divergence_piece`."""
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if wanted else student
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         pieces = (x.split(ForwardKL.chunk) for x in (student, teacher, gradient))
         for s, t, g in zip(*pieces, strict=True):
-            log_p, log_q = t.float().log_softmax(-1), s.float().log_softmax(-1)
-            p = log_p.exp()
-            total += p.mul(log_p - log_q).sum()
+            divergence, slope = piece(s, t, len(student))
+            total += divergence
             if wanted:
-                g.copy_((log_q.exp() - p) / len(student))
+                g.copy_(slope)
         if wanted:
             ctx.save_for_backward(gradient)
         return total / len(student)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
         """Gradient for the student's logits."""
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None
+        return gradient * grad.to(gradient.dtype), None, None
 
 
-def logits_divergence(student: nn.Module, teacher: nn.Module, windows: Tensor) -> Tensor:
+def logits_divergence(
+    student: nn.Module, teacher: nn.Module, windows: Tensor, piece: Piece = divergence_piece
+) -> Tensor:
     """KL(teacher || student) per token on windows (n, T); differentiable in the student."""
     with torch.no_grad():
         reference = teacher(input_ids=windows, use_cache=False).logits.flatten(0, 1)
     logits = student(input_ids=windows, use_cache=False).logits.flatten(0, 1)
-    return ForwardKL.apply(logits, reference)
+    return ForwardKL.apply(logits, reference, piece)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from nanoquant.best_state import BestState, ModelReport
 from nanoquant.block_tuning import scale_groups, vector_group
 from nanoquant.compiling import binary_blocks, compiled
 from nanoquant.decoder import evaluation_mode
-from nanoquant.divergence import held_out_divergence, logits_divergence
+from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.recorder import UNRECORDED, Recorder
@@ -75,6 +75,7 @@ class ModelObjective(nn.Module):
     """Divergence of the student from its teacher; the teacher is no submodule and never trains."""
 
     name = "model"
+    piece = staticmethod(divergence_piece)
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, groups: list[dict[str, Any]]
@@ -88,7 +89,14 @@ class ModelObjective(nn.Module):
 
     def forward(self, batch: tuple[Tensor]) -> Tensor:
         """Mean divergence of (windows (n, T),)."""
-        return logits_divergence(self.student, self._teacher[0], batch[0])
+        return logits_divergence(self.student, self._teacher[0], batch[0], self.piece)
+
+    def compiled(self) -> AbstractContextManager[None]:
+        """Context in which the blocks of student and teacher that differ, and the divergence, are compiled."""
+        blocks = binary_blocks(self.student)
+        names = {name for name, module in self.student.named_modules() if module in blocks}
+        blocks += [module for name, module in self._teacher[0].named_modules() if name in names]
+        return compiled(blocks, (self, "piece"))
 
 
 class ModelReconstructor(nn.Module):
@@ -196,7 +204,7 @@ class ModelReconstructor(nn.Module):
         look(0)
         long = config.compile_from is not None and steps >= config.compile_from
         try:
-            with compiled(binary_blocks(objective.student)) if long else nullcontext():
+            with objective.compiled() if long else nullcontext():
                 result = fit(
                     objective,
                     loader,

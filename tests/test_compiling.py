@@ -9,9 +9,9 @@ from packed_models import random_factors, replace_linears
 from tiny_models import random_windows, tiny_llama
 
 from nanoquant import model_reconstruction
-from nanoquant.compiling import MOST_KINDS, binary_blocks, compiled, uncompiled
+from nanoquant.compiling import binary_blocks, compiled, uncompiled
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.model_reconstruction import ModelConfig, ModelReconstructor
+from nanoquant.model_reconstruction import ModelConfig, ModelObjective, ModelReconstructor
 
 WINDOWS = random_windows(4, 16)
 
@@ -68,13 +68,21 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_the_reason_is_named(monk
     assert "more lines" not in caplog.text
 
 
-def test_blocks_of_too_many_shapes_are_not_compiled(monkeypatch, caplog):
-    monkeypatch.setattr(torch, "compile", None)
-    ranks = range(1, MOST_KINDS + 2)
-    blocks = [BinaryLowRankLinear.from_factors(random_factors(16, 16, rank)) for rank in ranks]
+@needs.compiler
+def test_blocks_of_many_ranks_share_one_compilation():
+    blocks = [
+        BinaryLowRankLinear.from_factors(random_factors(24, 24, rank)) for rank in range(4, 16)
+    ]
+    x = torch.randn(3, 24)
+    expected = [block(x) for block in blocks]
+    stats = torch._dynamo.utils.counters["stats"]
+    before = stats["unique_graphs"]
     with compiled(blocks):
-        pass
-    assert f"they have {MOST_KINDS + 1} different shapes" in caplog.text
+        for block, output in zip(blocks, expected, strict=True):
+            torch.testing.assert_close(block(x), output, rtol=1e-4, atol=1e-5)
+    assert (
+        1 <= stats["unique_graphs"] - before <= 2
+    )  # the first rank on its own, then a symbolic one
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(None, 0), (3, 0), (2, 1)], ids=str)
@@ -83,9 +91,29 @@ def test_only_long_training_compiles(threshold, expected, monkeypatch):
     monkeypatch.setattr(
         model_reconstruction,
         "compiled",
-        lambda blocks: entered.append(blocks) or contextlib.nullcontext(),
+        lambda blocks, *methods: entered.append((blocks, methods)) or contextlib.nullcontext(),
     )
     model = student()
     config = ModelConfig(windows=4, batch=2, held_out=1, compile_from=threshold)
-    ModelReconstructor(config)(model, tiny_llama().requires_grad_(False), WINDOWS, WINDOWS[:1])
-    assert entered == [binary_blocks(model)] * expected
+    teacher = tiny_llama().requires_grad_(False)
+    ModelReconstructor(config)(model, teacher, WINDOWS, WINDOWS[:1])
+    assert len(entered) == expected
+    for blocks, methods in entered:
+        assert blocks == [*model.model.layers, *teacher.model.layers]
+        assert [name for _, name in methods] == ["piece"]
+
+
+@needs.compiler
+def test_a_compiled_objective_has_the_same_loss_and_gradients():
+    teacher, model = tiny_llama().requires_grad_(False), student()
+    objective = ModelObjective(model, teacher, [])
+    found = []
+    for context in (contextlib.nullcontext(), objective.compiled()):
+        model.zero_grad()
+        with context:
+            loss = objective((WINDOWS,))
+            loss.backward()
+        found.append((loss.item(), model.model.layers[0].mlp.up_proj.U.grad))
+    (loss, gradient), (fast_loss, fast_gradient) = found
+    assert fast_loss == pytest.approx(loss, rel=1e-5) and "piece" not in vars(objective)
+    torch.testing.assert_close(fast_gradient, gradient, rtol=1e-3, atol=1e-6)
