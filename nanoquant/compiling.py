@@ -48,7 +48,7 @@ def compiled(blocks: list[nn.Module], *methods: tuple[object, str]) -> Iterator[
         return
     methods = (*((block, "forward") for block in blocks), *methods)
     # parameters count as constants otherwise, and every rank would be compiled on its own
-    with torch._dynamo.config.patch(force_parameter_static_shapes=_of_one_shape(blocks)):
+    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
         for owner, name in methods:
             setattr(owner, name, torch.compile(getattr(owner, name)))
         try:
@@ -56,11 +56,6 @@ def compiled(blocks: list[nn.Module], *methods: tuple[object, str]) -> Iterator[
         finally:
             for owner, name in methods:
                 delattr(owner, name)
-
-
-def _of_one_shape(blocks: list[nn.Module]) -> bool:
-    """Whether the parameters of all blocks have the same shapes."""
-    return len({tuple(p.shape for p in block.parameters()) for block in blocks}) == 1
 
 
 def _obstacle(blocks: list[nn.Module]) -> str:
