@@ -32,6 +32,7 @@ __all__ = [
     "find_decoder",
     "input_device",
     "is_quantizable",
+    "linear_shape",
     "run_block",
 ]
 
@@ -71,6 +72,12 @@ def as_linear(module: nn.Module) -> nn.Linear:
     linear.weight = nn.Parameter(weight, requires_grad=module.weight.requires_grad)
     linear.bias = module.bias
     return linear.train(module.training)
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of an ``nn.Linear`` or ``Conv1D``."""
+    first, second = module.weight.shape
+    return (second, first) if isinstance(module, Conv1D) else (first, second)
 
 
 def decoder_from_structure(model: nn.Module) -> Decoder:

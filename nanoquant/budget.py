@@ -2,17 +2,51 @@
 
 A layer of rank r stores r (d_out + d_in) sign bits, each row of them padded to whole bytes, and d_out + d_in scales
 (Eq. 58, 59). The budget belongs to the model: what rounding a rank down to a multiple leaves over is given back to
-the layers that lost most.
+the layers that lost most. Other allocations than the uniform one are in ``allocation``.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 SCALE_BITS = 16
 """Bits of one stored scale, a bfloat16."""
+ALLOCATIONS = ("uniform", "prior", "measured")
+Shapes = Mapping[str, tuple[int, int]]
+"""Layer name to (d_out, d_in)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoleWeights:
+    """How many bits per weight a kind of linear gets under the prior, relative to the others."""
+
+    q: float = 0.85
+    """Queries."""
+    k: float = 0.9
+    """Keys."""
+    v: float = 1.1
+    """Values."""
+    o: float = 1.0
+    """Output of the attention."""
+    gate: float = 1.0
+    """Gate of the MLP."""
+    up: float = 1.05
+    """Input of the MLP."""
+    down: float = 1.15
+    """Output of the MLP."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not 0 < value < float("inf"):
+                raise ValueError(f"roles.{name} must be above 0, got {value}; 1 is neutral")
+
+    def of(self, role: str) -> float:
+        """Weight of a role: the mean over the parts of a fused one such as ``q+k+v``, 1 where it is empty."""
+        parts = [getattr(self, part) for part in role.split("+") if part]
+        return sum(parts) / len(parts) if parts else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +57,16 @@ class BudgetConfig:
     """Bits per weight over all quantized linears, signs and scales counted (embeddings, head, norms are not)."""
     rank_multiple: int = 32
     """Ranks are multiples of this and at least this; kernels want 32 or more."""
+    allocation: str = "uniform"
+    """uniform: equal bits per weight; prior: by depth and kind of linear; measured: by loss, see sensitivity."""
+    depth_slope: float = 0.6
+    """Prior and measured: the last block's share over the first's is exp of this; 0: depth does not matter."""
+    roles: RoleWeights = field(default_factory=RoleWeights)
+    """Prior: weight of each kind of linear."""
+    low: float = 0.5
+    """Prior and measured: smallest rank of a linear, relative to the uniform one."""
+    high: float = 2.0
+    """Prior and measured: largest rank of a linear, relative to the uniform one."""
 
     def __post_init__(self) -> None:
         if not self.bits > 0:
@@ -31,6 +75,18 @@ class BudgetConfig:
             )
         if self.rank_multiple < 1:
             raise ValueError(f"rank_multiple must be at least 1, got {self.rank_multiple}")
+        if self.allocation not in ALLOCATIONS:
+            raise ValueError(
+                f"allocation must be one of {', '.join(ALLOCATIONS)}, got {self.allocation!r}"
+            )
+        if not abs(self.depth_slope) < 10:
+            raise ValueError(
+                f"depth_slope must lie between -10 and 10, got {self.depth_slope}; 0.6 is usual"
+            )
+        if not 0 <= self.low <= 1 <= self.high:
+            raise ValueError(
+                f"low must lie in 0..1 and high be at least 1, got {self.low} and {self.high}"
+            )
 
 
 def layer_bits(d_out: int, d_in: int, rank: int) -> int:
@@ -55,19 +111,63 @@ def largest_rank(d_out: int, d_in: int, multiple: int) -> int:
     return max(smaller // multiple * multiple, min(smaller, multiple))
 
 
-def body_bits(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> float:
+def body_bits(shapes: Shapes, ranks: Mapping[str, int]) -> float:
     """Bits per weight of the quantized linears together (Eq. 60)."""
-    weights = sum(shapes[name][0] * shapes[name][1] for name in ranks)
-    return _used_bits(shapes, ranks) / weights
+    return used_bits(shapes, ranks) / count_weights({name: shapes[name] for name in ranks})
 
 
-def _used_bits(shapes: Mapping[str, tuple[int, int]], ranks: Mapping[str, int]) -> int:
+def count_weights(shapes: Shapes) -> int:
+    """Weights of all layers."""
+    return sum(d_out * d_in for d_out, d_in in shapes.values())
+
+
+def used_bits(shapes: Shapes, ranks: Mapping[str, int]) -> int:
     """Stored bits of all layers."""
     return sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items())
 
 
-def allocate_ranks(shapes: Mapping[str, tuple[int, int]], config: BudgetConfig) -> dict[str, int]:
+@dataclass(frozen=True)
+class RankLimits:
+    """Smallest and largest rank of every layer, and the bits that all layers may take together."""
+
+    least: Mapping[str, int]
+    cap: Mapping[str, int]
+    budget: int
+    step: int
+
+
+def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
+    """Limits of the ranks under a budget; the uniform allocation knows only those of the shapes.
+
+    Raises:
+        ValueError: the budget is below what the smallest ranks cost or above what the largest hold; by how much.
+    """
+    step = config.rank_multiple
+    cap = {name: largest_rank(*shape, step) for name, shape in shapes.items()}
+    least = {name: min(step, cap[name]) for name in shapes}
+    smallest, largest = f"rank {step}", "full rank"
+    if config.allocation != "uniform":
+        for name, shape in shapes.items():
+            uniform = max(real_rank(*shape, config.bits), step) / step  # in steps
+            cap[name] = min(cap[name], math.ceil(config.high * uniform) * step)
+            least[name] = min(cap[name], max(least[name], int(config.low * uniform) * step))
+        smallest = f"the smallest ranks (low={config.low} times uniform)"
+        largest = f"the largest ranks (high={config.high} times uniform, within full rank)"
+    few, many = body_bits(shapes, least), body_bits(shapes, cap)
+    if not few <= config.bits <= many:
+        gap = few - config.bits if config.bits < few else config.bits - many
+        raise ValueError(
+            f"bits={config.bits} can't be met with these shapes: {smallest} takes {few:.4f} bits per weight and "
+            f"{largest} {many:.4f}; ask for a value between the two, this one is {gap:.4f} too "
+            f"{'low' if config.bits < few else 'high'}"
+        )
+    return RankLimits(least, cap, _whole_bits(config.bits, count_weights(shapes)), step)
+
+
+def allocate_ranks(shapes: Shapes, config: BudgetConfig) -> dict[str, int]:
     """Choose one rank per layer so that the model takes at most, and almost exactly, the asked bits.
+
+    This is the uniform allocation, whatever ``config.allocation`` says: it knows only shapes.
 
     Args:
         shapes: layer name to (d_out, d_in).
@@ -80,21 +180,9 @@ def allocate_ranks(shapes: Mapping[str, tuple[int, int]], config: BudgetConfig) 
     Raises:
         ValueError: the budget is below what the smallest ranks cost or above what the shapes can hold.
     """
-    step = config.rank_multiple
-    cap = {name: largest_rank(*shape, step) for name, shape in shapes.items()}
-    least = {name: min(step, cap[name]) for name in shapes}
-    low, high = body_bits(shapes, least), body_bits(shapes, cap)
-    if not low <= config.bits <= high:
-        raise ValueError(
-            f"bits={config.bits} can't be met with these shapes: rank {step} takes {low:.4f} bits per weight and "
-            f"full rank {high:.4f}; ask for a value between the two"
-        )
+    limits = rank_limits(shapes, replace(config, allocation="uniform"))
     wanted = {name: real_rank(*shape, config.bits) for name, shape in shapes.items()}
-    ranks = {
-        name: min(cap[name], max(least[name], int(wanted[name] // step) * step)) for name in shapes
-    }
-    budget = _whole_bits(config.bits, sum(d_out * d_in for d_out, d_in in shapes.values()))
-    return _spend(shapes, ranks, wanted, least, cap, budget, step)
+    return round_ranks(shapes, wanted, limits)
 
 
 def _whole_bits(bits: float, weights: int) -> int:
@@ -103,36 +191,60 @@ def _whole_bits(bits: float, weights: int) -> int:
     return next(n for n in (near + 1, near, near - 1) if n / weights <= bits)
 
 
-def _spend(
-    shapes: Mapping[str, tuple[int, int]],
-    ranks: dict[str, int],
-    wanted: Mapping[str, float],
-    least: Mapping[str, int],
-    cap: Mapping[str, int],
-    budget: int,
-    step: int,
-) -> dict[str, int]:
-    """Take steps back while the budget is exceeded, then hand out what is left."""
+def round_ranks(shapes: Shapes, wanted: Mapping[str, float], limits: RankLimits) -> dict[str, int]:
+    """Round real ranks down to steps, take steps back while the budget is exceeded, hand out what is left.
+
+    Args:
+        shapes: layer name to (d_out, d_in).
+        wanted: real ranks; a step goes to, or comes from, the layer that is furthest below, or above, its own.
+        limits: ranks, step and budget.
+    """
+    step = limits.step
+    ranks = {
+        name: min(limits.cap[name], max(limits.least[name], int(wanted[name] // step) * step))
+        for name in shapes
+    }
 
     def excess(name: str) -> float:
         return (ranks[name] - wanted[name]) / max(wanted[name], 1.0)
 
-    def cost(name: str, rank: int) -> int:
-        return layer_bits(*shapes[name], rank) - layer_bits(*shapes[name], ranks[name])
-
-    used = _used_bits(shapes, ranks)
-    while used > budget:
-        name = max((name for name in ranks if ranks[name] > least[name]), key=excess)
-        used += cost(name, ranks[name] - step)
+    used = used_bits(shapes, ranks)
+    while used > limits.budget:
+        name = max((name for name in ranks if ranks[name] > limits.least[name]), key=excess)
+        used += step_bits(shapes[name], ranks[name], -step)
         ranks[name] -= step
-    heap = [(excess(name), name) for name in ranks]
+    return hand_out(shapes, ranks, limits, used, excess)
+
+
+def step_bits(shape: tuple[int, int], rank: int, step: int) -> int:
+    """Bits that one more step of a layer costs."""
+    return layer_bits(*shape, rank + step) - layer_bits(*shape, rank)
+
+
+def hand_out(
+    shapes: Shapes,
+    ranks: dict[str, int],
+    limits: RankLimits,
+    used: int,
+    order: Callable[[str], float],
+) -> dict[str, int]:
+    """Give steps, always to the layer that is lowest in ``order``, until none fits into the budget.
+
+    Args:
+        shapes: layer name to (d_out, d_in).
+        ranks: to start from; changed and returned.
+        limits: ranks, step and budget.
+        used: bits of ``ranks``.
+        order: of a layer, given its present rank in ``ranks``.
+    """
+    heap = [(order(name), name) for name in ranks]
     heapq.heapify(heap)
     while heap:
         _, name = heapq.heappop(heap)
-        rank = ranks[name] + step
-        if rank > cap[name] or used + cost(name, rank) > budget:
+        cost = step_bits(shapes[name], ranks[name], limits.step)
+        if ranks[name] + limits.step > limits.cap[name] or used + cost > limits.budget:
             continue  # a step that does not fit now never will
-        used += cost(name, rank)
-        ranks[name] = rank
-        heapq.heappush(heap, (excess(name), name))
+        used += cost
+        ranks[name] += limits.step
+        heapq.heappush(heap, (order(name), name))
     return ranks

@@ -10,19 +10,13 @@ from typing import Any
 
 from nanoquant.checkpoint import read_sizes
 from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
-from nanoquant.console import (
-    check_json_path,
-    note,
-    say,
-    show_logs,
-    table,
-    write_json,
-)
+from nanoquant.console import check_json_path, note, say, show_logs, table
 from nanoquant.decoder import most_positions
 from nanoquant.generate import check_prompts, generate
 from nanoquant.generation_settings import GenerationSettings
 from nanoquant.hf_quantizer import PARTS
 from nanoquant.int8_activations import Int8Config, read_windows, use_int8_activations
+from nanoquant.json_files import write_json
 from nanoquant.prompts import printer, read_prompts, speed_lines
 from nanoquant.sizes import Sizes
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer, weight_bytes

@@ -18,6 +18,7 @@ from nanoquant.budget import BudgetConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.sensitivity import SensitivityConfig
 from nanoquant.training import OptimizerConfig, RunConfig
 
 STEPS = ("", "prepare", "convert")
@@ -58,6 +59,8 @@ class NanoQuantConfig(AOBaseConfig):
     """For torchao's quantize_: prepare observes, convert factorizes with what was observed, empty needs no data."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """Bits and ranks."""
+    sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)
+    """How losses are measured that ranks follow, where budget.allocation says measured."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Amount of text."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
@@ -78,6 +81,12 @@ class NanoQuantConfig(AOBaseConfig):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.step not in STEPS:
             raise ValueError(f"step must be prepare, convert or empty, got {self.step!r}")
+        measured = self.budget.allocation == "measured"
+        if measured and self.sensitivity.windows > self.calibration.windows:
+            raise ValueError(
+                f"sensitivity.windows={self.sensitivity.windows} are taken from the calibration windows, "
+                f"and calibration.windows is {self.calibration.windows}; ask for at most as many"
+            )
         self._slice()
 
     def block_range(self, count: int) -> range:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import os
 import sys
 import time
@@ -178,21 +176,3 @@ def check_json_path(file: str | None, flag: str = "--json") -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{flag} {file}: there is no folder {path.parent}; make it first")
     check_writable(path.parent, f"{flag} {file}")
-
-
-def write_json(file: str | None, figures: dict[str, Any]) -> None:
-    """Write figures to a file, whole or not at all; numbers that are not finite become null."""
-    if file is None:
-        return
-    partial = Path(f"{file}.partial")
-    partial.write_text(json.dumps(finite(figures), indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
-
-
-def finite(value: Any) -> Any:  # noqa: ANN401
-    """The value with string keys and without NaN or infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

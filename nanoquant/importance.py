@@ -50,6 +50,8 @@ class Importance:
     """Per input channel (d_in,), the normalised ``i``."""
     output: Tensor
     """Per output channel (d_out,), the normalised ``o``."""
+    scale: float = 1.0
+    """Mean ``i`` times mean ``o`` before they were normalised: errors times this compare between linears."""
 
 
 def clip_threshold(norms: Tensor, quantile: float) -> Tensor:
@@ -168,13 +170,13 @@ class ImportanceCollector:
         Raises:
             ValueError: A linear has no statistics, or all of its inputs or gradients are zero.
         """
-        return {
-            name: Importance(
-                input=self._finish(self.inputs[name], name, "input activations"),
-                output=self._finish(self.gradients[name], name, "output gradients"),
-            )
-            for name in self.linears
-        }
+        return {name: self._importance(name) for name in self.linears}
+
+    def _importance(self, name: str) -> Importance:
+        """Of one linear."""
+        i, mean_i = self._finish(self.inputs[name], name, "input activations")
+        o, mean_o = self._finish(self.gradients[name], name, "output gradients")
+        return Importance(input=i, output=o, scale=mean_i * mean_o)
 
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
@@ -194,8 +196,8 @@ class ImportanceCollector:
         except ValueError as error:
             raise ValueError(f"{what} of {name} are {error}") from None
 
-    def _finish(self, moment: SecondMoment, name: str, what: str) -> Tensor:
-        """Shrink and normalise one moment to mean 1."""
+    def _finish(self, moment: SecondMoment, name: str, what: str) -> tuple[Tensor, float]:
+        """Shrink one moment and normalise it to mean 1; its mean before comes with it."""
         if moment.tokens == 0:
             raise ValueError(
                 f"{name} has no statistics of its {what}: run the model forward and backward on "
@@ -208,7 +210,7 @@ class ImportanceCollector:
                 f"{what} of {name} are all zero; the layer does not act on the loss of this text, "
                 "so it has no importances: leave it out or use other text"
             )
-        return value / mean
+        return value / mean, float(mean)
 
 
 def collect_importances(

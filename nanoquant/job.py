@@ -25,12 +25,14 @@ from nanoquant.architectures import find_decoder
 from nanoquant.checkpoint import read_sizes, save_pretrained
 from nanoquant.checkpoint_files import check_output_folder
 from nanoquant.config import NanoQuantConfig
-from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs, write_json
+from nanoquant.console import ConsoleProgress, check_json_path, say, show_logs
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
 from nanoquant.evaluation.perplexity import check_length, perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
-from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
+from nanoquant.json_files import write_json
+from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
+from nanoquant.ranks import check_budget
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -44,6 +46,8 @@ from nanoquant.text import split_text
 from nanoquant.tracking.folder import RunFolder, run_folder
 from nanoquant.tracking.loggers import check_logger, make_sinks
 from nanoquant.tracking.tracker import RunTracker, TrackedProgress
+
+SENSITIVITY_FILE = "sensitivity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,12 +114,12 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     tokens = load_tokens(job.text, tokenizer)
     text = split_text(tokens, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
-    begun, progress = time.perf_counter(), TrackedProgress(phase_names(job, config))
+    begun, progress = time.perf_counter(), TrackedProgress(job_phases(job, config))
     with progress.phase("load", 1):
         model = load_model(folder, device, trainable=True)
         check_model(model, text, config)
         decoder = find_decoder(model)
-        choose_ranks(decoder, config.block_range(len(decoder.blocks)), config)
+        check_budget(decoder, config.block_range(len(decoder.blocks)), config)
         if windows is not None:
             check_length(model, windows.shape[1])
     tracker = start_record(job, config, begun)
@@ -123,7 +127,15 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     with tracker.following():
         dense = measure(model, tokenizer, windows, job, progress, weight_bytes(folder))
         record_figures(tracker, dense, "dense")
-        report = quantize(model, tokens, config, tokenizer, progress=progress, recorder=tracker)
+        report = quantize(
+            model,
+            tokens,
+            config,
+            tokenizer,
+            progress=progress,
+            recorder=tracker,
+            sensitivity_file=sensitivity_file(tracker.folder, config),
+        )
         with progress.phase("save", 1):
             recipe = recipe_of(job, report)
             save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
@@ -168,13 +180,17 @@ def record_figures(tracker: RunTracker, figures: Figures, whose: str) -> None:
     tracker.record("evaluate", model=whose, **known)
 
 
-def phase_names(job: JobConfig, config: NanoQuantConfig) -> list[str]:
+def job_phases(job: JobConfig, config: NanoQuantConfig) -> list[str]:
     """The phases to come, in order."""
-    names = ["load"]
-    names += ["measure dense"] if job.measures else []
-    names += ["calibrate", "blocks"]
-    names += ["model"] if config.model.train != "none" else []
-    return [*names, "pack", "save", "measure in a fresh process"]
+    dense = ["measure dense"] if job.measures else []
+    return ["load", *dense, *phase_names(config), "save", "measure in a fresh process"]
+
+
+def sensitivity_file(folder: RunFolder, config: NanoQuantConfig) -> Path | None:
+    """Where the run keeps measured sensitivities, with those of an earlier run of the same output."""
+    if config.budget.allocation != "measured":
+        return None
+    return folder.take_over(SENSITIVITY_FILE)
 
 
 def evaluation_windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:

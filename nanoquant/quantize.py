@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activations import Activations
 from nanoquant.admm import ADMMInitializer
-from nanoquant.architectures import Decoder, as_linear, evaluation_mode, find_decoder
+from nanoquant.architectures import Decoder, evaluation_mode, find_decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Initializer
-from nanoquant.budget import allocate_ranks, body_bits
+from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluation.perplexity import check_length
@@ -26,6 +26,7 @@ from nanoquant.layer_records import record_model_errors
 from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
+from nanoquant.ranks import check_budget, choose_ranks, decoder_shapes
 from nanoquant.recorder import UNRECORDED, BlockRecorder, Recorder
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import Text, split_text
@@ -38,8 +39,8 @@ class QuantizationReport:
     """What a run did: ranks, errors per block, divergence of the model, sizes, seconds per phase."""
 
     config: dict[str, Any]
-    ranks: dict[str, int]
-    bits: float
+    ranks: dict[str, int] = field(default_factory=dict)
+    bits: float = 0.0
     blocks: dict[int, BlockReport] = field(default_factory=dict)
     model: ModelReport = field(default_factory=ModelReport)
     sizes: Sizes | None = None
@@ -60,6 +61,7 @@ def quantize(
     progress: Progress | None = None,
     loggers: list[Any] | None = None,
     recorder: Recorder = UNRECORDED,
+    sensitivity_file: str | Path | None = None,
 ) -> QuantizationReport:
     """Quantize a causal language model in place: calibrate, reconstruct blocks, reconstruct the model, pack.
 
@@ -77,6 +79,8 @@ def quantize(
         progress: told about phases.
         loggers: Lightning loggers for the losses.
         recorder: takes errors of layers, losses, rates and flipped signs as they come.
+        sensitivity_file: JSON file for what budget.allocation=measured measures; with the same model, text and
+            settings a later call goes on from it.
 
     Raises:
         ValueError: the model, the text or the budget does not allow it; says what to change.
@@ -90,13 +94,16 @@ def quantize(
     check_model(model, text, config)
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
-    ranks = choose_ranks(decoder, chosen, config)
-    shapes = decoder_shapes(decoder, chosen)
-    report = QuantizationReport(config.to_dict(), ranks, body_bits(shapes, ranks))
+    check_budget(decoder, chosen, config)
+    report = QuantizationReport(config.to_dict())
     model.requires_grad_(False)
     teacher = copy.deepcopy(model) if config.model.train != "none" else None
     with evaluation_mode(model):
         importances = calibrate(model, decoder, chosen, text, config, progress)
+        report.ranks = choose_ranks(
+            model, decoder, chosen, text, importances, config, progress, recorder, sensitivity_file
+        )
+        report.bits = body_bits(decoder_shapes(decoder, chosen), report.ranks)
         initializer = initializer or ADMMInitializer(config.admm)
         reconstructor = BlockReconstructor(config.block, initializer, config.run.seed)
         report.blocks = reconstruct_blocks(
@@ -105,7 +112,7 @@ def quantize(
             chosen,
             reconstructor,
             importances,
-            ranks,
+            report.ranks,
             text,
             config,
             progress,
@@ -126,16 +133,10 @@ def quantize(
     return report
 
 
-def decoder_shapes(decoder: Decoder, chosen: range) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of every linear of the chosen blocks, by full name."""
-    modules = decoder.linear_modules()
-    names = [decoder.full_name(b, name) for b in chosen for name in decoder.linears[b]]
-    return {name: tuple(as_linear(modules[name]).weight.shape) for name in names}
-
-
-def choose_ranks(decoder: Decoder, chosen: range, config: NanoQuantConfig) -> dict[str, int]:
-    """Rank of every linear of the chosen blocks, by full name."""
-    return allocate_ranks(decoder_shapes(decoder, chosen), config.budget)
+def phase_names(config: NanoQuantConfig) -> list[str]:
+    """The phases of a config, in order."""
+    names = ["calibrate", *(["ranks"] if config.budget.allocation == "measured" else []), "blocks"]
+    return [*names, *(["model"] if config.model.train != "none" else []), "pack"]
 
 
 def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> None:

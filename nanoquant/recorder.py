@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-PHASES = ("calibrate", "initialize", "block", "model", "evaluate")
+PHASES = ("calibrate", "ranks", "initialize", "block", "model", "evaluate")
 """Phases that records name, in order; "initialize" and "block" take turns."""
 POINTS = 64
 """Most losses that one loop over a block leaves."""

@@ -116,6 +116,11 @@ def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
             f"got embedding.bits={config.embedding.bits}, but quantize_ sees one module at a time; "
             "call nanoquant.quantize_embeddings(model, EmbeddingConfig(bits=...)) after it instead"
         )
+    if config.budget.allocation != "uniform":
+        raise ValueError(
+            f"got budget.allocation={config.budget.allocation}, but quantize_ sees one linear at a time; "
+            "take uniform, or nanoquant.quantize on the whole model"
+        )
     if config.step == "prepare":
         return prepare(module, config.importance)
     if isinstance(module, ObservedLinear) and not config.step:

@@ -16,6 +16,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 from nanoquant import job
 from nanoquant.checkpoint import load
 from nanoquant.recorder import PHASES
+from nanoquant.sensitivity import SensitivityProbe
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -145,6 +146,34 @@ def test_a_run_whose_record_can_not_be_written_goes_on(place, tmp_path, capsys):
     code, _, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
     assert code == 0 and err.count("is incomplete") == 1
     assert (tmp_path / "new" / "config.json").exists()
+
+
+def test_a_run_interrupted_while_it_measures_ranks_goes_on_from_its_record(
+    place, tmp_path, capsys, monkeypatch
+):
+    measure, measured = SensitivityProbe.measure, []
+
+    def interrupted(probe, block, names):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(names)
+        return measure(probe, block, names)
+
+    flags = ["--text", place / "text.txt", *SMALL, "--budget.allocation", "measured"]
+    flags += ["--sensitivity.iterations", "3", "--model.train", "none"]
+    command = ["quantize", place / "dense", tmp_path / "new", *flags]
+    with monkeypatch.context() as patch:
+        patch.setattr(SensitivityProbe, "measure", interrupted)
+        assert call(capsys, *command)[0] == 130
+    code, _, err = call(capsys, *command)
+    assert code == 0 and "phase 3 of 7: ranks, 5/5" in err
+    kept = {name: tmp_path / name / job.SENSITIVITY_FILE for name in ("new.run-1", "new.run")}
+    groups = {name: json.loads(file.read_text())["groups"] for name, file in kept.items()}
+    assert [len(found) for found in groups.values()] == [3, 8]
+    assert groups["new.run-1"].items() <= groups["new.run"].items()
+    lines = (tmp_path / "new.run" / "metrics.jsonl").read_text().splitlines()
+    ranks = [r for r in map(json.loads, lines) if r["phase"] == "ranks"]
+    assert sum("exponent" in r for r in ranks) == 14 and any("seconds" in r for r in ranks)
 
 
 @pytest.mark.slow

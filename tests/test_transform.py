@@ -283,3 +283,10 @@ def test_bits_of_the_embedding_are_refused_with_what_to_call_instead():
     config = NanoQuantConfig(embedding=EmbeddingConfig(bits=8))
     with pytest.raises(ValueError, match=r"embedding.bits=8.*nanoquant.quantize_embeddings"):
         quantize_(tiny_llama(), config)
+
+
+@pytest.mark.parametrize("allocation", ["prior", "measured"])
+def test_allocations_over_a_whole_model_belong_to_quantize(allocation):
+    config = NanoQuantConfig(budget=BudgetConfig(allocation=allocation))
+    with pytest.raises(ValueError, match=rf"allocation={allocation}.*nanoquant\.quantize on"):
+        quantize_(tiny_llama(), config)

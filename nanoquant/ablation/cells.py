@@ -14,12 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.ablation.plan import Cell, Plan
-from nanoquant.console import ConsoleProgress, note, write_json
+from nanoquant.console import ConsoleProgress, note
 from nanoquant.data import load_tokens
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.figures import versions
 from nanoquant.job import evaluation_windows, free_memory
-from nanoquant.quantize import quantize
+from nanoquant.json_files import write_json
+from nanoquant.quantize import phase_names, quantize
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer
 from nanoquant.tracking.layout import Layout
 
@@ -143,7 +144,7 @@ def measure_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
         shared.text(cell.job.text),
         cell.config,
         shared.tokenizer,
-        progress=ConsoleProgress(["calibrate", "blocks", "model", "pack"]),
+        progress=ConsoleProgress(phase_names(cell.config)),
         recorder=errors,
     )
     held_out = report.model.held_out

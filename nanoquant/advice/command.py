@@ -8,7 +8,8 @@ from nanoquant.advice.catalogue import find
 from nanoquant.advice.config import AdviceConfig
 from nanoquant.advice.recommend import advise
 from nanoquant.advice.show import report, to_dict
-from nanoquant.console import check_json_path, say, show_logs, write_json
+from nanoquant.console import check_json_path, say, show_logs
+from nanoquant.json_files import write_json
 
 
 def advise_command(model: str, json: str | None = None, **settings: Any) -> None:  # noqa: ANN401

@@ -15,11 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nanoquant.baselines.config import BaselineConfig
 from nanoquant.baselines.registry import BASELINES, apply_baseline, check_shapes, find_baseline
 from nanoquant.baselines.target import Target, linear_shapes
-from nanoquant.console import ConsoleProgress, note, write_json
+from nanoquant.console import ConsoleProgress, note
 from nanoquant.evaluation.compare import read_record
 from nanoquant.evaluation.protocols import Prepared
 from nanoquant.evaluation.record import evaluate_model, make_record, phase_names
 from nanoquant.evaluation.request import EvaluationRequest
+from nanoquant.json_files import write_json
 
 ALL = "all"
 

@@ -8,7 +8,8 @@ from typing import Any
 from nanoquant.benchmark.config import BenchConfig
 from nanoquant.benchmark.report import check_plot, plot_roofline, read_results, report
 from nanoquant.benchmark.run import run_bench
-from nanoquant.console import ConsoleProgress, check_json_path, note, say, show_logs, write_json
+from nanoquant.console import ConsoleProgress, check_json_path, note, say, show_logs
+from nanoquant.json_files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -14,14 +14,7 @@ from nanoquant.baselines.config import BaselineConfig
 from nanoquant.benchmark.report import check_plot
 from nanoquant.checkpoint_files import QUANT_METHOD, read_json
 from nanoquant.commands import sizes_table
-from nanoquant.console import (
-    ConsoleProgress,
-    check_json_path,
-    note,
-    say,
-    show_logs,
-    write_json,
-)
+from nanoquant.console import ConsoleProgress, check_json_path, note, say, show_logs
 from nanoquant.evaluation.compare import check_comparable, compare, compare_table, read_record
 from nanoquant.evaluation.protocols import TEXT, fingerprint
 from nanoquant.evaluation.record import (
@@ -34,6 +27,7 @@ from nanoquant.evaluation.record import (
 )
 from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
+from nanoquant.json_files import write_json
 from nanoquant.sizes import Sizes
 from nanoquant.sources import (
     device_of,

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 RECORDED_PHASES = {
     "measure dense": "evaluate",
     "calibrate": "calibrate",
+    "ranks": "ranks",
     "blocks": "block",
     "model": "model",
 }

@@ -1,0 +1,244 @@
+"""Sensitivity: what the model loses when one group of linears is binary, and how that falls with rank.
+
+A group is the linears of a block that read the same tensor. Its loss is the KL divergence of the model with this
+group alone binary, by a short ADMM at uniform ranks, from the dense model, in nats per token. It is split among the
+group's linears by their errors sum o i (W - A)^2, and the errors at some more ranks tell how it falls with rank.
+Every group is written to a file as it comes, and what the file has is not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from nanoquant.admm import ADMMInitializer
+from nanoquant.allocation import Response, fit_response
+from nanoquant.architectures import Decoder, as_linear
+from nanoquant.budget import largest_rank
+from nanoquant.dense_prefix import DensePrefix
+from nanoquant.divergence import ForwardKL
+from nanoquant.importance import Importance
+from nanoquant.json_files import write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+SAMPLED_WEIGHTS = 256
+"""Values of each parameter that tell one model from another."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SensitivityConfig:
+    """How ranks are measured before they are chosen; for budget.allocation=measured."""
+
+    iterations: int = 20
+    """ADMM iterations of a factorization that is only measured."""
+    windows: int = 2
+    """Calibration windows on which losses are measured, in one pass."""
+    length: int = 256
+    """Most tokens of each of those windows."""
+    spread: float = 0.5
+    """Errors are measured at 1 - spread, 1 and 1 + spread times the uniform rank; 0: at it alone, loss ~ 1/rank."""
+
+    def __post_init__(self) -> None:
+        if min(self.iterations, self.windows) < 1 or self.length < 2:
+            raise ValueError(
+                f"iterations and windows must be at least 1 and length at least 2, got {self.iterations}, "
+                f"{self.windows} and {self.length}"
+            )
+        if not 0 <= self.spread < 1:
+            raise ValueError(f"spread must lie in 0 to below 1, got {self.spread}")
+
+
+@dataclass(frozen=True)
+class GroupLoss:
+    """What was measured of one group."""
+
+    divergence: float
+    """Nats per token with the group binary at its uniform ranks."""
+    errors: dict[str, dict[int, float]]
+    """Full name of a linear and rank to its weighted error; comparable within the model."""
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> GroupLoss:
+        """From its dictionary, whose ranks JSON made texts."""
+        errors = {n: {int(r): e for r, e in row.items()} for n, row in found["errors"].items()}
+        return cls(found["divergence"], errors)
+
+
+class SensitivityFile:
+    """Groups measured so far, in memory and in a JSON file.
+
+    Args:
+        path: of the file; None keeps nothing beyond this object.
+        fingerprint: of all that decides a measurement; a file with another one is measured anew.
+    """
+
+    def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+        self.path, self.fingerprint = path, fingerprint
+        self.groups: dict[str, GroupLoss] = self._read()
+
+    def add(self, key: str, group: GroupLoss) -> None:
+        """Keep a group; the file is whole before and after, and a disk that refuses is named once."""
+        self.groups[key] = group
+        groups = {key: asdict(group) for key, group in self.groups.items()}
+        content = {"format": FORMAT, "fingerprint": self.fingerprint, "groups": groups}
+        try:
+            write_json(None if self.path is None else str(self.path), content)
+        except OSError as error:
+            logger.warning(
+                "%s can't be written (%s); the run goes on, but could not resume from here",
+                self.path,
+                error.strerror or error,
+            )
+            self.path = None
+
+    def _read(self) -> dict[str, GroupLoss]:
+        if self.path is None or not Path(self.path).is_file():
+            return {}
+        try:
+            found = json.loads(Path(self.path).read_text(encoding="utf-8"))
+            same = (found["format"], found["fingerprint"]) == (FORMAT, self.fingerprint)
+            groups = {k: GroupLoss.from_json(group) for k, group in found["groups"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s is damaged (%r); all groups are measured again", self.path, error)
+            return {}
+        if not same:
+            logger.warning(
+                "%s was measured with another model, text or setting; all groups are measured again",
+                self.path,
+            )
+            return {}
+        logger.info("%s has %d measured groups; they are kept", self.path, len(groups))
+        return groups
+
+
+class SensitivityProbe:
+    """Measures groups of a dense model, which is the same again after each.
+
+    Args:
+        model: dense, on its device.
+        decoder: its blocks.
+        importances: of the linears to measure, by full name.
+        ranks: their uniform ranks.
+        step: ranks are multiples of this.
+        windows: token ids (N, T) on which losses are measured.
+        spread: of :class:`SensitivityConfig`.
+        initializer: the short ADMM.
+        seed: of its start.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: Decoder,
+        importances: Mapping[str, Importance],
+        ranks: Mapping[str, int],
+        step: int,
+        windows: Tensor,
+        spread: float,
+        initializer: ADMMInitializer,
+        seed: int = 0,
+    ) -> None:
+        self.decoder, self.importances, self.ranks, self.step = decoder, importances, ranks, step
+        self.spread, self.initializer, self.seed = spread, initializer, seed
+        self.dense = DensePrefix(model, decoder, windows)
+
+    def measure(self, block: int, names: tuple[str, ...]) -> GroupLoss:
+        """Loss of one group of a block, and errors of its linears.
+
+        Raises:
+            ValueError: the model gives non-finite logits with this group binary; names it.
+        """
+        binary, errors = {}, {}
+        for name in names:
+            full = self.decoder.full_name(block, name)
+            binary[name], errors[full] = self._factorize(block, name, full)
+        with _replaced(self.decoder.blocks[block], binary):
+            logits = self.dense.logits_from(block)
+        divergence = float(ForwardKL.apply(logits.flatten(0, 1), self.dense.logits.flatten(0, 1)))
+        if not divergence < float("inf"):
+            raise ValueError(
+                f"the divergence with {', '.join(errors)} binary is {divergence}; take budget.allocation=prior"
+            )
+        return GroupLoss(max(divergence, 0.0), errors)
+
+    def _factorize(self, block: int, name: str, full: str) -> tuple[Tensor, dict[int, float]]:
+        """The approximation (d_out, d_in) at the uniform rank, and the errors at all ranks."""
+        W = as_linear(self.decoder.blocks[block].get_submodule(name)).weight.detach().float()
+        importance, uniform = self.importances[full], self.ranks[full]
+        i, o = importance.input.to(W), importance.output.to(W)
+        found, errors = W, {}
+        for rank in probed_ranks(tuple(W.shape), uniform, self.step, self.spread):
+            generator = torch.Generator().manual_seed(self.seed)
+            A = self.initializer(W, importance, rank, generator).dense()
+            errors[rank] = importance.scale * float(o @ ((W - A).square() @ i))
+            found = A if rank == uniform else found
+        return found, errors
+
+
+def probed_ranks(shape: tuple[int, int], uniform: int, step: int, spread: float) -> list[int]:
+    """Ranks at which errors are measured, ascending: the uniform one, and those around it that differ."""
+    below = max(int((1 - spread) * uniform) // step * step, min(step, uniform))
+    above = min(int((1 + spread) * uniform) // step * step, largest_rank(*shape, step))
+    return sorted({below, uniform, max(above, uniform)})
+
+
+@contextmanager
+def _replaced(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """While active, linears of a block have other weights (d_out, d_in)."""
+    modules = {name: block.get_submodule(name) for name in weights}
+    before = {name: module.weight.data for name, module in modules.items()}
+    try:
+        for name, module in modules.items():
+            W = weights[name].mT if isinstance(module, Conv1D) else weights[name]
+            module.weight.data = W.to(before[name].dtype).contiguous()
+        yield
+    finally:
+        for name, module in modules.items():
+            module.weight.data = before[name]
+
+
+def responses(groups: Mapping[str, GroupLoss], ranks: Mapping[str, int]) -> dict[str, Response]:
+    """Loss over rank of every linear, by full name: its share of its group's loss, falling as its error.
+
+    Args:
+        groups: as measured.
+        ranks: uniform ranks, at which their losses were.
+    """
+    found = {}
+    for group in groups.values():
+        at_uniform = {name: errors[ranks[name]] for name, errors in group.errors.items()}
+        total = max(sum(at_uniform.values()), 1e-30)
+        for name, errors in group.errors.items():
+            share = group.divergence * at_uniform[name] / total
+            found[name] = fit_response(errors, share, ranks[name])
+    return found
+
+
+def fingerprint(model: nn.Module, tokens: Tensor, settings: Mapping[str, Any]) -> str:
+    """Digest of what decides a measurement.
+
+    Args:
+        model: dense; shapes, types and a sample of every parameter count.
+        tokens: all windows that importances and losses are taken from.
+        settings: plain values.
+    """
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().view(-1)[:: max(1, parameter.numel() // SAMPLED_WEIGHTS)]
+        digest.update(values.float().cpu().numpy().tobytes())
+    digest.update(f"{tuple(tokens.shape)}".encode())
+    digest.update(tokens.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,291 @@
+"""Loss of one binary group: measured against a plain forward, the model kept, measurements kept over a kill."""
+
+import dataclasses
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from tiny_models import FAMILIES, random_windows, tiny_gpt2, tiny_llama
+
+from nanoquant.admm import ADMMConfig, ADMMInitializer
+from nanoquant.architectures import as_linear, find_decoder
+from nanoquant.budget import BudgetConfig, allocate_ranks, body_bits
+from nanoquant.config import CalibrationConfig, nanoquant_config
+from nanoquant.dense_prefix import DensePrefix
+from nanoquant.importance import ImportanceConfig, collect_importances
+from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.progress import Progress
+from nanoquant.quantize import quantize
+from nanoquant.ranks import decoder_shapes
+from nanoquant.sensitivity import (
+    GroupLoss,
+    SensitivityConfig,
+    SensitivityFile,
+    SensitivityProbe,
+    fingerprint,
+    probed_ranks,
+    responses,
+)
+
+WINDOWS = random_windows(2, 16)
+TOKENS = random_windows(24, 16).flatten()
+MEASURED = nanoquant_config(
+    budget=BudgetConfig(bits=1.2, rank_multiple=8, allocation="measured"),
+    calibration=CalibrationConfig(windows=4, length=16),
+    admm=ADMMConfig(iterations=5),
+    sensitivity=SensitivityConfig(iterations=3, length=8),
+    model=ModelConfig(train="none"),
+)
+
+
+def make_probe(model, spread=0.5):
+    """A probe of a whole tiny model, its decoder and its ranks."""
+    decoder = find_decoder(model)
+    shapes = decoder_shapes(decoder, range(len(decoder.blocks)))
+    ranks = allocate_ranks(shapes, BudgetConfig(rank_multiple=8))
+    importances = collect_importances(
+        model, decoder.linear_modules(), WINDOWS, ImportanceConfig(), 2
+    )
+    initializer = ADMMInitializer(ADMMConfig(iterations=5))
+    probe = SensitivityProbe(
+        model, decoder, importances, ranks, 8, WINDOWS, spread, initializer, seed=3
+    )
+    return probe, decoder, ranks
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=WINDOWS, use_cache=False).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_that_begins_at_a_block_gives_the_logits_of_the_whole_pass(family):
+    model = FAMILIES[family]()
+    decoder = find_decoder(model)
+    dense = DensePrefix(model, decoder, WINDOWS)
+    assert torch.equal(dense.logits, logits(model))
+    for b, block in enumerate(decoder.blocks):
+        linear = block.get_submodule(decoder.linears[b][-1])
+        kept = linear.weight.data
+        linear.weight.data = 0.5 * kept
+        assert torch.equal(dense.logits_from(b), logits(model))
+        linear.weight.data = kept
+        assert torch.equal(dense.logits_from(b), dense.logits)
+    assert not any("forward" in vars(block) for block in decoder.blocks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_model_is_bit_for_bit_the_same_after_measuring(family):
+    model = FAMILIES[family](dtype=torch.bfloat16)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probe, decoder, _ = make_probe(model)
+    for names in decoder.groups[1]:
+        assert probe.measure(1, names).divergence > 0
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert torch.equal(logits(model), probe.dense.logits)
+
+
+@pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2])
+def test_the_divergence_is_that_of_the_model_with_this_group_alone_binary(family):
+    model = family()
+    probe, decoder, ranks = make_probe(model)
+    names, reference = decoder.groups[1][2], logits(model).log_softmax(-1)
+    group = probe.measure(1, names)
+    for name in names:
+        full = decoder.full_name(1, name)
+        linear = as_linear(decoder.blocks[1].get_submodule(name))
+        generator = torch.Generator().manual_seed(3)
+        importance = probe.importances[full]
+        factors = probe.initializer(linear.weight, importance, ranks[full], generator)
+        gap = (linear.weight.detach() - factors.dense()).square()
+        o, i = importance.output.unsqueeze(-1), importance.input
+        error = float(importance.scale * (o * i * gap).sum())
+        assert group.errors[full][ranks[full]] == pytest.approx(error, rel=1e-4)
+        linear.weight = torch.nn.Parameter(factors.dense())
+        decoder.blocks[1].set_submodule(name, linear)
+    binary = logits(model).log_softmax(-1)
+    expected = float((reference.exp() * (reference - binary)).sum(-1).mean())
+    assert group.divergence == pytest.approx(expected, rel=1e-4)
+
+
+def test_an_error_falls_with_rank_and_the_shares_of_a_group_add_up_to_its_loss():
+    probe, decoder, ranks = make_probe(tiny_llama())
+    names = decoder.groups[0][0]
+    group = probe.measure(0, names)
+    for full, errors in group.errors.items():
+        assert list(errors) == sorted(errors) and ranks[full] in errors
+        assert list(errors.values()) == sorted(errors.values(), reverse=True)
+    assert len(group.errors["model.layers.0.self_attn.q_proj"]) == 3
+    found = responses({"group": group}, ranks)
+    shares = [found[name].loss(ranks[name]) for name in found]
+    assert len(shares) == 3 and sum(shares) == pytest.approx(group.divergence)
+    assert all(0.05 <= found[name].exponent <= 8 for name in found)
+
+
+def test_an_interrupt_puts_the_dense_weights_back(monkeypatch):
+    model = tiny_llama()
+    probe, decoder, _ = make_probe(model)
+
+    def interrupt(block):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe.dense, "logits_from", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        probe.measure(0, decoder.groups[0][0])
+    assert torch.equal(logits(model), probe.dense.logits)
+
+
+@pytest.mark.parametrize(
+    ("shape", "uniform", "spread", "ranks"),
+    [
+        ((576, 576), 256, 0.5, [128, 256, 384]),
+        ((576, 192), 128, 0.5, [64, 128, 192]),
+        ((576, 192), 192, 0.5, [96, 192]),
+        ((576, 576), 32, 0.5, [32]),
+        ((576, 576), 256, 0.0, [256]),
+        ((20, 100), 20, 0.5, [20]),
+    ],
+)
+def test_errors_are_measured_around_the_uniform_rank_within_the_shape(
+    shape, uniform, spread, ranks
+):
+    assert probed_ranks(shape, uniform, 32, spread) == ranks
+
+
+class Counting(Progress):
+    """Counts units of each phase, and stops after some of one."""
+
+    def __init__(self, stop_after=None):
+        super().__init__()
+        self.counts, self.stop_after = {}, stop_after
+
+    def begin(self, name, total):
+        self.now, self.counts[name] = name, [0, total]
+
+    def advance(self, done, note=""):
+        self.counts[self.now][0] += done
+        if self.now == "ranks" and self.counts["ranks"][0] == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def run(file, progress=None, config=MEASURED, tokens=TOKENS):
+    """One quantization of a tiny model; its report."""
+    return quantize(
+        tiny_llama(), tokens, config, progress=progress or Counting(), sensitivity_file=file
+    )
+
+
+def test_measured_ranks_take_the_asked_bits_and_differ_from_uniform_ones():
+    report = run(None)
+    config = dataclasses.replace(MEASURED, budget=BudgetConfig(bits=1.2, rank_multiple=8))
+    uniform = run(None, config=config)
+    assert report.ranks != uniform.ranks and report.ranks.keys() == uniform.ranks.keys()
+    assert 0.97 * 1.2 <= report.bits <= 1.2
+    shapes = decoder_shapes(find_decoder(tiny_llama()), range(2))
+    assert report.bits == body_bits(shapes, report.ranks)
+
+
+def test_an_interrupted_run_goes_on_where_it_was_and_chooses_the_same_ranks(tmp_path):
+    file, whole, stopped, rest = tmp_path / "s.json", Counting(), Counting(stop_after=3), Counting()
+    expected = run(None, whole).ranks
+    assert whole.counts["ranks"] == [8, 8]
+    with pytest.raises(KeyboardInterrupt):
+        run(file, stopped)
+    kept = json.loads(file.read_text())["groups"]
+    assert len(kept) == 3
+    assert run(file, rest).ranks == expected
+    assert rest.counts["ranks"] == [5, 5]
+    assert json.loads(file.read_text())["groups"].items() >= kept.items()
+    again = Counting()
+    assert run(file, again).ranks == expected and again.counts["ranks"] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"config": dataclasses.replace(MEASURED, admm=ADMMConfig(iterations=5, ridge=0.1))},
+        {"config": dataclasses.replace(MEASURED, importance=ImportanceConfig(shrinkage=0.3))},
+        {"config": dataclasses.replace(MEASURED, sensitivity=SensitivityConfig(iterations=4))},
+        {"tokens": TOKENS.flip(0)},
+    ],
+    ids=["admm", "importance", "sensitivity", "text"],
+)
+def test_measurements_under_other_settings_are_not_used_and_it_says_so(change, tmp_path, caplog):
+    file = tmp_path / "s.json"
+    run(file)
+    with caplog.at_level(logging.WARNING, "nanoquant"):
+        progress = Counting()
+        run(file, progress, **change)
+    assert progress.counts["ranks"] == [8, 8] and "another model, text or setting" in caplog.text
+
+
+def test_settings_that_no_measurement_depends_on_keep_them(tmp_path):
+    file, progress = tmp_path / "s.json", Counting()
+    run(file)
+    config = dataclasses.replace(
+        MEASURED,
+        admm=ADMMConfig(iterations=7),
+        budget=dataclasses.replace(MEASURED.budget, depth_slope=0.0, high=1.5),
+    )
+    run(file, progress, config)
+    assert progress.counts["ranks"] == [0, 0]
+
+
+def test_the_fingerprint_knows_the_weights():
+    model = tiny_llama()
+    before = fingerprint(model, WINDOWS, {})
+    assert before == fingerprint(tiny_llama(), WINDOWS, {})
+    model.model.layers[1].mlp.down_proj.weight.data *= 1.01
+    assert fingerprint(model, WINDOWS, {}) != before
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"format": 1}', '{"format": 1, "fingerprint": "a", "groups": {"g": 1}}']
+)
+def test_a_damaged_file_is_measured_again_and_named(content, tmp_path, caplog):
+    file = tmp_path / "s.json"
+    file.write_text(content)
+    assert SensitivityFile(file, "a").groups == {}
+    assert f"{file} is damaged" in caplog.text
+
+
+def test_a_file_that_can_not_be_written_is_said_once_and_the_run_goes_on(tmp_path, caplog):
+    folder = tmp_path / "gone"
+    folder.mkdir()
+    known = SensitivityFile(folder / "s.json", "a")
+    shutil.rmtree(folder)
+    for key in "ab":
+        known.add(key, GroupLoss(0.5, {"x": {8: 1.0}}))
+    assert len(caplog.records) == 1 and "can't be written" in caplog.text
+    assert known.groups.keys() == {"a", "b"}
+
+
+def test_what_is_measured_comes_back_from_the_file(tmp_path):
+    group = GroupLoss(0.25, {"x": {8: 1.5, 16: 0.5}})
+    SensitivityFile(tmp_path / "s.json", "a").add("key", group)
+    assert SensitivityFile(tmp_path / "s.json", "a").groups == {"key": group}
+    assert SensitivityFile(tmp_path / "s.json", "b").groups == {}
+
+
+def test_more_windows_than_calibration_has_are_refused():
+    with pytest.raises(ValueError, match=r"sensitivity\.windows=5.*calibration\.windows is 4"):
+        dataclasses.replace(MEASURED, sensitivity=SensitivityConfig(windows=5))
+
+
+@pytest.mark.parametrize(
+    "fields", [{"iterations": 0}, {"windows": 0}, {"length": 1}, {"spread": 1.0}, {"spread": -0.1}]
+)
+def test_settings_out_of_range_are_refused(fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        SensitivityConfig(**fields)
+
+
+def test_limits_that_can_not_be_met_are_refused_before_calibration():
+    budget = dataclasses.replace(MEASURED.budget, bits=9.0)
+    progress = Counting()
+    with pytest.raises(ValueError, match=r"high=2\.0.* this one is \d\.\d+ too high"):
+        run(None, progress, dataclasses.replace(MEASURED, budget=budget))
+    assert progress.counts == {}
