@@ -31,6 +31,7 @@ from nanoquant.evaluation.perplexity import check_length, perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
+from nanoquant.self_text import PHASE as WRITE_TEXT
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -40,7 +41,7 @@ from nanoquant.sources import (
     load_tokenizer,
     weight_bytes,
 )
-from nanoquant.text import split_text
+from nanoquant.text_plan import TextPlan, plan_text
 from nanoquant.tracking.folder import RunFolder, run_folder
 from nanoquant.tracking.loggers import check_logger, make_sinks
 from nanoquant.tracking.tracker import RunTracker, TrackedProgress
@@ -54,8 +55,11 @@ class JobConfig:
     """Folder or Hub name of the dense model."""
     output: str
     """New or empty folder for the checkpoint."""
-    text: str
-    """Calibration text: a text, .jsonl, .pt or .safetensors file, or a data set as name:config:split."""
+    text: list[str] | str
+    """Calibration text: a text, .jsonl, .pt or .safetensors file, a data set as name:config:split, or self, which the
+    model writes; several times for a mixture, with weights as train.txt=3."""
+    self_text_file: str | None = None
+    """File or folder that keeps the text that the model writes, for other runs as well; null: in OUT.run."""
     eval_text: str | None = None
     """Held-out text for perplexity, of the same kinds; null: not measured."""
     eval_windows: int = DataConfig.windows
@@ -74,6 +78,8 @@ class JobConfig:
     """Show what each block and each held-out measurement gave."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.text, list) and len(self.text) == 1:
+            object.__setattr__(self, "text", self.text[0])  # one text is on record as itself
         check_logger(self.logger)
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
@@ -107,13 +113,12 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     folder = find_model(job.source)
     check_dense(folder)
     tokenizer = load_tokenizer(folder)
-    tokens = load_tokens(job.text, tokenizer)
-    text = split_text(tokens, tokenizer, config)
+    plan = plan_text(job.text, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
-    begun, progress = time.perf_counter(), TrackedProgress(phase_names(job, config))
+    begun, progress = time.perf_counter(), TrackedProgress(phase_names(job, config, plan))
     with progress.phase("load", 1):
         model = load_model(folder, device, trainable=True)
-        check_model(model, text, config)
+        check_model(model, plan, config)
         decoder = find_decoder(model)
         choose_ranks(decoder, config.block_range(len(decoder.blocks)), config)
         if windows is not None:
@@ -123,7 +128,15 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     with tracker.following():
         dense = measure(model, tokenizer, windows, job, progress, weight_bytes(folder))
         record_figures(tracker, dense, "dense")
-        report = quantize(model, tokens, config, tokenizer, progress=progress, recorder=tracker)
+        report = quantize(
+            model,
+            plan,
+            config,
+            tokenizer,
+            progress=progress,
+            recorder=tracker,
+            self_text_file=job.self_text_file or run_folder(job.output),
+        )
         with progress.phase("save", 1):
             recipe = recipe_of(job, report)
             save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
@@ -168,10 +181,11 @@ def record_figures(tracker: RunTracker, figures: Figures, whose: str) -> None:
     tracker.record("evaluate", model=whose, **known)
 
 
-def phase_names(job: JobConfig, config: NanoQuantConfig) -> list[str]:
+def phase_names(job: JobConfig, config: NanoQuantConfig, plan: TextPlan) -> list[str]:
     """The phases to come, in order."""
     names = ["load"]
     names += ["measure dense"] if job.measures else []
+    names += [WRITE_TEXT] if plan.written else []
     names += ["calibrate", "blocks"]
     names += ["model"] if config.model.train != "none" else []
     return [*names, "pack", "save", "measure in a fresh process"]

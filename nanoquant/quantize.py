@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activations import Activations
@@ -23,19 +23,22 @@ from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.importance import Importance, collect_importances
 from nanoquant.layer_records import record_model_errors
+from nanoquant.mixture import Data
 from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
 from nanoquant.recorder import UNRECORDED, BlockRecorder, Recorder
+from nanoquant.self_text import SelfText
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import Text, split_text
+from nanoquant.text_plan import TextPlan, plan_text
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class QuantizationReport:
-    """What a run did: ranks, errors per block, divergence of the model, sizes, seconds per phase."""
+    """What a run did: ranks, errors per block, divergence of the model, sizes, seconds per phase, windows of text."""
 
     config: dict[str, Any]
     ranks: dict[str, int]
@@ -44,6 +47,7 @@ class QuantizationReport:
     model: ModelReport = field(default_factory=ModelReport)
     sizes: Sizes | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    text: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
@@ -52,7 +56,7 @@ class QuantizationReport:
 
 def quantize(
     model: PreTrainedModel,
-    data: str | Path | Tensor,
+    data: Data | TextPlan,
     config: NanoQuantConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -60,6 +64,7 @@ def quantize(
     progress: Progress | None = None,
     loggers: list[Any] | None = None,
     recorder: Recorder = UNRECORDED,
+    self_text_file: str | Path | None = None,
 ) -> QuantizationReport:
     """Quantize a causal language model in place: calibrate, reconstruct blocks, reconstruct the model, pack.
 
@@ -70,13 +75,14 @@ def quantize(
 
     Args:
         model: dense, in bfloat16 or float32; afterwards its linears are packed.
-        data: calibration text or token ids, see :func:`load_tokens`.
+        data: calibration text, several, or token ids, see :func:`read_sources`; "self" lets the model write all.
         config: bits, preset and everything else.
-        tokenizer: of the model; needed unless ``data`` is a tensor.
+        tokenizer: of the model; needed for text.
         initializer: in the place of ``ADMMInitializer(config.admm)``.
         progress: told about phases.
         loggers: Lightning loggers for the losses.
         recorder: takes errors of layers, losses, rates and flipped signs as they come.
+        self_text_file: file or folder that keeps the text that the model writes, so that it is written once.
 
     Raises:
         ValueError: the model, the text or the budget does not allow it; says what to change.
@@ -86,13 +92,16 @@ def quantize(
         raise ValueError(
             f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
         )
-    text = split_text(data, tokenizer, config)
-    check_model(model, text, config)
+    plan = plan_text(data, tokenizer, config)
+    check_model(model, plan, config)
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
     ranks = choose_ranks(decoder, chosen, config)
     shapes = decoder_shapes(decoder, chosen)
     report = QuantizationReport(config.to_dict(), ranks, body_bits(shapes, ranks))
+    write = SelfText(model, tokenizer, config.self_text, config.run.seed, self_text_file, progress)
+    text = split_text(plan, tokenizer, config, write)
+    report.text = text.origin
     model.requires_grad_(False)
     teacher = copy.deepcopy(model) if config.model.train != "none" else None
     with evaluation_mode(model):
@@ -138,7 +147,7 @@ def choose_ranks(decoder: Decoder, chosen: range, config: NanoQuantConfig) -> di
     return allocate_ranks(decoder_shapes(decoder, chosen), config.budget)
 
 
-def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> None:
+def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig) -> None:
     """Refuse what could only fail later.
 
     Raises:
@@ -154,12 +163,10 @@ def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> 
             f"precision 32-true needs a float32 model, and this one is in {model.dtype}"
         )
     check_length(model, config.calibration.length)
-    parts = (text.calibration, text.training, text.held_out)
-    largest = max(int(part.max()) for part in parts if len(part))
     known = model.get_input_embeddings().num_embeddings
-    if largest >= known:
+    if plan.largest >= known:
         raise ValueError(
-            f"the text has token {largest}, but the model knows {known}; tokenize it with its own tokenizer"
+            f"the text has token {plan.largest}, but the model knows {known}; tokenize it with its own tokenizer"
         )
 
 

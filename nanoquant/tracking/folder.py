@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SUFFIX = ".run"
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+KEPT = "self_text*.safetensors"
 SECONDS_BETWEEN_FLUSHES = 1.0
 
 
@@ -33,6 +34,8 @@ def run_folder(output: str | Path) -> Path:
 def make_way(folder: Path) -> dict[str, Any]:
     """Rename the record of an earlier run of the same output, so that nothing is overwritten.
 
+    Text that the model wrote stays: the next run goes on with it.
+
     Returns:
         Its run.json; empty where there is none that can be read.
     """
@@ -43,6 +46,9 @@ def make_way(folder: Path) -> dict[str, Any]:
     while (free := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     folder.rename(free)
+    folder.mkdir()
+    for file in free.glob(KEPT):
+        file.rename(folder / file.name)
     return earlier
 
 
