@@ -32,6 +32,7 @@ from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
 from nanoquant.self_text import PHASE as WRITE_TEXT
+from nanoquant.self_text import check_place
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -80,6 +81,8 @@ class JobConfig:
     def __post_init__(self) -> None:
         if isinstance(self.text, list) and len(self.text) == 1:
             object.__setattr__(self, "text", self.text[0])  # one text is on record as itself
+        if self.self_text_file is not None:
+            check_place(self.self_text_file)
         check_logger(self.logger)
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
@@ -114,6 +117,11 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     check_dense(folder)
     tokenizer = load_tokenizer(folder)
     plan = plan_text(job.text, tokenizer, config)
+    if job.self_text_file is not None and not plan.written:
+        raise ValueError(
+            f'--self-text-file {job.self_text_file} is given, but the model writes nothing; ask with --text "self" '
+            "or --self-text.windows N, or leave it out"
+        )
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
     begun, progress = time.perf_counter(), TrackedProgress(phase_names(job, config, plan))
     with progress.phase("load", 1):

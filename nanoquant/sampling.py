@@ -110,10 +110,11 @@ def sample(
     with evaluation_mode(model):
         for step in range(count):
             done = model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            logits = done.logits[:, -1, : how.known].float()  # (B, V)
-            finite &= logits.isfinite().any(-1)
+            logits = done.logits[:, -1, : how.known].to(torch.float32, copy=True)  # (B, V)
             begins = torch.isin(before, starts)
-            token = _draw(logits, chances[:, step], begins, ends, how, 0 if step else how.first)
+            top = 0 if step else how.first
+            token, fine = _draw(logits, chances[:, step], begins, ends, how, top)
+            finite &= fine
             if step >= LOOK_BACK and step % LOOK_EVERY == 0 and how.ends:
                 token = torch.where(loops(out[:, step - LOOK_BACK : step]), ends[0], token)
             if how.begin is not None:
@@ -135,13 +136,19 @@ def loops(tail: Tensor) -> Tensor:
 
 def _draw(
     logits: Tensor, chance: Tensor, begins: Tensor, ends: Tensor, how: Sampling, top: int
-) -> Tensor:
-    """One token a row of logits (B, V), by numbers (B,); no end where a text begins; with ``top`` even among these."""
-    empty = begins[:, None] & torch.isin(torch.arange(logits.shape[1], device=ends.device), ends)
-    logits = logits.masked_fill(empty, float("-inf"))
+) -> tuple[Tensor, Tensor]:
+    """One token a row of logits (B, V), which are overwritten, by numbers (B,), and whether the row was finite.
+
+    No end comes where a text begins; with ``top`` above 0 the chance is even among that many.
+    """
+    if how.ends:
+        logits[:, ends] = logits[:, ends].masked_fill(begins[:, None], float("-inf"))
     if top:
         found = logits.topk(min(top, logits.shape[1]), -1).indices
-        logits = torch.full_like(logits, float("-inf")).scatter_(1, found, 0.0)
-    sums = torch.softmax(logits / how.temperature, -1).cumsum(-1)
-    token = torch.searchsorted(sums, chance[:, None] * sums[:, -1:], right=True)[:, 0]
-    return token.clamp_(max=logits.shape[1] - 1)
+        logits = logits.fill_(float("-inf")).scatter_(1, found, 0.0)
+    elif how.temperature != 1:
+        logits.div_(how.temperature)
+    sums = logits.sub_(logits.amax(-1, keepdim=True)).exp_().cumsum_(-1)
+    whole = sums[:, -1:]
+    token = torch.searchsorted(sums, chance[:, None] * whole, right=True)[:, 0]
+    return token.clamp_(max=logits.shape[1] - 1), whole[:, 0].isfinite()

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nanoquant.data import bos_of
+from nanoquant.data import FILE_SUFFIXES, bos_of
 from nanoquant.generation_settings import end_tokens
 from nanoquant.progress import Progress
 from nanoquant.sampling import Sampling, sample
@@ -42,8 +42,8 @@ class SelfTextConfig:
     """Temperature at which tokens are drawn."""
     first: int = 100
     """Without a beginning, the first token is drawn evenly from this many most probable ones."""
-    batch: int = 64
-    """Windows written at a time."""
+    batch: int = 32
+    """Windows written at a time; the keys and values of all of them are in memory."""
 
     def __post_init__(self) -> None:
         if self.windows < 0 or min(self.prompt, self.first, self.batch) < 1:
@@ -67,6 +67,7 @@ class WindowFile:
         self.settings, self.path = settings, None
         if place is None:
             return
+        check_place(place)
         digest = _digest(json.dumps(settings, sort_keys=True).encode())[:8]
         place = Path(place)
         self.path = place if place.suffix == SUFFIX else place / f"{PREFIX}-{digest}{SUFFIX}"
@@ -105,6 +106,20 @@ class WindowFile:
         partial = self.path.with_name(self.path.name + ".partial")
         save_file({"tokens": windows.contiguous()}, partial, self.settings)
         partial.replace(self.path)
+
+
+def check_place(place: str | Path) -> None:
+    """Refuse what is neither a .safetensors file nor a folder, there or to be made.
+
+    Raises:
+        ValueError: names it.
+    """
+    path = Path(place)
+    file = path.is_file() or (path.suffix in FILE_SUFFIXES and not path.exists())
+    if file != (path.suffix == SUFFIX):
+        raise ValueError(
+            f"{place} must be a .safetensors file or a folder, which keeps written text"
+        )
 
 
 class SelfText:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,25 +95,25 @@ def _origin(
     found, turns = [], interleave(plan.kept)
     for number, (source, (kept, held)) in enumerate(zip(plan.sources, numbers, strict=True)):
         used = [kept[: turns[:use].count(number)] for use in uses]
-        found.append(
-            {
-                "source": source.name,
-                "weight": source.weight,
-                "tokens": None if source.tokens is None else len(source.tokens),
-                "windows": [len(part) for part in (*used, held)],
-                "calibration": _ranges(used[0]),
-                "training": _ranges(used[1]),
-                "held_out": _ranges(held),
-            }
-        )
+        tokens = None if source.tokens is None else len(source.tokens)
+        about = {"source": source.name, "weight": source.weight, "tokens": tokens}
+        found.append(about | _uses(*used, held))
     if count := plan.config.self_text.windows:
-        about = {"source": SELF, "weight": None, "tokens": None, "windows": [0, count, 0]}
-        uses = {"calibration": "", "training": _ranges(range(count)), "held_out": ""}
-        found.append(about | uses)
+        about = {"source": SELF, "weight": None, "tokens": None}
+        found.append(about | _uses([], range(count), []))
     return found
 
 
-def _ranges(numbers: list[int] | range) -> str:
+def _uses(*parts: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """How many windows calibration, training and held-out measurement have, and which."""
+    named = dict(zip(("calibration", "training", "held_out"), parts, strict=True))
+    return {
+        "counts": {use: len(part) for use, part in named.items()},
+        "windows": {use: _ranges(part) for use, part in named.items()},
+    }
+
+
+def _ranges(numbers: Sequence[int]) -> str:
     """Whole numbers as text: "0-3 5"."""
     parts = []
     for number in sorted(numbers):

@@ -157,7 +157,7 @@ def test_python_quantizes_without_any_text(tmp_path):
     model = tiny_llama()
     assert not any(p.grad is not None for p in model.parameters())
     report = quantize(model, "self", config, self_text_file=tmp_path)
-    assert report.text[0]["windows"] == [2, 4, 2] and PHASE in report.seconds
+    assert [*report.text[0]["counts"].values()] == [2, 4, 2] and PHASE in report.seconds
     assert report.model.held_out
     again = quantize(tiny_llama(), "self", config, self_text_file=tmp_path)
     assert again.model.held_out == report.model.held_out
@@ -190,7 +190,7 @@ def test_the_command_writes_text_and_a_restarted_run_goes_on_with_it(
     assert code == 0, err
     assert f"{PHASE}" in err and kept.stat().st_mtime_ns == before
     text = json.loads((tmp_path / "a.json").read_text())["report"]["text"]
-    assert [part["windows"] for part in text] == [[4, 8, 2], [0, 6, 0]]
+    assert [[*part["counts"].values()] for part in text] == [[4, 8, 2], [0, 6, 0]]
     assert text[0]["source"] == str(place / "text.txt")
 
 
@@ -207,3 +207,21 @@ def test_the_command_mixes_texts(place, tmp_path, capsys):
         *SMALL,
     )
     assert "has no weight" in line and not (tmp_path / "new.run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--text", "self", "--self-text-file", "a.pt"],
+            "a.pt must be a .safetensors file or a folder",
+        ),
+        (["--text", "text.txt", "--self-text-file", "a.safetensors"], "the model writes nothing"),
+    ],
+)
+def test_a_file_for_written_text_that_cannot_serve_is_refused(
+    place, tmp_path, capsys, flags, message
+):
+    flags = [place / flag if flag == "text.txt" else flag for flag in flags]
+    line = refused(capsys, "quantize", place / "dense", tmp_path / "new", *flags, *SMALL)
+    assert message in line and not (tmp_path / "new.run").exists()

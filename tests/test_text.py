@@ -68,11 +68,12 @@ def test_the_report_says_which_windows_came_from_where():
     sources = [source("a", 50, 0, 3.0), source("b", 8, 1000, 1.0)]
     text = split_text(sources, None, SMALL)
     a, b = text.origin
-    assert (a["source"], a["weight"], a["tokens"], a["windows"]) == ("a", 3.0, 500, [5, 15, 4])
-    assert (b["held_out"], a["held_out"]) == ("7", "46-49")
+    assert (a["source"], a["weight"], a["tokens"]) == ("a", 3.0, 500)
+    assert a["counts"] == {"calibration": 5, "training": 15, "held_out": 4}
+    assert (b["windows"]["held_out"], a["windows"]["held_out"]) == ("7", "46-49")
     named = [
         number
-        for part in b["training"].split()
+        for part in b["windows"]["training"].split()
         for number in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)
     ]
     assert [1000 + 10 * number for number in named] == sorted(
@@ -96,7 +97,7 @@ def test_text_self_is_written_and_held_out_windows_are_others():
     assert asked == [(25, 10, None)] and plan_text("self", None, SMALL).written == 25
     assert text.training[:, 0].tolist() == list(range(5000, 5020))
     assert text.held_out[:, 0].tolist() == list(range(5020, 5025))
-    assert text.origin[0]["tokens"] is None and text.origin[0]["windows"] == [6, 20, 5]
+    assert text.origin[0]["tokens"] is None and [*text.origin[0]["counts"].values()] == [6, 20, 5]
 
 
 def test_the_model_may_write_a_share_of_a_mixture():
@@ -117,9 +118,9 @@ def test_added_windows_go_on_from_beginnings_of_windows_that_are_not_held_out():
     assert not set(pool[:5].flatten().tolist()) & set(
         text.training.flatten().tolist()
     )  # unused first
-    assert (
-        text.origin[-1]["windows"] == [0, 7, 0] and plan_text(data(30), None, config).written == 7
-    )
+    assert [*text.origin[-1]["counts"].values()] == [0, 7, 0] and plan_text(
+        data(30), None, config
+    ).written == 7
 
 
 def data(windows):
