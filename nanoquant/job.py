@@ -32,7 +32,7 @@ from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.quantize import QuantizationReport, check_model, choose_ranks, quantize
 from nanoquant.self_text import PHASE as WRITE_TEXT
-from nanoquant.self_text import check_place
+from nanoquant.self_text import check_kept, check_place
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -117,20 +117,10 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     check_dense(folder)
     tokenizer = load_tokenizer(folder)
     plan = plan_text(job.text, tokenizer, config)
-    if job.self_text_file is not None and not plan.written:
-        raise ValueError(
-            f'--self-text-file {job.self_text_file} is given, but the model writes nothing; ask with --text "self" '
-            "or --self-text.windows N, or leave it out"
-        )
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
     begun, progress = time.perf_counter(), TrackedProgress(phase_names(job, config, plan))
     with progress.phase("load", 1):
-        model = load_model(folder, device, trainable=True)
-        check_model(model, plan, config)
-        decoder = find_decoder(model)
-        choose_ranks(decoder, config.block_range(len(decoder.blocks)), config)
-        if windows is not None:
-            check_length(model, windows.shape[1])
+        model = load_checked(folder, device, job, config, plan, windows)
     tracker = start_record(job, config, begun)
     progress.follow(tracker)
     with tracker.following():
@@ -149,7 +139,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             recipe = recipe_of(job, report)
             save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
         quantized = Figures(weight_bytes(Path(job.output)), read_sizes(job.output).to_dict())
-        del model, decoder
+        del model
         free_memory()
         try:
             with progress.phase("measure in a fresh process", 0):
@@ -162,6 +152,35 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             say(result_table(result))
             write_json(job.json, result.to_dict())
     return result
+
+
+def load_checked(
+    folder: Path,
+    device: torch.device,
+    job: JobConfig,
+    config: NanoQuantConfig,
+    plan: TextPlan,
+    windows: Tensor | None,
+) -> PreTrainedModel:
+    """The dense model.
+
+    Raises:
+        ValueError: the budget, the texts or the file for written text do not fit it.
+    """
+    if job.self_text_file is not None and not plan.written:
+        raise ValueError(
+            f'--self-text-file {job.self_text_file} is given, but the model writes nothing; ask with --text "self" '
+            "or --self-text.windows N, or leave it out"
+        )
+    model = load_model(folder, device, trainable=True)
+    check_model(model, plan, config)
+    if plan.written:
+        check_kept(job.self_text_file, model, config.self_text, config.run.seed, plan.own)
+    decoder = find_decoder(model)
+    choose_ranks(decoder, config.block_range(len(decoder.blocks)), config)
+    if windows is not None:
+        check_length(model, windows.shape[1])
+    return model
 
 
 def start_record(job: JobConfig, config: NanoQuantConfig, begun: float) -> RunTracker:

@@ -214,18 +214,37 @@ class SelfText:
 
     def _settings(self, length: int, pool: Tensor | None) -> dict[str, str]:
         """What decides the windows, as text."""
-        config, used = self.config, pool is not None
-        return {
-            "model": fingerprint(self.model),
-            "seed": str(self.seed),
-            "temperature": str(config.temperature),
-            "length": str(length),
-            "first": "" if used else str(config.first),
+        used = pool is not None
+        return _common(self.model, self.config, self.seed, length) | {
+            "first": "" if used else str(self.config.first),
             "beginnings": _digest(pool.int().numpy().tobytes())[:16] if used else "",
             "bos": str(self.bos),
             "known": str(self.known),
             "ends": str(self.ends),
         }
+
+
+def check_kept(
+    place: str | Path | None, model: PreTrainedModel, config: SelfTextConfig, seed: int, length: int
+) -> None:
+    """Refuse a file that can't serve a run, before the run does any work; arguments as for :class:`SelfText`.
+
+    Raises:
+        ValueError: it is damaged, or holds what another model or setting wrote.
+    """
+    WindowFile(place, _common(model, config, seed, length)).read()
+
+
+def _common(
+    model: PreTrainedModel, config: SelfTextConfig, seed: int, length: int
+) -> dict[str, str]:
+    """What decides every window, as text."""
+    return {
+        "model": fingerprint(model),
+        "seed": str(seed),
+        "temperature": str(config.temperature),
+        "length": str(length),
+    }
 
 
 class _Clock:

@@ -225,3 +225,11 @@ def test_a_file_for_written_text_that_cannot_serve_is_refused(
     flags = [place / flag if flag == "text.txt" else flag for flag in flags]
     line = refused(capsys, "quantize", place / "dense", tmp_path / "new", *flags, *SMALL)
     assert message in line and not (tmp_path / "new.run").exists()
+
+
+def test_a_file_of_other_windows_is_refused_before_any_work(place, tmp_path, capsys):
+    file = tmp_path / "windows.safetensors"
+    writer(file)(2, 32)
+    flags = ["--text", "self", "--self-text-file", file, *SMALL]
+    line = refused(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    assert "holds windows of model" in line and not (tmp_path / "new.run").exists()
