@@ -43,6 +43,15 @@ def test_an_earlier_record_is_renamed_and_known(tmp_path):
     assert found == {"out.run-1": 0, "out.run-2": 1, "out.run": 2}
 
 
+def test_text_that_the_model_wrote_stays_for_the_next_run(tmp_path):
+    RunFolder(tmp_path / "out.run", {}).close()
+    (tmp_path / "out.run" / "self_text-1.safetensors").write_text("windows")
+    RunFolder(tmp_path / "out.run", {}).close()
+    names = ["metrics.jsonl", "run.json", "self_text-1.safetensors"]
+    assert sorted(f.name for f in (tmp_path / "out.run").iterdir()) == names
+    assert sorted(f.name for f in (tmp_path / "out.run-1").iterdir()) == names[:2]
+
+
 def test_a_damaged_earlier_record_is_renamed_too(tmp_path):
     (tmp_path / "out.run").mkdir()
     (tmp_path / "out.run" / "run.json").write_text("{")
