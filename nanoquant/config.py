@@ -18,6 +18,7 @@ from nanoquant.budget import BudgetConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.self_text import SelfTextConfig
 from nanoquant.sensitivity import SensitivityConfig
 from nanoquant.training import OptimizerConfig, RunConfig
 
@@ -63,6 +64,8 @@ class NanoQuantConfig(AOBaseConfig):
     """How losses are measured that ranks follow, where budget.allocation says measured."""
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
     """Amount of text."""
+    self_text: SelfTextConfig = field(default_factory=SelfTextConfig)
+    """Text that the model writes itself."""
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     """Clipping and shrinkage of the statistics."""
     admm: ADMMConfig = field(default_factory=ADMMConfig)

@@ -1,7 +1,8 @@
 """Text for calibration and evaluation: from a file, a data set or a tensor to windows of tokens.
 
 A source is one text. The documents of a JSONL file or of a data set are joined by a blank line,
-as in published perplexity figures, and the text is tokenized in one piece.
+as in published perplexity figures, and the text is tokenized in one piece. Conversations follow each
+other as the chat template leaves them: it has marks of its own.
 
 Shapes: n tokens of a source, N windows, T tokens a window.
 """
@@ -18,8 +19,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from nanoquant.chat import render
+
 logger = logging.getLogger(__name__)
 
+BLANK_LINE = "\n\n"
 MAX_CHARACTERS = 50_000_000
 TENSOR_SUFFIXES = (".pt", ".safetensors")
 FILE_SUFFIXES = (".txt", ".jsonl", *TENSOR_SUFFIXES)
@@ -30,7 +34,7 @@ class DataConfig:
     """Which text, and how much of it."""
 
     text: str
-    """A text file, a .jsonl file with a "text" per line, a .pt or .safetensors file with token ids,
+    """A text file, a .jsonl file with "text" or chat "messages" per line, a .pt or .safetensors file with token ids,
     or a data set of the datasets library as name:split or name:config:split."""
     windows: int = 64
     """Number of windows taken from the text."""
@@ -67,9 +71,10 @@ def load_tokens(source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase 
     if tokenizer is None:
         raise ValueError(f"{source} is text and needs a tokenizer; got None")
     if path.is_file():
-        text = _join(_read_jsonl(path)) if path.suffix == ".jsonl" else _read_text(path)
+        jsonl = path.suffix == ".jsonl"
+        text = _join(_read_jsonl(path, tokenizer)) if jsonl else _read_text(path)
     elif _is_dataset_name(str(source)):
-        text = _join(_read_dataset(str(source)))
+        text = _join(_read_dataset(str(source), tokenizer))
     else:
         raise ValueError(_missing_file(path))
     if not text.strip():
@@ -150,8 +155,8 @@ def _read_text(path: Path) -> str:
     return text
 
 
-def _read_jsonl(path: Path) -> Iterator[str]:
-    """Yield the text of every line of a JSONL file."""
+def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """Yield the document of every line of a JSONL file, see ``_document``."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -159,10 +164,17 @@ def _read_jsonl(path: Path) -> Iterator[str]:
             document = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
-            found = sorted(document) if isinstance(document, dict) else type(document).__name__
-            raise ValueError(f'{path}, line {number} has no string under "text"; found: {found}')
-        yield document["text"]
+        yield _document(document, tokenizer, f"{path}, line {number}")
+
+
+def _document(row: object, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str]:
+    """The text of a row, and what separates it from the next: a blank line, or nothing after a conversation."""
+    if isinstance(row, dict) and isinstance(row.get("text"), str):
+        return row["text"], BLANK_LINE
+    if isinstance(row, dict) and row.get("messages") is not None:
+        return render(row["messages"], tokenizer, where), ""
+    found = sorted(row) if isinstance(row, dict) else type(row).__name__
+    raise ValueError(f'{where} has no string under "text" and no "messages"; found: {found}')
 
 
 def _is_dataset_name(source: str) -> bool:
@@ -171,8 +183,8 @@ def _is_dataset_name(source: str) -> bool:
     return len(parts) in (2, 3) and all(parts) and not source.endswith(FILE_SUFFIXES)
 
 
-def _read_dataset(source: str) -> Iterator[str]:
-    """Stream the texts of a data set of the datasets library."""
+def _read_dataset(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
+    """Stream the documents of a data set of the datasets library, see ``_document``."""
     name, *config, split = source.split(":")
     try:
         import datasets
@@ -183,10 +195,8 @@ def _read_dataset(source: str) -> Iterator[str]:
         ) from None
     try:
         rows = datasets.load_dataset(name, *config, split=split, streaming=True)
-        for row in rows:
-            if not isinstance(row.get("text"), str):
-                raise ValueError(f'its rows have no string under "text"; found: {sorted(row)}')
-            yield row["text"]
+        for number, row in enumerate(rows, start=1):
+            yield _document(row, tokenizer, f"row {number}")
     except Exception as error:
         raise ValueError(
             f"could not read the data set {source}: {type(error).__name__}: {error}. Check the "
@@ -194,16 +204,17 @@ def _read_dataset(source: str) -> Iterator[str]:
         ) from error
 
 
-def _join(documents: Iterable[str]) -> str:
-    """Join documents by a blank line, up to MAX_CHARACTERS."""
+def _join(documents: Iterable[tuple[str, str]]) -> str:
+    """Join (text, what follows it) to one text, up to MAX_CHARACTERS."""
     kept, size = [], 0
-    for document in documents:
+    for document, gap in documents:
         if size + len(document) > MAX_CHARACTERS and kept:
             logger.warning("read only the first %d documents (%d characters)", len(kept), size)
             break
-        kept.append(document)
-        size += len(document) + 2
-    return "\n\n".join(kept)
+        kept.append((document, gap))
+        size += len(document) + len(gap)
+    text = "".join(document + gap for document, gap in kept)
+    return text.removesuffix(kept[-1][1]) if kept else text
 
 
 def _read_tensor(path: Path) -> Tensor:

@@ -33,6 +33,7 @@ from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.json_files import write_json
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
 from nanoquant.ranks import check_budget
+from nanoquant.self_text import check_kept, check_place
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import (
     check_dense,
@@ -42,12 +43,10 @@ from nanoquant.sources import (
     load_tokenizer,
     weight_bytes,
 )
-from nanoquant.text import split_text
+from nanoquant.text_plan import TextPlan, plan_text
 from nanoquant.tracking.folder import RunFolder, run_folder
 from nanoquant.tracking.loggers import check_logger, make_sinks
 from nanoquant.tracking.tracker import RunTracker, TrackedProgress
-
-SENSITIVITY_FILE = "sensitivity.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +57,11 @@ class JobConfig:
     """Folder or Hub name of the dense model."""
     output: str
     """New or empty folder for the checkpoint."""
-    text: str
-    """Calibration text: a text, .jsonl, .pt or .safetensors file, or a data set as name:config:split."""
+    text: list[str] | str
+    """Calibration text: a text, .jsonl, .pt or .safetensors file, a data set as name:config:split, or self, which the
+    model writes; several times for a mixture, with weights as train.txt=3."""
+    self_text_file: str | None = None
+    """File or folder that keeps the text that the model writes, for other runs as well; null: in OUT.run."""
     eval_text: str | None = None
     """Held-out text for perplexity, of the same kinds; null: not measured."""
     eval_windows: int = DataConfig.windows
@@ -78,6 +80,10 @@ class JobConfig:
     """Show what each block and each held-out measurement gave."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.text, list) and len(self.text) == 1:
+            object.__setattr__(self, "text", self.text[0])  # one text is on record as itself
+        if self.self_text_file is not None:
+            check_place(self.self_text_file)
         check_logger(self.logger)
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
@@ -111,17 +117,11 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     folder = find_model(job.source)
     check_dense(folder)
     tokenizer = load_tokenizer(folder)
-    tokens = load_tokens(job.text, tokenizer)
-    text = split_text(tokens, tokenizer, config)
+    plan = plan_text(job.text, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
-    begun, progress = time.perf_counter(), TrackedProgress(job_phases(job, config))
+    begun, progress = time.perf_counter(), TrackedProgress(job_phases(job, config, plan))
     with progress.phase("load", 1):
-        model = load_model(folder, device, trainable=True)
-        check_model(model, text, config)
-        decoder = find_decoder(model)
-        check_budget(decoder, config.block_range(len(decoder.blocks)), config)
-        if windows is not None:
-            check_length(model, windows.shape[1])
+        model = load_checked(folder, device, job, config, plan, windows)
     tracker = start_record(job, config, begun)
     progress.follow(tracker)
     with tracker.following():
@@ -129,18 +129,19 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
         record_figures(tracker, dense, "dense")
         report = quantize(
             model,
-            tokens,
+            plan,
             config,
             tokenizer,
             progress=progress,
             recorder=tracker,
-            sensitivity_file=sensitivity_file(tracker.folder, config),
+            self_text_file=job.self_text_file or run_folder(job.output),
+            sensitivity_file=run_folder(job.output),
         )
         with progress.phase("save", 1):
             recipe = recipe_of(job, report)
             save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
         quantized = Figures(weight_bytes(Path(job.output)), read_sizes(job.output).to_dict())
-        del model, decoder
+        del model
         free_memory()
         try:
             with progress.phase("measure in a fresh process", 0):
@@ -153,6 +154,35 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             say(result_table(result))
             write_json(job.json, result.to_dict())
     return result
+
+
+def load_checked(
+    folder: Path,
+    device: torch.device,
+    job: JobConfig,
+    config: NanoQuantConfig,
+    plan: TextPlan,
+    windows: Tensor | None,
+) -> PreTrainedModel:
+    """The dense model.
+
+    Raises:
+        ValueError: the budget, the texts or the file for written text do not fit it.
+    """
+    if job.self_text_file is not None and not plan.written:
+        raise ValueError(
+            f'--self-text-file {job.self_text_file} is given, but the model writes nothing; ask with --text "self" '
+            "or --self-text.windows N, or leave it out"
+        )
+    model = load_model(folder, device, trainable=True)
+    check_model(model, plan, config)
+    if plan.written:
+        check_kept(job.self_text_file, model, config.self_text, config.run.seed, plan.own)
+    decoder = find_decoder(model)
+    check_budget(decoder, config.block_range(len(decoder.blocks)), config)
+    if windows is not None:
+        check_length(model, windows.shape[1])
+    return model
 
 
 def start_record(job: JobConfig, config: NanoQuantConfig, begun: float) -> RunTracker:
@@ -180,17 +210,11 @@ def record_figures(tracker: RunTracker, figures: Figures, whose: str) -> None:
     tracker.record("evaluate", model=whose, **known)
 
 
-def job_phases(job: JobConfig, config: NanoQuantConfig) -> list[str]:
+def job_phases(job: JobConfig, config: NanoQuantConfig, plan: TextPlan) -> list[str]:
     """The phases to come, in order."""
     dense = ["measure dense"] if job.measures else []
-    return ["load", *dense, *phase_names(config), "save", "measure in a fresh process"]
-
-
-def sensitivity_file(folder: RunFolder, config: NanoQuantConfig) -> Path | None:
-    """Where the run keeps measured sensitivities, with those of an earlier run of the same output."""
-    if config.budget.allocation != "measured":
-        return None
-    return folder.take_over(SENSITIVITY_FILE)
+    names = phase_names(config, bool(plan.written))
+    return ["load", *dense, *names, "save", "measure in a fresh process"]
 
 
 def evaluation_windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -200,13 +200,14 @@ def _pick(kind: type, values: Namespace) -> Any:  # noqa: ANN401
 def _spell_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
     """Arguments with underscores and full names of flags, and true after a switch without a value.
 
-    A flag that takes a list may be given several times, each time with one text.
+    A flag that takes a list may be given several times, each time with one text; what a YAML before it gave is
+    replaced, not continued.
     """
     switches = {
         f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"
     }
     known = parser._option_string_actions
-    spelled, rest = [], list(arguments)
+    spelled, rest, begun = [], list(arguments), set()
     while rest:
         argument = rest.pop(0)
         following = rest[0] if rest else ""
@@ -215,10 +216,11 @@ def _spell_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         flag = SHORT.get(flag, flag) if SHORT.get(flag) in known else flag
         if f"{flag}+" in known and (equals or rest):
             item = value if equals else rest.pop(0)
-            spelled.append(
-                f"{flag}+={json.dumps([item])}"
-            )  # else "null" or "[a]" would not be text
+            append = "+" if flag in begun else ""
+            spelled.append(f"{flag}{append}={json.dumps([item])}")  # else "null" would not be text
+            begun.add(flag)
             continue
+        begun = set() if flag == "--config" else begun
         switched = flag in switches and not equals and following not in ("true", "false")
         spelled.append(f"{flag}=true" if switched else flag + equals + value)
     return spelled

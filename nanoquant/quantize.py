@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activations import Activations
@@ -23,20 +23,24 @@ from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.importance import Importance, collect_importances
 from nanoquant.layer_records import record_model_errors
+from nanoquant.mixture import Data
 from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
 from nanoquant.ranks import check_budget, choose_ranks, decoder_shapes
 from nanoquant.recorder import UNRECORDED, BlockRecorder, Recorder
+from nanoquant.self_text import PHASE as WRITE_TEXT
+from nanoquant.self_text import SelfText
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import Text, split_text
+from nanoquant.text_plan import TextPlan, plan_text
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class QuantizationReport:
-    """What a run did: ranks, errors per block, divergence of the model, sizes, seconds per phase."""
+    """What a run did: ranks, errors per block, divergence of the model, sizes, seconds per phase, windows of text."""
 
     config: dict[str, Any]
     ranks: dict[str, int] = field(default_factory=dict)
@@ -45,6 +49,7 @@ class QuantizationReport:
     model: ModelReport = field(default_factory=ModelReport)
     sizes: Sizes | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    text: list[dict[str, Any]] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
@@ -53,7 +58,7 @@ class QuantizationReport:
 
 def quantize(
     model: PreTrainedModel,
-    data: str | Path | Tensor,
+    data: Data | TextPlan,
     config: NanoQuantConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
@@ -62,6 +67,7 @@ def quantize(
     loggers: list[Any] | None = None,
     recorder: Recorder = UNRECORDED,
     sensitivity_file: str | Path | None = None,
+    self_text_file: str | Path | None = None,
 ) -> QuantizationReport:
     """Quantize a causal language model in place: calibrate, reconstruct blocks, reconstruct the model, pack.
 
@@ -72,15 +78,16 @@ def quantize(
 
     Args:
         model: dense, in bfloat16 or float32; afterwards its linears are packed.
-        data: calibration text or token ids, see :func:`load_tokens`.
+        data: calibration text, several, or token ids, see :func:`read_sources`; "self" lets the model write all.
         config: bits, preset and everything else.
-        tokenizer: of the model; needed unless ``data`` is a tensor.
+        tokenizer: of the model; needed for text.
         initializer: in the place of ``ADMMInitializer(config.admm)``.
         progress: told about phases.
         loggers: Lightning loggers for the losses.
         recorder: takes errors of layers, losses, rates and flipped signs as they come.
-        sensitivity_file: JSON file for what budget.allocation=measured measures; with the same model, text and
-            settings a later call goes on from it.
+        sensitivity_file: JSON file or folder that keeps what budget.allocation=measured measures; with the same
+            model, text and settings a later call goes on from it.
+        self_text_file: file or folder that keeps the text that the model writes, so that it is written once.
 
     Raises:
         ValueError: the model, the text or the budget does not allow it; says what to change.
@@ -90,12 +97,15 @@ def quantize(
         raise ValueError(
             f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
         )
-    text = split_text(data, tokenizer, config)
-    check_model(model, text, config)
+    plan = plan_text(data, tokenizer, config)
+    check_model(model, plan, config)
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
     check_budget(decoder, chosen, config)
     report = QuantizationReport(config.to_dict())
+    write = SelfText(model, tokenizer, config.self_text, config.run.seed, self_text_file, progress)
+    text = split_text(plan, tokenizer, config, write)
+    report.text = text.origin
     model.requires_grad_(False)
     teacher = copy.deepcopy(model) if config.model.train != "none" else None
     with evaluation_mode(model):
@@ -133,13 +143,14 @@ def quantize(
     return report
 
 
-def phase_names(config: NanoQuantConfig) -> list[str]:
-    """The phases of a config, in order."""
-    names = ["calibrate", *(["ranks"] if config.budget.allocation == "measured" else []), "blocks"]
+def phase_names(config: NanoQuantConfig, writes: bool) -> list[str]:
+    """The phases of a config, in order; ``writes``: whether the model writes text for itself."""
+    names = [WRITE_TEXT] if writes else []
+    names += ["calibrate", *(["ranks"] if config.budget.allocation == "measured" else []), "blocks"]
     return [*names, *(["model"] if config.model.train != "none" else []), "pack"]
 
 
-def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> None:
+def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig) -> None:
     """Refuse what could only fail later.
 
     Raises:
@@ -155,12 +166,10 @@ def check_model(model: PreTrainedModel, text: Text, config: NanoQuantConfig) -> 
             f"precision 32-true needs a float32 model, and this one is in {model.dtype}"
         )
     check_length(model, config.calibration.length)
-    parts = (text.calibration, text.training, text.held_out)
-    largest = max(int(part.max()) for part in parts if len(part))
     known = model.get_input_embeddings().num_embeddings
-    if largest >= known:
+    if plan.largest >= known:
         raise ValueError(
-            f"the text has token {largest}, but the model knows {known}; tokenize it with its own tokenizer"
+            f"the text has token {plan.largest}, but the model knows {known}; tokenize it with its own tokenizer"
         )
 
 

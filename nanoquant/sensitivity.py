@@ -80,11 +80,13 @@ class SensitivityFile:
     """Groups measured so far, in memory and in a JSON file.
 
     Args:
-        path: of the file; None keeps nothing beyond this object.
+        path: of the file, or a folder for one named by the fingerprint; None keeps nothing beyond this object.
         fingerprint: of all that decides a measurement; a file with another one is measured anew.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
+        if path is not None and Path(path).is_dir():
+            path = Path(path, f"sensitivity-{fingerprint[:12]}.json")
         self.path, self.fingerprint = path, fingerprint
         self.groups: dict[str, GroupLoss] = self._read()
 

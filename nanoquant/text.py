@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nanoquant.config import NanoQuantConfig
-from nanoquant.data import bos_of, load_tokens, make_windows
+from nanoquant.data import make_windows
+from nanoquant.mixture import SELF, Data, interleave
+from nanoquant.text_plan import Needs, TextPlan, plan_text
+
+Writer = Callable[[int, int, Tensor | None], Tensor]
+"""Writes N windows of T tokens that go on from beginnings (n, P): :class:`SelfText`."""
 
 
 @dataclass(frozen=True)
@@ -20,38 +26,106 @@ class Text:
     calibration: Tensor
     training: Tensor
     held_out: Tensor
+    origin: list[dict[str, Any]] = field(default_factory=list)
+    """Of each source: its name, what it holds, and its windows in each use, numbered as they come in it."""
 
 
 def split_text(
-    data: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None, config: NanoQuantConfig
+    data: Data | TextPlan,
+    tokenizer: PreTrainedTokenizerBase | None,
+    config: NanoQuantConfig,
+    write: Writer | None = None,
 ) -> Text:
     """Cut the calibration text into distinct windows.
 
     Args:
-        data: a source as in :func:`load_tokens`, or token ids.
+        data: as in :func:`plan_text`.
         tokenizer: needed for text.
         config: how many windows of which length, and the seed that chooses them.
+        write: writes the windows that the plan asks of the model.
 
     Raises:
-        ValueError: the text is too short; tells how many tokens there are and how many are needed.
+        ValueError: the text is too short; tells how many windows there are and how many are needed.
     """
-    tokens = load_tokens(data, tokenizer)
-    bos = None if tokenizer is None else bos_of(tokenizer)
-    length, model = config.calibration.length, config.model
-    held = model.held_out if model.train != "none" else 0
-    trained = model.windows if model.train != "none" else 0
-    tuned = config.block.windows if config.block.tunes else 0
-    needed = max(config.calibration.windows, tuned, trained)
-    own = length - (bos is not None)  # tokens of the text in a window
-    available = len(tokens) // own
-    if available < needed + held:
-        raise ValueError(
-            f"the text has {len(tokens)} tokens, enough for {available} windows of {length}; needed are "
-            f"{(needed + held) * own}: {needed} windows for calibration.windows={config.calibration.windows}, "
-            f"block.windows={tuned}, model.windows={trained}, and model.held_out={held}; give longer text or fewer"
-        )
-    windows = make_windows(tokens, length, bos_token_id=bos)
-    kept, held_out = windows[: available - held], windows[available - held :]
-    order = torch.randperm(len(kept), generator=torch.Generator().manual_seed(config.run.seed))
-    kept = kept[order]
-    return Text(kept[: max(config.calibration.windows, tuned)], kept[:trained], held_out)
+    plan = plan_text(data, tokenizer, config)
+    needs, seed = Needs.of(config), config.run.seed
+    kept, held_out, numbers, spare = [], [], [], []
+    for source, count, held in zip(plan.sources, plan.kept, plan.held_out, strict=True):
+        if source.tokens is None:
+            windows, order = write(count + held, plan.own, None), torch.arange(count)
+        else:
+            windows = make_windows(source.tokens, plan.own)
+            generator = torch.Generator().manual_seed(seed)
+            order = torch.randperm(len(windows) - held, generator=generator)
+            spare.append(windows[order.roll(-count)])
+        kept.append(windows[order[:count]])
+        held_out.append(windows[len(windows) - held :])
+        numbers.append((order[:count].tolist(), range(len(windows) - held, len(windows))))
+    rows = _mixed(kept)
+    training, uses = rows[: needs.model], [max(needs.calibration, needs.blocks), needs.model]
+    if config.self_text.windows:
+        pool = _beginnings(_mixed(spare), config.self_text.prompt)
+        training = torch.cat([training, write(config.self_text.windows, plan.own, pool)])
+    parts = (rows[: uses[0]], training, torch.cat(held_out))
+    return Text(*(_with_bos(part, plan.bos) for part in parts), _origin(plan, numbers, uses))
+
+
+def _mixed(parts: list[Tensor]) -> Tensor:
+    """Windows (N, T) of all sources, see :func:`interleave`."""
+    counts = [len(part) for part in parts]
+    begins = [sum(counts[:source]) for source in range(len(counts))]
+    order = torch.empty(sum(counts), dtype=torch.long)
+    turns = torch.tensor(interleave(counts))
+    for source, begin in enumerate(begins):
+        order[turns == source] = torch.arange(begin, begin + counts[source])
+    return torch.cat(parts)[order]
+
+
+def _beginnings(windows: Tensor, tokens: int) -> Tensor:
+    """Pieces (n, P) of windows (N, T): first those at the beginning of each, then those behind them."""
+    count = windows.shape[1] // tokens
+    pieces = windows[:, : count * tokens].unflatten(1, (count, tokens))  # (N, count, P)
+    return pieces.transpose(0, 1).flatten(0, 1)
+
+
+def _origin(
+    plan: TextPlan, numbers: list[tuple[list[int], range]], uses: list[int]
+) -> list[dict[str, Any]]:
+    """Of each source, its windows in each use."""
+    found, turns = [], interleave(plan.kept)
+    for number, (source, (kept, held)) in enumerate(zip(plan.sources, numbers, strict=True)):
+        used = [kept[: turns[:use].count(number)] for use in uses]
+        tokens = None if source.tokens is None else len(source.tokens)
+        about = {"source": source.name, "weight": source.weight, "tokens": tokens}
+        found.append(about | _uses(*used, held))
+    if count := plan.config.self_text.windows:
+        about = {"source": SELF, "weight": None, "tokens": None}
+        found.append(about | _uses([], range(count), []))
+    return found
+
+
+def _uses(*parts: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """How many windows calibration, training and held-out measurement have, and which."""
+    named = dict(zip(("calibration", "training", "held_out"), parts, strict=True))
+    return {
+        "counts": {use: len(part) for use, part in named.items()},
+        "windows": {use: _ranges(part) for use, part in named.items()},
+    }
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Whole numbers as text: "0-3 5"."""
+    parts = []
+    for number in sorted(numbers):
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return " ".join(f"{low}-{high}" if high > low else f"{low}" for low, high in parts)
+
+
+def _with_bos(windows: Tensor, bos: int | None) -> Tensor:
+    """Windows (N, T) with BOS in front of their own tokens."""
+    if bos is None:
+        return windows
+    return torch.cat([torch.full((len(windows), 1), bos, dtype=torch.long), windows], 1)

@@ -88,3 +88,13 @@ def test_an_interruption_leaves_what_is_finished(plan, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run_plan(plan, tmp_path / "out")
     assert list((tmp_path / "out" / "cells").iterdir()) == []
+
+
+def test_cells_share_what_the_model_writes(place, tmp_path):
+    text = YAML.format(text=place / "text.txt").replace("[0, 1]", "[0]")
+    text = text.replace(f"  text: {place}/text.txt\n  eval", "  text: self\n  eval")
+    text = text.replace("start: {model.train: none}", "some: {model.latent_lr: 1e-3}")
+    (tmp_path / "plan.yaml").write_text(text)
+    records = run_plan(read_plan(tmp_path / "plan.yaml", str(place / "dense")), tmp_path / "out")
+    assert [record["status"] for record in records] == ["finished"] * 2
+    assert len(list((tmp_path / "out").glob("self_text-*.safetensors"))) == 1

@@ -83,3 +83,8 @@ def test_a_bad_plan_is_refused_by_name(text, message, plan):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match="none.yaml can't be read"):
         read_plan(tmp_path / "none.yaml", "MODEL")
+
+
+def test_a_cell_may_mix_texts(plan):
+    found = plan(SHORT + "\nbase: {text: [a.txt=2, b.txt=1], eval_text: e.txt}\n")
+    assert [cell.job.text for cell in found.cells] == [["a.txt=2", "b.txt=1"]] * 2

@@ -167,10 +167,8 @@ def test_a_run_interrupted_while_it_measures_ranks_goes_on_from_its_record(
         assert call(capsys, *command)[0] == 130
     code, _, err = call(capsys, *command)
     assert code == 0 and "phase 3 of 7: ranks, 5/5" in err
-    kept = {name: tmp_path / name / job.SENSITIVITY_FILE for name in ("new.run-1", "new.run")}
-    groups = {name: json.loads(file.read_text())["groups"] for name, file in kept.items()}
-    assert [len(found) for found in groups.values()] == [3, 8]
-    assert groups["new.run-1"].items() <= groups["new.run"].items()
+    (kept,) = tmp_path.glob("new.run*/sensitivity-*.json")
+    assert kept.parent.name == "new.run" and len(json.loads(kept.read_text())["groups"]) == 8
     lines = (tmp_path / "new.run" / "metrics.jsonl").read_text().splitlines()
     ranks = [r for r in map(json.loads, lines) if r["phase"] == "ranks"]
     assert sum("exponent" in r for r in ranks) == 14 and any("seconds" in r for r in ranks)

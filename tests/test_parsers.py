@@ -89,6 +89,22 @@ def test_a_prompt_may_be_given_several_times_and_is_never_read_as_yaml():
         parsers.parse(parser, ["MODEL", "--prompt"])
 
 
+def test_texts_given_several_times_are_a_mixture_and_replace_those_of_a_yaml(tmp_path):
+    def text(*flags):
+        return parsers.parse_quantize(["MODEL", "OUT", *flags])[0].text
+
+    file = tmp_path / "run.yaml"
+    file.write_text("text: [a.txt=2, b.jsonl=1]\n")
+    assert text("--text", "null") == "null"
+    assert text("--text", "a.txt=1", "--text=b=c.txt") == ["a.txt=1", "b=c.txt"]
+    assert text("--config", str(file)) == ["a.txt=2", "b.jsonl=1"]
+    assert text("--config", str(file), "--text", "x", "--text", "y") == ["x", "y"]
+    assert text("--text", "x", "--config", str(file)) == ["a.txt=2", "b.jsonl=1"]
+    assert text("--text", "x", "--config", str(file), "--text", "y") == "y"
+    file.write_text("text: a.txt\n")
+    assert text("--config", str(file)) == "a.txt"
+
+
 def test_settings_of_generate_are_those_of_its_dataclass():
     parser = parsers.command_parser("generate", generate_command, "")
     values = vars(parsers.parse(parser, ["MODEL", "--options", '{"repetition_penalty": 1.1}']))

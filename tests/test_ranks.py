@@ -63,7 +63,7 @@ def test_ranks_and_what_they_follow_from_are_on_record(allocation):
 
 
 def test_ranks_are_a_phase_only_where_they_are_measured():
-    phases = {a: phase_names(quick(allocation=a)) for a in ("uniform", "prior", "measured")}
+    phases = {a: phase_names(quick(allocation=a), False) for a in ("uniform", "prior", "measured")}
     assert phases["uniform"] == phases["prior"] == ["calibrate", "blocks", "pack"]
     assert phases["measured"] == ["calibrate", "ranks", "blocks", "pack"]
     report = quantize(tiny_llama(), TOKENS, quick(allocation="measured"))

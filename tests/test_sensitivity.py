@@ -270,6 +270,15 @@ def test_what_is_measured_comes_back_from_the_file(tmp_path):
     assert SensitivityFile(tmp_path / "s.json", "b").groups == {}
 
 
+def test_a_folder_keeps_a_file_for_each_fingerprint(tmp_path):
+    group = GroupLoss(1.0, {"a": {8: 2.0}})
+    for mark in ("a", "b"):
+        SensitivityFile(tmp_path, mark).add(mark, group)
+    names = [file.name for file in sorted(tmp_path.iterdir())]
+    assert names == ["sensitivity-a.json", "sensitivity-b.json"]
+    assert SensitivityFile(tmp_path, "b").groups == {"b": group}
+
+
 def test_more_windows_than_calibration_has_are_refused():
     with pytest.raises(ValueError, match=r"sensitivity\.windows=5.*calibration\.windows is 4"):
         dataclasses.replace(MEASURED, sensitivity=SensitivityConfig(windows=5))

@@ -43,18 +43,14 @@ def test_an_earlier_record_is_renamed_and_known(tmp_path):
     assert found == {"out.run-1": 0, "out.run-2": 1, "out.run": 2}
 
 
-def test_a_file_is_taken_over_from_the_record_before_and_left_there(tmp_path):
-    for number in range(3):
-        folder = RunFolder(tmp_path / "out.run", {})
-        file = folder.take_over("more.json")
-        assert file == tmp_path / "out.run" / "more.json" and file.exists() is (number == 1)
-        folder.close()
-        if number == 0:
-            file.write_text("first")
-        elif number == 1:
-            assert file.read_text() == "first"
-            file.unlink()
-    assert (tmp_path / "out.run-1" / "more.json").read_text() == "first"
+def test_written_text_and_sensitivities_stay_for_the_next_run(tmp_path):
+    RunFolder(tmp_path / "out.run", {}).close()
+    for name in ("self_text-1.safetensors", "sensitivity.json"):
+        (tmp_path / "out.run" / name).write_text("kept")
+    RunFolder(tmp_path / "out.run", {}).close()
+    names = ["metrics.jsonl", "run.json", "self_text-1.safetensors", "sensitivity.json"]
+    assert sorted(f.name for f in (tmp_path / "out.run").iterdir()) == names
+    assert sorted(f.name for f in (tmp_path / "out.run-1").iterdir()) == names[:2]
 
 
 def test_a_damaged_earlier_record_is_renamed_too(tmp_path):

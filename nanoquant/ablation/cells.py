@@ -15,13 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.ablation.plan import Cell, Plan
 from nanoquant.console import ConsoleProgress, note
-from nanoquant.data import load_tokens
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.figures import versions
 from nanoquant.job import evaluation_windows, free_memory
 from nanoquant.json_files import write_json
+from nanoquant.mixture import Source, read_sources
 from nanoquant.quantize import phase_names, quantize
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer
+from nanoquant.text_plan import TextPlan, plan_text
 from nanoquant.tracking.layout import Layout
 
 logger = logging.getLogger(__name__)
@@ -57,14 +58,16 @@ class Shared:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    tokens: dict[str, Tensor] = field(default_factory=dict)
+    folder: Path
+    sources: dict[str, list[Source]] = field(default_factory=dict)
     held_out: dict[str, tuple[Tensor, float]] = field(default_factory=dict)
 
-    def text(self, source: str) -> Tensor:
-        """Token ids of a calibration text."""
-        if source not in self.tokens:
-            self.tokens[source] = load_tokens(source, self.tokenizer)
-        return self.tokens[source]
+    def text(self, cell: Cell) -> TextPlan:
+        """The calibration text of a cell; every text is read once."""
+        key = str(cell.job.text)
+        if key not in self.sources:
+            self.sources[key] = read_sources(cell.job.text, self.tokenizer)
+        return plan_text(self.sources[key], self.tokenizer, cell.config)
 
     def evaluation(self, cell: Cell) -> tuple[Tensor, float]:
         """Held-out windows of a cell, and the dense model's perplexity on them."""
@@ -90,7 +93,7 @@ def run_plan(plan: Plan, folder: str | Path) -> list[dict[str, Any]]:
         record = read_record(file)
         if record.get("status") != "finished":
             note(f"cell {number} of {len(plan.cells)}: {cell.key}")
-            shared = shared or prepare(cell)
+            shared = shared or prepare(cell, Path(folder))
             record = run_cell(cell, shared)
             write_json(str(file), record)
         records.append(record)
@@ -106,11 +109,11 @@ def read_record(file: Path) -> dict[str, Any]:
     return record if isinstance(record, dict) and record.get("format") == FORMAT else {}
 
 
-def prepare(cell: Cell) -> Shared:
-    """Load the model that all cells start from."""
+def prepare(cell: Cell, place: Path) -> Shared:
+    """Load the model that all cells start from; ``place`` keeps what it writes."""
     folder = find_model(cell.job.source)
     device = device_of(cell.config.run.accelerator)
-    return Shared(load_model(folder, device, trainable=True), load_tokenizer(folder))
+    return Shared(load_model(folder, device, trainable=True), load_tokenizer(folder), place)
 
 
 def run_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
@@ -138,14 +141,16 @@ def run_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
 def measure_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
     """Figures of one quantization."""
     windows, before = shared.evaluation(cell)
-    model, errors = copy.deepcopy(shared.model), LayerErrors()
+    model, errors, plan = copy.deepcopy(shared.model), LayerErrors(), shared.text(cell)
     report = quantize(
         model,
-        shared.text(cell.job.text),
+        plan,
         cell.config,
         shared.tokenizer,
-        progress=ConsoleProgress(phase_names(cell.config)),
+        progress=ConsoleProgress(phase_names(cell.config, bool(plan.written))),
         recorder=errors,
+        self_text_file=cell.job.self_text_file or shared.folder,
+        sensitivity_file=shared.folder,
     )
     held_out = report.model.held_out
     return {

@@ -127,7 +127,11 @@ def _cell(
     try:
         if unused:
             raise ValueError(f"{', '.join(unused)} has no use here")
-        written = [f"--{name}={_label(value)}" for name, value in flags.items()]
+        written = [
+            f"--{name}={_label(item)}"
+            for name, value in flags.items()
+            for item in (value if isinstance(value, list) else [value])
+        ]
         job, config = parse_quantize([model, "-", *written])
         if job.eval_text is None:
             raise ValueError("an ablation needs eval_text, a held-out text")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -22,6 +21,8 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 SUFFIX = ".run"
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
+KEPT = ("self_text*.safetensors", "sensitivity*.json")
+"""Files that the next run of the same output goes on with."""
 SECONDS_BETWEEN_FLUSHES = 1.0
 
 
@@ -31,20 +32,26 @@ def run_folder(output: str | Path) -> Path:
     return path.with_name(path.name + SUFFIX)
 
 
-def make_way(folder: Path) -> tuple[dict[str, Any], Path | None]:
+def make_way(folder: Path) -> dict[str, Any]:
     """Rename the record of an earlier run of the same output, so that nothing is overwritten.
 
+    Text that the model wrote and measured sensitivities stay: the next run goes on with them.
+
     Returns:
-        Its run.json, empty where there is none that can be read, and its new place, if there was one.
+        Its run.json; empty where there is none that can be read.
     """
     if not (folder / RUN_FILE).exists() and not (folder / METRICS_FILE).exists():
-        return {}, None
+        return {}
     earlier = read_run(folder)
     number = 1
     while (free := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
     folder.rename(free)
-    return earlier, free
+    folder.mkdir()
+    for kept in KEPT:
+        for file in free.glob(kept):
+            file.rename(folder / file.name)
+    return earlier
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -67,12 +74,11 @@ class RunFolder:
     def __init__(self, path: Path, about: dict[str, Any]) -> None:
         self.path, self.content = path, {"format": FORMAT, **about}
         self.earlier: dict[str, Any] = {}
-        self.moved: Path | None = None
         self.stream: TextIO | None = None
         self.said = False
         self.flushed = time.monotonic()
         with self._excused():
-            self.earlier, self.moved = make_way(path)
+            self.earlier = make_way(path)
             path.mkdir(parents=True, exist_ok=True)
             self.stream = (path / METRICS_FILE).open("w", encoding="utf-8")
         self.update()
@@ -92,13 +98,6 @@ class RunFolder:
             self.stream.write(json.dumps(finite(line)) + "\n")
             if time.monotonic() - self.flushed > SECONDS_BETWEEN_FLUSHES:
                 self._flush()
-
-    def take_over(self, name: str) -> Path:
-        """Path of another file of this record, begun with a copy of the earlier run's, if that has one."""
-        with self._excused():
-            if self.moved is not None and (self.moved / name).is_file():
-                shutil.copy2(self.moved / name, self.path / name)
-        return self.path / name
 
     def close(self) -> None:
         """Write what is left; lines after this are dropped."""
