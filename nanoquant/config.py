@@ -55,7 +55,7 @@ class NanoQuantConfig(AOBaseConfig):
     preset: str = "custom"
     """Name of the preset that the other fields started from; each dataclass has defaults of its own."""
     blocks: str = ""
-    """Slice of decoder blocks to quantize, such as 0:10; empty means all, the rest stays dense."""
+    """Slice of decoder blocks to quantize: 0:10, or 0:30:3 for every third; empty means all, the rest stays dense."""
     step: str = ""
     """For torchao's quantize_: prepare observes, convert factorizes with what was observed, empty needs no data."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -107,10 +107,12 @@ class NanoQuantConfig(AOBaseConfig):
         """What ``blocks`` says, as a slice."""
         parts = self.blocks.split(":") if self.blocks else ["", ""]
         try:
-            start, stop = (int(part) if part else None for part in parts)
+            start, stop, step = (*(int(part) if part else None for part in parts), None)[:3]
+            if len(parts) > 3 or step is not None and step < 1:
+                raise ValueError
         except ValueError:
-            raise ValueError(f"blocks must look like 0:10, got {self.blocks!r}") from None
-        return slice(start, stop)
+            raise ValueError(f"blocks must look like 0:10 or 0:30:3, got {self.blocks!r}") from None
+        return slice(start, stop, step)
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""

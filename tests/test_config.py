@@ -62,13 +62,15 @@ def test_a_configuration_cannot_be_changed():
         ("2:", range(2, 8)),
         (":-6", range(2)),
         ("6:99", range(6, 8)),
+        ("0:8:3", range(0, 8, 3)),
+        ("::2", range(0, 8, 2)),
     ],
 )
 def test_blocks_are_a_slice(blocks, chosen):
     assert NanoQuantConfig(blocks=blocks).block_range(8) == chosen
 
 
-@pytest.mark.parametrize("blocks", ["3", "a:b", "0:8:2", "0-8", "1.5:"])
+@pytest.mark.parametrize("blocks", ["3", "a:b", "0:8:0", "7:0:-1", "0:8:1:1", "0-8", "1.5:"])
 def test_blocks_that_are_no_slice_are_refused(blocks):
     with pytest.raises(ValueError, match="blocks must look like 0:10"):
         NanoQuantConfig(blocks=blocks)
