@@ -32,7 +32,7 @@ from nanoquant.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT, SUFFIX = 1, ".json"
 SAMPLED_WEIGHTS = 256
 """Values of each parameter that tell one model from another."""
 
@@ -72,22 +72,26 @@ class GroupLoss:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> GroupLoss:
         """From its dictionary, whose ranks JSON made texts."""
-        errors = {n: {int(r): e for r, e in row.items()} for n, row in found["errors"].items()}
-        return cls(found["divergence"], errors)
+        errors = {
+            name: {int(rank): float(error) for rank, error in row.items()}
+            for name, row in found["errors"].items()
+        }
+        return cls(float(found["divergence"]), errors)
 
 
 class SensitivityFile:
     """Groups measured so far, in memory and in a JSON file.
 
     Args:
-        path: of the file, or a folder for one named by the fingerprint; None keeps nothing beyond this object.
+        path: a .json file, or a folder, there or to be made, for one named by the fingerprint; None keeps nothing
+            beyond this object.
         fingerprint: of all that decides a measurement; a file with another one is measured anew.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
-        if path is not None and Path(path).is_dir():
-            path = Path(path, f"sensitivity-{fingerprint[:12]}.json")
-        self.path, self.fingerprint = path, fingerprint
+        self.path, self.fingerprint = None if path is None else Path(path), fingerprint
+        if self.path is not None and (self.path.suffix != SUFFIX or self.path.is_dir()):
+            self.path /= f"sensitivity-{fingerprint[:12]}{SUFFIX}"
         self.groups: dict[str, GroupLoss] = self._read()
 
     def add(self, key: str, group: GroupLoss) -> None:
@@ -95,8 +99,11 @@ class SensitivityFile:
         self.groups[key] = group
         groups = {key: asdict(group) for key, group in self.groups.items()}
         content = {"format": FORMAT, "fingerprint": self.fingerprint, "groups": groups}
+        if self.path is None:
+            return
         try:
-            write_json(None if self.path is None else str(self.path), content)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(str(self.path), content)
         except OSError as error:
             logger.warning(
                 "%s can't be written (%s); the run goes on, but could not resume from here",
@@ -106,10 +113,10 @@ class SensitivityFile:
             self.path = None
 
     def _read(self) -> dict[str, GroupLoss]:
-        if self.path is None or not Path(self.path).is_file():
+        if self.path is None or not self.path.is_file():
             return {}
         try:
-            found = json.loads(Path(self.path).read_text(encoding="utf-8"))
+            found = json.loads(self.path.read_text(encoding="utf-8"))
             same = (found["format"], found["fingerprint"]) == (FORMAT, self.fingerprint)
             groups = {k: GroupLoss.from_json(group) for k, group in found["groups"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import shutil
 
 import pytest
 import torch
@@ -243,7 +242,14 @@ def test_the_fingerprint_knows_the_weights():
 
 
 @pytest.mark.parametrize(
-    "content", ["{", "[]", '{"format": 1}', '{"format": 1, "fingerprint": "a", "groups": {"g": 1}}']
+    "content",
+    [
+        "{",
+        "[]",
+        '{"format": 1}',
+        '{"format": 1, "fingerprint": "a", "groups": {"g": 1}}',
+        '{"format": 1, "fingerprint": "a", "groups": {"g": {"divergence": null, "errors": {}}}}',
+    ],
 )
 def test_a_damaged_file_is_measured_again_and_named(content, tmp_path, caplog):
     file = tmp_path / "s.json"
@@ -253,10 +259,8 @@ def test_a_damaged_file_is_measured_again_and_named(content, tmp_path, caplog):
 
 
 def test_a_file_that_can_not_be_written_is_said_once_and_the_run_goes_on(tmp_path, caplog):
-    folder = tmp_path / "gone"
-    folder.mkdir()
-    known = SensitivityFile(folder / "s.json", "a")
-    shutil.rmtree(folder)
+    (tmp_path / "file").touch()
+    known = SensitivityFile(tmp_path / "file" / "s.json", "a")
     for key in "ab":
         known.add(key, GroupLoss(0.5, {"x": {8: 1.0}}))
     assert len(caplog.records) == 1 and "can't be written" in caplog.text
@@ -273,10 +277,10 @@ def test_what_is_measured_comes_back_from_the_file(tmp_path):
 def test_a_folder_keeps_a_file_for_each_fingerprint(tmp_path):
     group = GroupLoss(1.0, {"a": {8: 2.0}})
     for mark in ("a", "b"):
-        SensitivityFile(tmp_path, mark).add(mark, group)
-    names = [file.name for file in sorted(tmp_path.iterdir())]
+        SensitivityFile(tmp_path / "new" / "folder", mark).add(mark, group)
+    names = [file.name for file in sorted((tmp_path / "new" / "folder").iterdir())]
     assert names == ["sensitivity-a.json", "sensitivity-b.json"]
-    assert SensitivityFile(tmp_path, "b").groups == {"b": group}
+    assert SensitivityFile(tmp_path / "new" / "folder", "b").groups == {"b": group}
 
 
 def test_more_windows_than_calibration_has_are_refused():
