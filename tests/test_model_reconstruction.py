@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import as_linear, find_decoder
 from nanoquant.binary import sign
-from nanoquant.divergence import ForwardKL, logits_divergence
+from nanoquant.divergence import ForwardKL, divergence_piece, logits_divergence
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_reconstruction import (
@@ -87,6 +87,21 @@ def test_forward_kl_is_the_divergence_and_its_gradient(tokens):
     (2 * value).backward()
     (2 * expected).backward()
     torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_no_gradient_is_formed_where_none_is_wanted():
+    student, teacher = torch.randn(40, 50), torch.randn(40, 50)
+    formed = []
+
+    def piece(*arguments):
+        total, gradient = divergence_piece(*arguments)
+        formed.append(gradient)
+        return total, gradient
+
+    value = ForwardKL.apply(student, teacher, piece)
+    assert formed == [None, None]
+    assert torch.equal(value, ForwardKL.apply(student.requires_grad_(), teacher, piece).detach())
+    assert all(gradient.isfinite().all() for gradient in formed[2:])
 
 
 def test_forward_kl_of_bfloat16_logits_sums_in_float32():
