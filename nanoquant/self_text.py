@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.data import FILE_SUFFIXES, bos_of
+from nanoquant.digest import model_digest
 from nanoquant.generation_settings import end_tokens
 from nanoquant.progress import Progress
 from nanoquant.sampling import Sampling, sample
@@ -256,7 +257,7 @@ def _common(
 ) -> dict[str, str]:
     """What decides every window, as text."""
     return {
-        "model": fingerprint(model),
+        "model": model_digest(model)[:16],
         "seed": str(seed),
         "temperature": str(config.temperature),
         "length": str(length),
@@ -273,15 +274,6 @@ class _Clock:
         self.done += rows
         rate = self.done / (time.perf_counter() - self.begun)
         self.progress.advance(rows, note=f"{rate:.0f} tokens a second")
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """What tells a model from another: a digest of the first values of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:256].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _digest(content: bytes) -> str:

@@ -26,6 +26,7 @@ from nanoquant.allocation import Response, fit_response
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.budget import largest_rank
 from nanoquant.dense_prefix import DensePrefix
+from nanoquant.digest import model_digest
 from nanoquant.divergence import ForwardKL
 from nanoquant.importance import Importance
 from nanoquant.json_files import write_json
@@ -33,8 +34,6 @@ from nanoquant.json_files import write_json
 logger = logging.getLogger(__name__)
 
 FORMAT, SUFFIX = 1, ".json"
-SAMPLED_WEIGHTS = 256
-"""Values of each parameter that tell one model from another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,15 +238,11 @@ def fingerprint(model: nn.Module, tokens: Tensor, settings: Mapping[str, Any]) -
     """Digest of what decides a measurement.
 
     Args:
-        model: dense; shapes, types and a sample of every parameter count.
+        model: dense, see :func:`model_digest`.
         tokens: all windows that importances and losses are taken from.
         settings: plain values.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.detach().view(-1)[:: max(1, parameter.numel() // SAMPLED_WEIGHTS)]
-        digest.update(values.float().cpu().numpy().tobytes())
-    digest.update(f"{tuple(tokens.shape)}".encode())
+    digest.update(f"{model_digest(model)} {tuple(tokens.shape)}".encode())
     digest.update(tokens.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
