@@ -26,6 +26,7 @@ from nanoquant.sensitivity import (
     probed_ranks,
     responses,
 )
+from nanoquant.text import split_text
 
 WINDOWS = random_windows(2, 16)
 TOKENS = random_windows(24, 16).flatten()
@@ -185,6 +186,14 @@ def test_an_interrupted_run_goes_on_where_it_was_and_chooses_the_same_ranks(tmp_
     assert run(file, again).ranks == expected and again.counts["ranks"] == [0, 0]
 
 
+def last_window_turned():
+    """The tokens, with only the last calibration window backwards."""
+    windows = TOKENS.view(-1, 16).clone()
+    last = (windows == split_text(TOKENS, None, MEASURED).calibration[-1]).all(1)
+    windows[last] = windows[last].flip(1)
+    return windows.flatten()
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -192,8 +201,9 @@ def test_an_interrupted_run_goes_on_where_it_was_and_chooses_the_same_ranks(tmp_
         {"config": dataclasses.replace(MEASURED, importance=ImportanceConfig(shrinkage=0.3))},
         {"config": dataclasses.replace(MEASURED, sensitivity=SensitivityConfig(iterations=4))},
         {"tokens": TOKENS.flip(0)},
+        {"tokens": last_window_turned()},
     ],
-    ids=["admm", "importance", "sensitivity", "text"],
+    ids=["admm", "importance", "sensitivity", "text", "one window"],
 )
 def test_measurements_under_other_settings_are_not_used_and_it_says_so(change, tmp_path, caplog):
     file = tmp_path / "s.json"
