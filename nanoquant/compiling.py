@@ -18,8 +18,8 @@ from nanoquant.linear import BinaryLowRankLinear
 logger = logging.getLogger(__name__)
 
 MOST_VARIANTS = 64
-"""Compilations of one function; torch's own limit of 8 is less than blocks with and without binary layers, of two
-kinds of attention, in batches of two sizes take, and beyond it blocks would run as written."""
+"""Compilations of one function, beyond which it runs as written. Torch's own limit of 8 is too low for student and
+teacher, two kinds of attention and two sizes of batch."""
 
 
 def binary_blocks(model: nn.Module) -> list[nn.Module]:
