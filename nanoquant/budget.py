@@ -69,9 +69,9 @@ class BudgetConfig:
     """Prior and measured: largest rank of a linear, relative to the uniform one."""
 
     def __post_init__(self) -> None:
-        if not self.bits > 0:
+        if not 0 < self.bits < math.inf:
             raise ValueError(
-                f"bits must be above 0, got {self.bits}; usual values are 1.0, 0.8 and 0.55"
+                f"bits must be above 0, got {self.bits}, and finite; usual values are 1.0, 0.8 and 0.55"
             )
         if self.rank_multiple < 1:
             raise ValueError(f"rank_multiple must be at least 1, got {self.rank_multiple}")
@@ -149,7 +149,8 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
     if config.allocation != "uniform":
         for name, shape in shapes.items():
             uniform = max(real_rank(*shape, config.bits), step) / step  # in steps
-            cap[name] = min(cap[name], math.ceil(config.high * uniform) * step)
+            most = min(config.high * uniform, cap[name] / step)  # high may be infinite
+            cap[name] = min(cap[name], math.ceil(most) * step)
             least[name] = min(cap[name], max(least[name], int(config.low * uniform) * step))
         smallest = f"the smallest ranks (low={config.low} times uniform)"
         largest = f"the largest ranks (high={config.high} times uniform, within full rank)"

@@ -17,6 +17,10 @@ from nanoquant.linear import BinaryLowRankLinear
 
 logger = logging.getLogger(__name__)
 
+MOST_VARIANTS = 64
+"""Compilations of one function, beyond which it runs as written. Torch's own limit of 8 is too low for student and
+teacher, two kinds of attention and two sizes of batch."""
+
 
 def binary_blocks(model: nn.Module) -> list[nn.Module]:
     """Members of module lists that hold binary layers: the decoder blocks of a student, in order."""
@@ -48,7 +52,8 @@ def compiled(blocks: list[nn.Module], *methods: tuple[object, str]) -> Iterator[
         return
     methods = (*((block, "forward") for block in blocks), *methods)
     # parameters count as constants otherwise, and every rank would be compiled on its own
-    with torch._dynamo.config.patch(force_parameter_static_shapes=False):
+    settings = {"force_parameter_static_shapes": False, "recompile_limit": MOST_VARIANTS}
+    with torch._dynamo.config.patch(**settings):
         for owner, name in methods:
             setattr(owner, name, torch.compile(getattr(owner, name)))
         try:

@@ -184,7 +184,13 @@ def _is_dataset_name(source: str) -> bool:
 
 
 def _read_dataset(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Stream the documents of a data set of the datasets library, see ``_document``."""
+    """Yield the document of every row of a data set, see ``_document``."""
+    for number, row in enumerate(_dataset_rows(source), start=1):
+        yield _document(row, tokenizer, f"{source}, row {number}")
+
+
+def _dataset_rows(source: str) -> Iterator[object]:
+    """Stream the rows of a data set of the datasets library."""
     name, *config, split = source.split(":")
     try:
         import datasets
@@ -194,9 +200,7 @@ def _read_dataset(source: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[t
             "pip install datasets, or give a text file"
         ) from None
     try:
-        rows = datasets.load_dataset(name, *config, split=split, streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield _document(row, tokenizer, f"row {number}")
+        yield from datasets.load_dataset(name, *config, split=split, streaming=True)
     except Exception as error:
         raise ValueError(
             f"could not read the data set {source}: {type(error).__name__}: {error}. Check the "

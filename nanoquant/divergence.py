@@ -9,18 +9,22 @@ from torch import Tensor, nn
 
 from nanoquant.compiling import uncompiled
 
-Piece = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+Piece = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor | None]]
 
 
-def divergence_piece(student: Tensor, teacher: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def divergence_piece(
+    student: Tensor, teacher: Tensor, tokens: int | None
+) -> tuple[Tensor, Tensor | None]:
     """Summed KL(teacher || student) of logits (n, vocabulary) in float32, and its gradient divided by ``tokens``.
 
-    The gradient has the dtype of the student's logits.
+    The gradient has the dtype of the student's logits; there is none where ``tokens`` is None.
     """
     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     p = log_p.exp()
-    gradient = (log_q.exp() - p) / tokens
-    return p.mul(log_p - log_q).sum(), gradient.to(student.dtype)
+    total = p.mul(log_p - log_q).sum()
+    if tokens is None:
+        return total, None
+    return total, ((log_q.exp() - p) / tokens).to(student.dtype)
 
 
 class ForwardKL(torch.autograd.Function):
@@ -45,7 +49,7 @@ class ForwardKL(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         pieces = (x.split(ForwardKL.chunk) for x in (student, teacher, gradient))
         for s, t, g in zip(*pieces, strict=True):
-            divergence, slope = piece(s, t, len(student))
+            divergence, slope = piece(s, t, len(student) if wanted else None)
             total += divergence
             if wanted:
                 g.copy_(slope)

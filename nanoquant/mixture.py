@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -27,6 +27,12 @@ class Source:
     weight: float | None = None
     """Share of windows beside the other weights; None: in proportion to what the text holds."""
 
+    def __post_init__(self) -> None:
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(
+                f"{self.name}: a weight must be above 0, as in train.txt=2, got {self.weight:g}"
+            )
+
 
 Data = str | Path | Tensor | Sequence[str | Path] | Sequence[Source]
 
@@ -45,20 +51,22 @@ def read_sources(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> list[
     if isinstance(data, Tensor):
         return [Source("tokens", load_tokens(data, tokenizer))]
     asked = [data] if isinstance(data, str | Path) else list(data)
-    if asked and all(isinstance(item, Source) for item in asked):
-        return asked
     if not asked:
         raise ValueError('the list of texts is empty; give at least one text, or "self"')
-    parts = [_split(str(item)) for item in asked]
-    names = [name if name == SELF else str(Path(name).expanduser().absolute()) for name, _ in parts]
-    twice = sorted({name for name in names if names.count(name) > 1})
+    if all(isinstance(item, Source) for item in asked):
+        _check_weights(asked)
+        return asked
+    if not all(isinstance(item, str | Path) for item in asked):
+        kinds = ", ".join(type(item).__name__ for item in asked)
+        raise ValueError(f"a list of texts holds names or Sources, not both, got {kinds}")
+    named = [_split(item) for item in asked]
+    paths = [s.name if s.name == SELF else _location(s.name) for s in named]
+    twice = sorted({path for path in paths if paths.count(path) > 1})
     if twice:
         raise ValueError(f"{', '.join(twice)} comes twice; give every text once, with a weight")
-    if len(parts) > 1:
-        _check_weights(parts)
+    _check_weights(named)
     return [
-        Source(name, None if name == SELF else load_tokens(name, tokenizer), weight)
-        for name, weight in parts
+        s if s.name == SELF else replace(s, tokens=load_tokens(s.name, tokenizer)) for s in named
     ]
 
 
@@ -80,24 +88,31 @@ def interleave(counts: Sequence[int]) -> list[int]:
     return [source for _, source in sorted(places)]
 
 
-def _split(item: str) -> tuple[str, float | None]:
-    """Name and weight of NAME=WEIGHT; a file of the whole name has none."""
+def _split(item: str | Path) -> Source:
+    """Name and weight of NAME=WEIGHT, not read yet; a file of the whole name has none."""
+    if isinstance(item, Path):
+        item = f"./{item}" if str(item) == SELF else str(item)  # a path is never the model
     name, sign, weight = item.rpartition("=")
     if not sign or Path(item).expanduser().exists():
-        return item, None
+        return Source(item, None)
     try:
         value = float(weight)
     except ValueError:
-        return item, None  # reading it says that there is no such file
-    if not (0 < value < math.inf and name):
-        raise ValueError(f"{item}: a weight must be above 0, as in train.txt=2")
-    return name, value
+        return Source(item, None)  # reading it says that there is no such file
+    if not name:
+        raise ValueError(f"{item} has a weight and no text; give both, as in train.txt=2")
+    return Source(name, None, value)
 
 
-def _check_weights(parts: list[tuple[str, float | None]]) -> None:
+def _location(name: str) -> str:
+    """Where a file really lies, whatever it is called; a data set has its name in the folder's place."""
+    return str(Path(name).expanduser().resolve())
+
+
+def _check_weights(sources: Sequence[Source]) -> None:
     """Refuse a mixture of which only some have a weight."""
-    lacking = [name for name, weight in parts if weight is None]
-    if lacking and (len(lacking) < len(parts) or SELF in lacking):
+    lacking = [source.name for source in sources if source.weight is None]
+    if len(sources) > 1 and lacking and (len(lacking) < len(sources) or SELF in lacking):
         raise ValueError(
             f"{', '.join(lacking)} has no weight; give all texts one, as in train.txt=3 self=1, or none, but "
             '"self", which has no size of its own, needs one beside others'

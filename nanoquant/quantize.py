@@ -85,7 +85,7 @@ def quantize(
         progress: told about phases.
         loggers: Lightning loggers for the losses.
         recorder: takes errors of layers, losses, rates and flipped signs as they come.
-        sensitivity_file: JSON file or folder that keeps what budget.allocation=measured measures; with the same
+        sensitivity_file: .json file or folder that keeps what budget.allocation=measured measures; with the same
             model, text and settings a later call goes on from it.
         self_text_file: file or folder that keeps the text that the model writes, so that it is written once.
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.data import FILE_SUFFIXES, bos_of
+from nanoquant.digest import model_digest
 from nanoquant.generation_settings import end_tokens
 from nanoquant.progress import Progress
 from nanoquant.sampling import Sampling, sample
+
+logger = logging.getLogger(__name__)
 
 PHASE = "write text"
 """Name of the phase for those who follow."""
@@ -100,13 +104,21 @@ class WindowFile:
         return windows
 
     def write(self, windows: Tensor) -> None:
-        """Replace the file by one with these windows (n, T), whole or not at all."""
+        """Replace the file by one with these windows (n, T), whole or not at all; a disk that refuses is named once."""
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(self.path.name + ".partial")
-        save_file({"tokens": windows.contiguous()}, partial, self.settings)
-        partial.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"tokens": windows.contiguous()}, partial, self.settings)
+            partial.replace(self.path)
+        except (SafetensorError, OSError) as error:
+            logger.warning(
+                "%s can't be written (%s); the run goes on, but could not resume from here",
+                self.path,
+                error,
+            )
+            self.path = None
 
 
 def check_place(place: str | Path) -> None:
@@ -147,8 +159,10 @@ class SelfText:
         self.model, self.config, self.seed, self.file = model, config, seed, file
         self.progress = progress or Progress()
         self.bos = None if tokenizer is None else bos_of(tokenizer)
-        self.known = None if tokenizer is None else len(tokenizer)
-        self.ends = tuple(sorted(end_tokens(model.generation_config)))
+        limit = model.get_input_embeddings().num_embeddings
+        self.known = limit if tokenizer is None else min(limit, len(tokenizer))
+        ends = end_tokens(model.generation_config)
+        self.ends = tuple(sorted(end for end in ends if end < self.known))  # others never come
 
     def __call__(self, count: int, length: int, pool: Tensor | None = None) -> Tensor:
         """Write windows, or read those that the file has.
@@ -184,7 +198,8 @@ class SelfText:
         if pool is not None:
             head = pool[torch.tensor(numbers) % len(pool)].long()  # (B, P)
         new = length - head.shape[1]
-        draws = [torch.Generator().manual_seed(self.seed * 1_000_003 + n) for n in numbers]
+        seeds = ((self.seed * 1_000_003 + n) % 2**63 for n in numbers)
+        draws = [torch.Generator().manual_seed(seed) for seed in seeds]
         chances = torch.stack([torch.rand(new + 1, generator=draw) for draw in draws])
         given = self._context(chances[:, 0], head)
         how = Sampling(
@@ -210,15 +225,16 @@ class SelfText:
         begin = begin if begin is not None or not self.ends else self.ends[0]
         if begin is not None:
             return torch.full((len(head), 1), begin)
-        known = self.known or self.model.get_input_embeddings().num_embeddings
-        return (chance * known).long()[:, None]
+        return (chance * self.known).long()[:, None]
 
     def _settings(self, length: int, pool: Tensor | None) -> dict[str, str]:
         """What decides the windows, as text."""
         used = pool is not None
         return _common(self.model, self.config, self.seed, length) | {
             "first": "" if used else str(self.config.first),
-            "beginnings": _digest(pool.int().numpy().tobytes())[:16] if used else "",
+            "beginnings": f"{pool.shape[1]} {_digest(pool.int().numpy().tobytes())[:16]}"
+            if used
+            else "",
             "bos": str(self.bos),
             "known": str(self.known),
             "ends": str(self.ends),
@@ -241,7 +257,7 @@ def _common(
 ) -> dict[str, str]:
     """What decides every window, as text."""
     return {
-        "model": fingerprint(model),
+        "model": model_digest(model)[:16],
         "seed": str(seed),
         "temperature": str(config.temperature),
         "length": str(length),
@@ -258,15 +274,6 @@ class _Clock:
         self.done += rows
         rate = self.done / (time.perf_counter() - self.begun)
         self.progress.advance(rows, note=f"{rate:.0f} tokens a second")
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """What tells a model from another: a digest of the first values of every parameter."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:256].float().cpu().numpy()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + values.tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _digest(content: bytes) -> str:

@@ -26,15 +26,14 @@ from nanoquant.allocation import Response, fit_response
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.budget import largest_rank
 from nanoquant.dense_prefix import DensePrefix
+from nanoquant.digest import model_digest
 from nanoquant.divergence import ForwardKL
 from nanoquant.importance import Importance
 from nanoquant.json_files import write_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-SAMPLED_WEIGHTS = 256
-"""Values of each parameter that tell one model from another."""
+FORMAT, SUFFIX = 1, ".json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,22 +71,26 @@ class GroupLoss:
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> GroupLoss:
         """From its dictionary, whose ranks JSON made texts."""
-        errors = {n: {int(r): e for r, e in row.items()} for n, row in found["errors"].items()}
-        return cls(found["divergence"], errors)
+        errors = {
+            name: {int(rank): float(error) for rank, error in row.items()}
+            for name, row in found["errors"].items()
+        }
+        return cls(float(found["divergence"]), errors)
 
 
 class SensitivityFile:
     """Groups measured so far, in memory and in a JSON file.
 
     Args:
-        path: of the file, or a folder for one named by the fingerprint; None keeps nothing beyond this object.
+        path: a .json file, or a folder, there or to be made, for one named by the fingerprint; None keeps nothing
+            beyond this object.
         fingerprint: of all that decides a measurement; a file with another one is measured anew.
     """
 
     def __init__(self, path: str | Path | None, fingerprint: str) -> None:
-        if path is not None and Path(path).is_dir():
-            path = Path(path, f"sensitivity-{fingerprint[:12]}.json")
-        self.path, self.fingerprint = path, fingerprint
+        self.path, self.fingerprint = None if path is None else Path(path), fingerprint
+        if self.path is not None and (self.path.suffix != SUFFIX or self.path.is_dir()):
+            self.path /= f"sensitivity-{fingerprint[:12]}{SUFFIX}"
         self.groups: dict[str, GroupLoss] = self._read()
 
     def add(self, key: str, group: GroupLoss) -> None:
@@ -95,8 +98,11 @@ class SensitivityFile:
         self.groups[key] = group
         groups = {key: asdict(group) for key, group in self.groups.items()}
         content = {"format": FORMAT, "fingerprint": self.fingerprint, "groups": groups}
+        if self.path is None:
+            return
         try:
-            write_json(None if self.path is None else str(self.path), content)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(str(self.path), content)
         except OSError as error:
             logger.warning(
                 "%s can't be written (%s); the run goes on, but could not resume from here",
@@ -106,10 +112,10 @@ class SensitivityFile:
             self.path = None
 
     def _read(self) -> dict[str, GroupLoss]:
-        if self.path is None or not Path(self.path).is_file():
+        if self.path is None or not self.path.is_file():
             return {}
         try:
-            found = json.loads(Path(self.path).read_text(encoding="utf-8"))
+            found = json.loads(self.path.read_text(encoding="utf-8"))
             same = (found["format"], found["fingerprint"]) == (FORMAT, self.fingerprint)
             groups = {k: GroupLoss.from_json(group) for k, group in found["groups"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -232,15 +238,11 @@ def fingerprint(model: nn.Module, tokens: Tensor, settings: Mapping[str, Any]) -
     """Digest of what decides a measurement.
 
     Args:
-        model: dense; shapes, types and a sample of every parameter count.
+        model: dense, see :func:`model_digest`.
         tokens: all windows that importances and losses are taken from.
         settings: plain values.
     """
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        values = parameter.detach().view(-1)[:: max(1, parameter.numel() // SAMPLED_WEIGHTS)]
-        digest.update(values.float().cpu().numpy().tobytes())
-    digest.update(f"{tuple(tokens.shape)}".encode())
+    digest.update(f"{model_digest(model)} {tuple(tokens.shape)}".encode())
     digest.update(tokens.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()

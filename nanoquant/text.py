@@ -57,7 +57,8 @@ def split_text(
             windows = make_windows(source.tokens, plan.own)
             generator = torch.Generator().manual_seed(seed)
             order = torch.randperm(len(windows) - held, generator=generator)
-            spare.append(windows[order.roll(-count)])
+            if config.self_text.windows:
+                spare.append(windows[order.roll(-count)])
         kept.append(windows[order[:count]])
         held_out.append(windows[len(windows) - held :])
         numbers.append((order[:count].tolist(), range(len(windows) - held, len(windows))))

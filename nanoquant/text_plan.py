@@ -82,22 +82,26 @@ def plan_text(
     """Read the sources and share out the windows.
 
     Args:
-        data: as in :func:`read_sources`; a plan is given back as it is.
+        data: as in :func:`read_sources`, or a plan, whose sources are shared out for this configuration.
         tokenizer: needed for text.
         config: how many windows of which length.
 
     Raises:
         ValueError: a source can't be read or has fewer windows than its share, which setting asks for them.
     """
-    if isinstance(data, TextPlan):
-        return data
-    sources = read_sources(data, tokenizer)
+    sources = data.sources if isinstance(data, TextPlan) else read_sources(data, tokenizer)
     bos = None if tokenizer is None else bos_of(tokenizer)
     needs, own = Needs.of(config), _own(config, bos)
     _check_added(sources, config, own)
     holds = [None if s.tokens is None else len(s.tokens) // own for s in sources]
     if None not in holds:
         _check_all(sources, sum(holds), needs, config, own)
+    empty = [s.name for s, hold in zip(sources, holds, strict=True) if hold == 0]
+    if empty:
+        raise ValueError(
+            f"{', '.join(empty)} has not one window of {config.calibration.length} tokens; give it more text, or "
+            "leave it out"
+        )
     sizes = [1 if hold is None else hold for hold in holds]
     weights = [s.weight or size for s, size in zip(sources, sizes, strict=True)]
     shares = apportion(needs.kept + needs.held_out, weights)

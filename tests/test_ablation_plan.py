@@ -71,6 +71,7 @@ def test_names_of_cells_are_stable_and_follow_all_that_decides(plan):
         (BASE + "axes: {budget.bits: 1.0}", "axis budget.bits needs a list of values"),
         (BASE + "axes: {budget.bit: [1.0]}", "the cell budget.bit 1.0: .*flags near --budget.bit"),
         (BASE + "axes: {budget.bits: [1.0, -1]}", "the cell budget.bits -1: bits must be above 0"),
+        (BASE + "axes: {a: {x: {model.windows: [8, 9]}}}", r"Got value: \[8, 9\]"),
         (BASE + "axes: {sample: [the]}", "sample has no use here"),
         ("base: {text: t}\naxes: {run.seed: [0]}", "needs eval_text"),
     ],

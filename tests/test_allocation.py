@@ -150,6 +150,13 @@ def test_ranks_stay_within_their_limits_around_the_uniform_ones(allocation):
     assert all(abs(r - real_rank(*shapes[n], 1.0)) < 32 for n, r in ranks.items())
 
 
+@pytest.mark.parametrize("allocation", ["prior", "measured"])
+def test_an_infinite_high_leaves_only_the_limits_of_the_shapes(allocation):
+    shapes, _ = model(*SMOL)
+    limits = rank_limits(shapes, BudgetConfig(allocation=allocation, high=math.inf))
+    assert limits.cap == {name: largest_rank(*shape, 32) for name, shape in shapes.items()}
+
+
 def test_a_neutral_prior_is_the_uniform_allocation():
     shapes, places = model(*SMOL)
     neutral = RoleWeights(**dict.fromkeys(ROLES, 1.0))
@@ -204,6 +211,8 @@ def test_limits_that_leave_the_budget_out_of_reach_say_by_how_much():
     ("fields", "message"),
     [
         ({"allocation": "best"}, "uniform, prior, measured, got 'best'"),
+        ({"bits": float("inf")}, "bits must be above 0, got (inf|nan), and finite"),
+        ({"bits": float("nan")}, "bits must be above 0, got (inf|nan), and finite"),
         ({"low": 1.5}, "low must lie in 0..1"),
         ({"high": 0.5}, "high be at least 1"),
         ({"depth_slope": float("nan")}, "depth_slope"),

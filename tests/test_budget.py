@@ -110,7 +110,7 @@ def test_any_shapes_get_at_most_the_asked_bits_and_no_step_is_left_that_fits(see
             assert rank == cap[name] or (rank % step == 0 and step <= rank < cap[name])
             if rank < cap[name]:
                 assert body_bits(shapes, ranks | {name: rank + step}) > bits
-    for bits in (0.99 * low, 1.01 * high, float("inf")):
+    for bits in (0.99 * low, 1.01 * high):
         with pytest.raises(ValueError, match="can't be met"):
             allocate_ranks(shapes, BudgetConfig(bits=bits, rank_multiple=step))
 

@@ -1,6 +1,7 @@
 """Compiled blocks compute what uncompiled ones do, and training goes on where nothing compiles."""
 
 import contextlib
+import functools
 
 import needs
 import pytest
@@ -75,14 +76,26 @@ def test_blocks_of_many_ranks_share_one_compilation():
     ]
     x = torch.randn(3, 24)
     expected = [block(x) for block in blocks]
+    torch.compiler.reset()
     stats = torch._dynamo.utils.counters["stats"]
     before = stats["unique_graphs"]
     with compiled(blocks):
         for block, output in zip(blocks, expected, strict=True):
             torch.testing.assert_close(block(x), output, rtol=1e-4, atol=1e-5)
-    assert (
-        1 <= stats["unique_graphs"] - before <= 2
-    )  # the first rank on its own, then a symbolic one
+    # the one that tries whether anything compiles, the first rank on its own, then a symbolic one
+    assert stats["unique_graphs"] - before == 3
+
+
+def test_blocks_of_many_kinds_are_all_compiled(monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch.compiler.reset()
+    block = BinaryLowRankLinear.from_factors(random_factors(8, 8, 4))
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["ok"]
+    with compiled([block]):
+        for kind in range(10):  # two more than torch takes by itself
+            block(torch.ones(*[1] * kind, 3, 8))
+    assert frames["ok"] - before == 11  # and the one that tries whether anything compiles
 
 
 @pytest.mark.parametrize(("threshold", "expected"), [(None, 0), (3, 0), (2, 1)], ids=str)
@@ -111,6 +124,7 @@ def test_a_compiled_objective_has_the_same_loss_and_gradients():
     for context in (contextlib.nullcontext(), objective.compiled()):
         model.zero_grad()
         with context:
+            assert ("piece" in vars(objective)) is bool(found)
             loss = objective((WINDOWS,))
             loss.backward()
         found.append((loss.item(), model.model.layers[0].mlp.up_proj.U.grad))

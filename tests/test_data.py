@@ -162,7 +162,7 @@ def test_a_data_set_out_of_reach_says_what_to_do(monkeypatch, tokenizer):
     with pytest.raises(ValueError, match=message):
         load_tokens("a:b", tokenizer)
     fake_datasets(monkeypatch, lambda *args, **kwargs: [{"body": "x"}])
-    with pytest.raises(ValueError, match=r'no string under "text".*; found: \[\'body\'\]'):
+    with pytest.raises(ValueError, match=r'^a:b, row 1 has no string under "text".*\[\'body\'\]$'):
         load_tokens("a:b", tokenizer)
 
 

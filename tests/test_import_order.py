@@ -18,6 +18,7 @@ ORDER = (
     "decoder",
     "architectures",
     "roles",
+    "digest",
     "chat",
     "data",
     "mixture",

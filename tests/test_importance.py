@@ -57,6 +57,7 @@ def test_importances_equal_direct_autograd(build):
         x, g = direct_moments(model, name, windows)
         torch.testing.assert_close(found[name].input.double(), normalised(x), rtol=1e-5, atol=0)
         torch.testing.assert_close(found[name].output.double(), normalised(g), rtol=1e-5, atol=0)
+        assert found[name].scale == pytest.approx(float(x.mean() * g.mean()), rel=1e-5)
 
 
 def test_batch_size_does_not_matter_without_clipping():

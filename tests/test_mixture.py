@@ -1,16 +1,22 @@
 """Several texts, each with its share of windows."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tiny_models import tiny_tokenizer
 
 from nanoquant.mixture import Source, apportion, interleave, read_sources
 
+READ = Source("read", torch.arange(3))
+
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name in ("a.txt", "b.txt", "c=2"):
         (tmp_path / name).write_text("abc" * 10)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.txt").symlink_to("a.txt")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -33,10 +39,17 @@ def test_a_file_whose_name_looks_like_a_weight_is_a_file(folder):
         (["a.txt", "b.txt=2"], "a.txt has no weight; give all texts one"),
         (["a.txt", "self"], "a.txt, self has no weight.*no size of its own"),
         (["a.txt", "./a.txt"], "a.txt comes twice"),
+        (["a.txt", "sub/../a.txt"], "a.txt comes twice"),
+        (["a.txt=1", "link.txt=1"], "a.txt comes twice"),
         (["self=1", "self=2"], "self comes twice"),
-        ("a.txt=0", "a.txt=0: a weight must be above 0"),
+        ("a.txt=0", "a.txt: a weight must be above 0, as in train.txt=2, got 0"),
         ("a.txt=-1", "a weight must be above 0"),
         ("a.txt=nan", "a weight must be above 0"),
+        ("=2", "=2 has a weight and no text"),
+        ([READ, "a.txt"], "names or Sources, not both, got Source, str"),
+        ([torch.arange(3), torch.arange(3)], "got Tensor, Tensor"),
+        ([READ, Source("b", torch.arange(3), 1.0)], "read has no weight; give all texts one"),
+        ([READ, Source("self", None)], "read, self has no weight"),
         ("d.txt=2", "found no file d.txt; near names there: "),
         ("d=e.txt", "found no file d=e.txt"),
     ],
@@ -46,8 +59,19 @@ def test_mixtures_that_cannot_be_read_say_why(folder, data, message):
         read_sources(data, tiny_tokenizer())
 
 
+@pytest.mark.parametrize("weight", [0.0, -1.0, float("inf")])
+def test_a_source_checks_its_own_weight(weight):
+    with pytest.raises(ValueError, match="a: a weight must be above 0"):
+        Source("a", torch.arange(3), weight)
+
+
+def test_a_path_named_self_is_a_file(folder):
+    with pytest.raises(ValueError, match="found no file self"):
+        read_sources(Path("self"), tiny_tokenizer())
+
+
 def test_sources_that_are_read_are_given_back():
-    sources = [Source("a", torch.arange(3)), Source("self", None, 2.0)]
+    sources = [Source("a", torch.arange(3), 1.0), Source("self", None, 2.0)]
     assert read_sources(sources, None) == sources
 
 

@@ -95,8 +95,11 @@ def test_another_setting_in_the_file_is_named(tmp_path):
     writer(file)(2, 16)
     with pytest.raises(ValueError, match="windows of temperature '1.0', not '0.5'; delete it, or"):
         writer(file, temperature=0.5)(2, 16)
-    with pytest.raises(ValueError, match="windows of model '.*', not '"):
-        writer(file, model=tiny_llama(layers=1))(2, 16)
+    tuned = tiny_llama()
+    tuned.model.layers[1].mlp.down_proj.weight.data[-1] *= 1.01
+    for other in (tiny_llama(layers=1), tuned):
+        with pytest.raises(ValueError, match="windows of model '.*', not '"):
+            writer(file, model=other)(2, 16)
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -104,6 +107,31 @@ def test_a_damaged_file_is_named(tmp_path):
     file.write_bytes(b"torn")
     with pytest.raises(ValueError, match=r"windows\.safetensors can't be read .*delete it"):
         writer(file)(2, 16)
+
+
+def test_a_file_that_can_not_be_written_is_said_once_and_the_run_goes_on(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    windows = writer(tmp_path / "file" / "windows.safetensors")(10, 16)
+    assert torch.equal(windows, writer()(10, 16))
+    assert len(caplog.records) == 1 and "can't be written" in caplog.text
+
+
+def test_the_same_tokens_cut_into_other_beginnings_are_other_settings():
+    text = random_windows(1, 12)
+    settings = [writer()._settings(16, text.view(-1, length)) for length in (3, 4)]
+    assert settings[0] != settings[1]
+
+
+@pytest.mark.parametrize("tokenizer", [tiny_tokenizer(), None], ids=["tokenizer", "none"])
+def test_ends_that_can_not_be_drawn_are_no_ends(tokenizer):
+    model, same = tiny_llama(), tiny_llama()
+    model.generation_config.eos_token_id = [2, VOCAB + 5, len(tokenizer or range(VOCAB))]
+    one, other = (SelfText(m, tokenizer, CONFIG)(4, 16) for m in (model, same))
+    assert torch.equal(one, other)
+
+
+def test_any_seed_of_a_generator_will_do():
+    assert writer(seed=2**63)(2, 4).shape == (2, 4)
 
 
 def test_windows_go_on_from_their_beginnings_in_turn():

@@ -134,6 +134,12 @@ def test_bos_is_in_front_of_written_windows_too():
     assert (text.training[:, 0] == 1).all() and (text.held_out[:, 0] == 1).all()
 
 
+def test_a_plan_is_made_anew_for_another_configuration():
+    plan = plan_text(data(50), None, SMALL)
+    text = split_text(plan, None, changed(model={"windows": 30, "held_out": 7}))
+    assert len(text.training) == 30 and len(text.held_out) == 7
+
+
 @pytest.mark.parametrize(
     ("data", "config", "message"),
     [
@@ -171,6 +177,11 @@ def test_bos_is_in_front_of_written_windows_too():
             [source("a", 90, 0, 1000.0), source("b", 9, 1000, 1.0)],
             SMALL,
             "the share of b in 20 windows is none",
+        ),
+        (
+            [source("a", 90, 0), Source("b", torch.arange(9))],
+            SMALL,
+            "b has not one window of 10 tokens; give it more text",
         ),
         (
             data(30),

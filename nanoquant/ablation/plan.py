@@ -33,6 +33,8 @@ from nanoquant.parsers import parse_quantize
 
 MODES = ("grid", "each")
 SEED = "run.seed"
+MIXTURE = "text"
+"""The flag that may be a list of values at once."""
 NOT_OURS = ("source", "output", "json", "logger", "sample")
 """Flags of a job that a cell has no use for."""
 
@@ -130,7 +132,7 @@ def _cell(
         written = [
             f"--{name}={_label(item)}"
             for name, value in flags.items()
-            for item in (value if isinstance(value, list) else [value])
+            for item in (value if name == MIXTURE and isinstance(value, list) else [value])
         ]
         job, config = parse_quantize([model, "-", *written])
         if job.eval_text is None:

@@ -1,0 +1,20 @@
+"""What tells one model from another, without reading all of it."""
+
+from __future__ import annotations
+
+import hashlib
+
+from torch import nn
+
+SAMPLED_WEIGHTS = 256
+"""Values of each parameter that are looked at, spread over all of it."""
+
+
+def model_digest(model: nn.Module) -> str:
+    """Digest of names, shapes, types and a sample of the values of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_WEIGHTS)]
+        digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
