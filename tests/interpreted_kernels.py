@@ -74,7 +74,7 @@ STACKS = {  # d_out, d_in, rank of each member
     ),
     "16 tokens": dict(shapes=[(70, 320, 48), (70, 320, 48)], lead=(2, 8), bias=[True, True]),
     "ranks above both sides": dict(
-        shapes=[(96, 64, 176), (32, 64, 56), (32, 64, 128)], lead=(1,), bias=[False] * 3
+        shapes=[(96, 64, 192), (32, 64, 64), (32, 64, 96)], lead=(1,), bias=[False] * 3
     ),
 }
 
