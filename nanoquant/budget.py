@@ -110,9 +110,9 @@ def real_rank(d_out: int, d_in: int, bits: float) -> float:
 def largest_rank(d_out: int, d_in: int, multiple: int, bits: float) -> int:
     """Largest rank that a layer may get in a model of so many bits per weight.
 
-    Up to one bit it is full rank, as published: the largest multiple within min(d_out, d_in), or that minimum where
-    it is smaller than a multiple. More bits than full rank holds need more: up to bits * min(d_out, d_in), which is
-    above what equal bits for all layers ask for, and ``WIDEST`` times the minimum.
+    Up to one bit it is full rank, as published: the largest multiple within min(d_out, d_in), the next one where
+    equal bits for all layers ask for it, or that minimum where it is smaller than a multiple. Above one bit it is
+    bits * min(d_out, d_in), more than equal bits ask for, and at most ``WIDEST`` times the minimum.
     """
     smaller, bits = min(d_out, d_in), min(bits, WIDEST)
     if smaller < multiple:

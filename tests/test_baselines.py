@@ -145,21 +145,11 @@ def test_bits_that_leave_nothing_for_the_scales_of_ranks_are_refused_before_any_
         check_shapes(f"dual-svid@{least}", shapes, CONFIG)
 
 
-@pytest.mark.parametrize("name", ["sign-svd", "dual-svid"])
-def test_bits_beyond_full_rank_are_refused_where_an_svd_has_no_more(name):
-    shapes = {"a": (256, 256), "b": (512, 256)}
-    check_shapes(f"{name}@1.5", shapes, CONFIG)
-    with pytest.raises(
-        ValueError, match=r"bits=2\.0 is 0\.\d+ more than full rank.*at most 1\.\d+"
-    ):
-        check_shapes(f"{name}@2.0", shapes, CONFIG)
-    check_shapes("nanoquant-init@2.0", shapes, CONFIG)
-
-
 def test_bits_after_the_name_win():
     baseline, config = find_baseline("sign-svd@1.7", CONFIG)
     assert config.bits == 1.7 and baseline is BASELINES["sign-svd"]
     assert quantized("sign-svd@1.7").sizes().body_bits_per_weight <= 1.7
+    assert 2.6 < quantized("nanoquant-init@2.9").sizes().body_bits_per_weight <= 2.9
 
 
 @pytest.mark.parametrize("kind", ["int", "hqq", "awq"])
