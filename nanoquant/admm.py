@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.binary import BinaryFactors, sign, svid
+from nanoquant.budget import WIDEST
 from nanoquant.importance import Importance
 
 
@@ -88,7 +89,7 @@ class ADMMInitializer(nn.Module):
         Args:
             weight: W (..., d_out, d_in).
             importance: second moments, input (..., d_in) and output (..., d_out), all above 0.
-            rank: r.
+            rank: r, at most twice the smaller dimension.
             generator: source of the Gaussian start, on the CPU; seed 0 when absent.
 
         Returns:
@@ -183,10 +184,9 @@ class ADMMInitializer(nn.Module):
                 f"importances of {tuple(i.shape)} inputs and {tuple(o.shape)} outputs do not fit a weight of "
                 f"shape {tuple(W.shape)}"
             )
-        if not 1 <= rank <= min(W.shape[-2:]):
-            raise ValueError(
-                f"rank must lie in 1..{min(W.shape[-2:])} for shape {tuple(W.shape)}, got {rank}"
-            )
+        most = WIDEST * min(W.shape[-2:])
+        if not 1 <= rank <= most:
+            raise ValueError(f"rank must lie in 1..{most} for shape {tuple(W.shape)}, got {rank}")
         if not W.isfinite().all():
             raise ValueError(f"weight of shape {tuple(W.shape)} holds non-finite values")
         for name, moment in (("input", i), ("output", o)):

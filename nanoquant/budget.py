@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 
 SCALE_BITS = 16
 """Bits of one stored scale, a bfloat16."""
+WIDEST = 2
+"""Largest rank over the smaller dimension of a weight, about 3 bits; from there on grouped integers are as good."""
 ALLOCATIONS = ("uniform", "prior", "measured")
 Shapes = Mapping[str, tuple[int, int]]
 """Layer name to (d_out, d_in)."""
@@ -54,7 +56,7 @@ class BudgetConfig:
     """How many bits the quantized linears may take, and in which steps ranks come."""
 
     bits: float = 1.0
-    """Bits per weight over all quantized linears, signs and scales counted (embeddings, head, norms are not)."""
+    """Bits per weight over all quantized linears, to about 3; signs and scales count (embeddings, head, norms not)."""
     rank_multiple: int = 32
     """Ranks are multiples of this and at least this; kernels want 32 or more."""
     allocation: str = "uniform"
@@ -105,10 +107,19 @@ def real_rank(d_out: int, d_in: int, bits: float) -> float:
     return bits * d_out * d_in / (d_out + d_in) - SCALE_BITS
 
 
-def largest_rank(d_out: int, d_in: int, multiple: int) -> int:
-    """Largest multiple not above min(d_out, d_in), or that minimum itself where it is smaller than a multiple."""
-    smaller = min(d_out, d_in)
-    return max(smaller // multiple * multiple, min(smaller, multiple))
+def largest_rank(d_out: int, d_in: int, multiple: int, bits: float) -> int:
+    """Largest rank that a layer may get in a model of so many bits per weight.
+
+    Up to one bit it is full rank, as published: the largest multiple within min(d_out, d_in), the next one where
+    equal bits for all layers ask for it, or that minimum where it is smaller than a multiple. Above one bit it is
+    bits * min(d_out, d_in), more than equal bits ask for, and at most ``WIDEST`` times the minimum.
+    """
+    smaller, bits = min(d_out, d_in), min(bits, WIDEST)
+    if smaller < multiple:
+        return smaller
+    asked = bits * smaller if bits > 1 else real_rank(d_out, d_in, bits)
+    steps = max(smaller // multiple, math.ceil(asked / multiple))
+    return min(steps, WIDEST * smaller // multiple) * multiple
 
 
 def body_bits(shapes: Shapes, ranks: Mapping[str, int]) -> float:
@@ -143,9 +154,10 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
         ValueError: the budget is below what the smallest ranks cost or above what the largest hold; by how much.
     """
     step = config.rank_multiple
-    cap = {name: largest_rank(*shape, step) for name, shape in shapes.items()}
+    cap = {name: largest_rank(*shape, step, config.bits) for name, shape in shapes.items()}
     least = {name: min(step, cap[name]) for name in shapes}
-    smallest, largest = f"rank {step}", "full rank"
+    smallest = f"rank {step}"
+    largest = "full rank" if config.bits <= 1 else f"rank {WIDEST} times the smaller dimension"
     if config.allocation != "uniform":
         for name, shape in shapes.items():
             uniform = max(real_rank(*shape, config.bits), step) / step  # in steps
@@ -153,7 +165,7 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
             cap[name] = min(cap[name], math.ceil(most) * step)
             least[name] = min(cap[name], max(least[name], int(config.low * uniform) * step))
         smallest = f"the smallest ranks (low={config.low} times uniform)"
-        largest = f"the largest ranks (high={config.high} times uniform, within full rank)"
+        largest = f"the largest ranks (high={config.high} times uniform, within {largest})"
     few, many = body_bits(shapes, least), body_bits(shapes, cap)
     if not few <= config.bits <= many:
         gap = few - config.bits if config.bits < few else config.bits - many
@@ -182,7 +194,12 @@ def allocate_ranks(shapes: Shapes, config: BudgetConfig) -> dict[str, int]:
         ValueError: the budget is below what the smallest ranks cost or above what the shapes can hold.
     """
     limits = rank_limits(shapes, replace(config, allocation="uniform"))
-    wanted = {name: real_rank(*shape, config.bits) for name, shape in shapes.items()}
+    return uniform_ranks(shapes, config.bits, limits)
+
+
+def uniform_ranks(shapes: Shapes, bits: float, limits: RankLimits) -> dict[str, int]:
+    """Ranks of equal bits per weight for every layer, but for the limits and what rounding leaves."""
+    wanted = {name: real_rank(*shape, bits) for name, shape in shapes.items()}
     return round_ranks(shapes, wanted, limits)
 
 

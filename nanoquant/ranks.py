@@ -136,6 +136,7 @@ def measure(
                 importances,
                 uniform,
                 step,
+                config.budget.bits,
                 windows,
                 settings.spread,
                 ADMMInitializer(short),

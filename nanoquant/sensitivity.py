@@ -140,6 +140,7 @@ class SensitivityProbe:
         importances: of the linears to measure, by full name.
         ranks: their uniform ranks.
         step: ranks are multiples of this.
+        bits: per weight, of the whole budget; they limit ranks.
         windows: token ids (N, T) on which losses are measured.
         spread: of :class:`SensitivityConfig`.
         initializer: the short ADMM.
@@ -153,13 +154,14 @@ class SensitivityProbe:
         importances: Mapping[str, Importance],
         ranks: Mapping[str, int],
         step: int,
+        bits: float,
         windows: Tensor,
         spread: float,
         initializer: ADMMInitializer,
         seed: int = 0,
     ) -> None:
         self.decoder, self.importances, self.ranks, self.step = decoder, importances, ranks, step
-        self.spread, self.initializer, self.seed = spread, initializer, seed
+        self.bits, self.spread, self.initializer, self.seed = bits, spread, initializer, seed
         self.dense = DensePrefix(model, decoder, windows)
 
     def measure(self, block: int, names: tuple[str, ...]) -> GroupLoss:
@@ -187,7 +189,7 @@ class SensitivityProbe:
         importance, uniform = self.importances[full], self.ranks[full]
         i, o = importance.input.to(W), importance.output.to(W)
         found, errors = W, {}
-        for rank in probed_ranks(tuple(W.shape), uniform, self.step, self.spread):
+        for rank in probed_ranks(tuple(W.shape), uniform, self.step, self.spread, self.bits):
             generator = torch.Generator().manual_seed(self.seed)
             A = self.initializer(W, importance, rank, generator).dense()
             errors[rank] = importance.scale * float(o @ ((W - A).square() @ i))
@@ -195,10 +197,13 @@ class SensitivityProbe:
         return found, errors
 
 
-def probed_ranks(shape: tuple[int, int], uniform: int, step: int, spread: float) -> list[int]:
+def probed_ranks(
+    shape: tuple[int, int], uniform: int, step: int, spread: float, bits: float
+) -> list[int]:
     """Ranks at which errors are measured, ascending: the uniform one, and those around it that differ."""
     below = max(int((1 - spread) * uniform) // step * step, min(step, uniform))
-    above = min(int((1 + spread) * uniform) // step * step, largest_rank(*shape, step))
+    most = largest_rank(*shape, step, bits)
+    above = min(int((1 + spread) * uniform) // step * step, most)
     return sorted({below, uniform, max(above, uniform)})
 
 

@@ -171,7 +171,7 @@ def layer_rank(weight: Tensor, budget: BudgetConfig) -> int:
     """Largest rank of one linear that takes at most the asked bits per weight.
 
     Raises:
-        ValueError: the smallest rank costs more, or full rank less, than is asked.
+        ValueError: the smallest rank costs more, or the largest less, than is asked.
     """
     shape = tuple(weight.shape)
     try:

@@ -32,11 +32,13 @@ ANY = {
     "narrow rows": dict(shape=(5, 9, 1), lead=()),
     "float32 scales": dict(shape=(24, 40, 16), lead=(1,), scale_dtype=torch.float32),
     "several tiles": dict(shape=(70, 2100, 600), lead=(1,)),
+    "rank above both sides": dict(shape=(48, 80, 144), lead=(1,)),
 }
 MANY = {
     "3 tokens": dict(shape=(51, 100, 37), lead=(3,)),
     "16 tokens": dict(shape=(33, 320, 70), lead=(16,)),
     "17 tokens": dict(shape=(33, 320, 70), lead=(17,)),
+    "rank above both sides, 5 tokens": dict(shape=(48, 80, 144), lead=(5,)),
     "2 x 35 tokens": dict(shape=(33, 100, 70), lead=(2, 35)),
     "empty": dict(shape=(24, 40, 16), lead=(2, 0)),
 }
@@ -71,6 +73,9 @@ STACKS = {  # d_out, d_in, rank of each member
         shapes=[(70, 100, 40), (33, 100, 200)], lead=(1,), bias=[False] * 2, align=True
     ),
     "16 tokens": dict(shapes=[(70, 320, 48), (70, 320, 48)], lead=(2, 8), bias=[True, True]),
+    "ranks above both sides": dict(
+        shapes=[(96, 64, 192), (32, 64, 64), (32, 64, 96)], lead=(1,), bias=[False] * 3
+    ),
 }
 
 

@@ -43,16 +43,17 @@ def ours(bits, embedding=16):
 
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("embedding", [16, 8, 4])
-def test_bytes_are_those_that_a_run_writes(embedding, tie, tmp_path):
+@pytest.mark.parametrize("bits", [2.0, 0.8])
+def test_bytes_are_those_that_a_run_writes(bits, embedding, tie, tmp_path):
     model = build(LlamaConfig(**SMALL, tie_word_embeddings=tie), torch.bfloat16)
     told = anatomy(model.config)
     config = dataclasses.replace(
-        QUICK, budget=BudgetConfig(bits=0.8), embedding=EmbeddingConfig(bits=embedding)
+        QUICK, budget=BudgetConfig(bits=bits), embedding=EmbeddingConfig(bits=embedding)
     )
     report = quantize(model, TOKENS, config)
     folder = save_pretrained(model, tmp_path / "out")
-    assert our_ranks(told, 0.8) == report.ranks
-    assert weight_bytes(told, ours(0.8, embedding), "cpu") == read_sizes(folder).bytes_on_disk
+    assert our_ranks(told, bits) == report.ranks
+    assert weight_bytes(told, ours(bits, embedding), "cpu") == read_sizes(folder).bytes_on_disk
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -167,13 +168,15 @@ def test_two_bits_in_groups_are_the_published_size():
     )
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_activations_are_what_a_forward_pass_allocates(packed):
+@pytest.mark.parametrize(
+    ("bits", "rank"), [(None, 0), (1.0, 96), (2.0, 320)], ids=["dense", "1 bit", "2 bits"]
+)
+def test_activations_are_what_a_forward_pass_allocates(bits, rank):
     from packed_models import pack_randomly
 
     model = build(LlamaConfig(**SMALL | {"max_position_embeddings": 512}), torch.bfloat16)
     told = anatomy(model.config)
-    model = pack_randomly(model, rank=96) if packed else model
+    model = pack_randomly(model, rank=rank) if bits else model
     use, ids = Use(512, 1, "cpu", 16), random_windows(1, 512)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.inference_mode():
@@ -184,7 +187,7 @@ def test_activations_are_what_a_forward_pass_allocates(packed):
     for event in seen.profiler.kineto_results.events():
         now += event.nbytes() if event.name() == "[memory]" else 0
         peak = max(peak, now)
-    option = ours(1.0) if packed else OPTIONS["bf16"]
+    option = ours(bits) if bits else OPTIONS["bf16"]
     estimate = activation_bytes(told, option, use)
     assert 0.8 < (peak - cache_bytes(told, use)) / estimate < 1.25
 

@@ -50,7 +50,7 @@ SMOL = (576, 576, 192, 1536, 30)
 
 def what_uniform_spends(shapes):
     """Limits of the published tables: the bits of uniform ranks rounded down, and no clamp."""
-    cap = {name: largest_rank(*shape, 32) for name, shape in shapes.items()}
+    cap = {name: largest_rank(*shape, 32, 1.0) for name, shape in shapes.items()}
     floors = {name: int(real_rank(*shape, 1.0)) // 32 * 32 for name, shape in shapes.items()}
     least = dict.fromkeys(shapes, 32)
     return floors, RankLimits(least, cap, used_bits(shapes, floors), 32)
@@ -124,7 +124,7 @@ ALLOCATIONS = {
 
 
 @pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("bits", [1.0, 0.8, 0.55, 0.4])
+@pytest.mark.parametrize("bits", [2.5, 2.0, 1.5, 1.0, 0.8, 0.55, 0.4])
 @pytest.mark.parametrize("sizes", [SMOL, *QWEN3.values()], ids=["smol", *QWEN3])
 def test_every_allocation_takes_the_same_bits_within_the_cheapest_step(allocation, bits, sizes):
     shapes, places = model(*sizes)
@@ -202,7 +202,7 @@ def test_exponents_stay_where_they_make_sense(errors, exponent):
 
 def test_limits_that_leave_the_budget_out_of_reach_say_by_how_much():
     shapes = {"a": (512, 512), "b": (512, 4096)}
-    config = BudgetConfig(bits=1.5, allocation="prior", high=1.0)
+    config = BudgetConfig(bits=3.0, allocation="prior", high=1.0)
     with pytest.raises(ValueError, match=r"high=1\.0 .*this one is 0\.\d+ too high"):
         rank_limits(shapes, config)
 

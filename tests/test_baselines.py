@@ -149,6 +149,7 @@ def test_bits_after_the_name_win():
     baseline, config = find_baseline("sign-svd@1.7", CONFIG)
     assert config.bits == 1.7 and baseline is BASELINES["sign-svd"]
     assert quantized("sign-svd@1.7").sizes().body_bits_per_weight <= 1.7
+    assert 2.6 < quantized("nanoquant-init@2.9").sizes().body_bits_per_weight <= 2.9
 
 
 @pytest.mark.parametrize("kind", ["int", "hqq", "awq"])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from nanoquant.baselines.config import BaselineConfig
 from nanoquant.baselines.records import read_comparable, row_of, rows_of
-from nanoquant.baselines.registry import BASELINES
+from nanoquant.baselines.registry import BASELINES, check_shapes
 from nanoquant.baselines.report import draw_panel, pareto_front, plot_pareto, records_table
 from nanoquant.baselines.run import BaselineRuns, Measurement, chosen_names
 from nanoquant.cli import main
@@ -204,6 +204,17 @@ def test_bad_input_is_answered_in_one_line(place, capsys, tmp_path, monkeypatch,
     code, out, err = call(capsys, *wanted)
     assert (code, out) == (2, "") and message in err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["sign-svd", "dual-svid"])
+def test_bits_beyond_full_rank_are_refused_where_an_svd_has_no_more(name):
+    shapes = {"a": (256, 256), "b": (512, 256)}
+    check_shapes(f"{name}@1.5", shapes, BaselineConfig(text="text"))
+    with pytest.raises(
+        ValueError, match=r"bits=2\.0 is 0\.\d+ more than full rank.*at most 1\.\d+"
+    ):
+        check_shapes(f"{name}@2.0", shapes, BaselineConfig(text="text"))
+    check_shapes("nanoquant-init@2.0", shapes, BaselineConfig(text="text"))
 
 
 def test_nothing_to_measure_is_refused(place, capsys):

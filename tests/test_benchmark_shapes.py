@@ -47,7 +47,7 @@ def test_distinct_shapes_of_llama_2_70b_share_keys_and_values():
     }
 
 
-@pytest.mark.parametrize("bits", [1.0, 0.8, 0.55])
+@pytest.mark.parametrize("bits", [2.0, 1.0, 0.8, 0.55])
 def test_ranks_keep_to_the_budget(bits):
     shapes = linear_shapes(skeleton(model_config("demo")))
     assert bits - 0.001 < body_bits(shapes, ranks_at(shapes, bits)) <= bits

@@ -13,7 +13,14 @@ from test_kernels_ops import arguments, expected, with_one_and_two_threads
 from nanoquant_kernels import binary_low_rank_linear, compiled, cpu, cpu_build, reference
 
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}  # of the result only
-SHAPES = [(24, 40, 16), (17, 23, 5), (1, 9, 1), (33, 1, 65), (96, 1100, 70)]  # d_out, d_in, rank
+SHAPES = [
+    (24, 40, 16),
+    (17, 23, 5),
+    (1, 9, 1),
+    (33, 1, 65),
+    (96, 1100, 70),
+    (48, 80, 144),
+]  # d_out, d_in, rank
 needs_compiler = pytest.mark.skipif(not cpu_build.available_paths(), reason="no C++ compiler")
 
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from nanoquant_kernels import binary_low_rank_linear, pack_signs, reference, unpack_signs
 
 RELATIVE = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}  # a few roundings each
-CASES = [(24, 40, 16), (17, 23, 5), (8, 8, 8), (1, 9, 1)]  # d_out, d_in, rank
+CASES = [(24, 40, 16), (17, 23, 5), (8, 8, 8), (1, 9, 1), (8, 12, 19)]  # d_out, d_in, rank
 
 
 def arguments(d_out, d_in, rank, lead=(3,), dtype=torch.float32, bias=True, scale_dtype=None):

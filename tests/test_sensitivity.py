@@ -49,7 +49,7 @@ def make_probe(model, spread=0.5):
     )
     initializer = ADMMInitializer(ADMMConfig(iterations=5))
     probe = SensitivityProbe(
-        model, decoder, importances, ranks, 8, WINDOWS, spread, initializer, seed=3
+        model, decoder, importances, ranks, 8, 1.0, WINDOWS, spread, initializer, seed=3
     )
     return probe, decoder, ranks
 
@@ -122,20 +122,22 @@ def test_an_interrupt_puts_the_dense_weights_back(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "uniform", "spread", "ranks"),
+    ("shape", "bits", "uniform", "spread", "ranks"),
     [
-        ((576, 576), 256, 0.5, [128, 256, 384]),
-        ((576, 192), 128, 0.5, [64, 128, 192]),
-        ((576, 192), 192, 0.5, [96, 192]),
-        ((576, 576), 32, 0.5, [32]),
-        ((576, 576), 256, 0.0, [256]),
-        ((20, 100), 20, 0.5, [20]),
+        ((576, 576), 1.0, 256, 0.5, [128, 256, 384]),
+        ((576, 192), 1.0, 128, 0.5, [64, 128, 192]),
+        ((576, 192), 1.0, 192, 0.5, [96, 192]),
+        ((576, 192), 1.5, 192, 0.5, [96, 192, 288]),
+        ((576, 192), 2.0, 272, 0.5, [128, 272, 384]),
+        ((576, 576), 1.0, 32, 0.5, [32]),
+        ((576, 576), 1.0, 256, 0.0, [256]),
+        ((20, 100), 1.0, 20, 0.5, [20]),
     ],
 )
-def test_errors_are_measured_around_the_uniform_rank_within_the_shape(
-    shape, uniform, spread, ranks
+def test_errors_are_measured_around_the_uniform_rank_within_what_the_bits_allow(
+    shape, bits, uniform, spread, ranks
 ):
-    assert probed_ranks(shape, uniform, 32, spread) == ranks
+    assert probed_ranks(shape, uniform, 32, spread, bits) == ranks
 
 
 class Counting(Progress):

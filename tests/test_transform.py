@@ -73,16 +73,19 @@ def test_without_data_the_weight_is_close_to_the_dense_one():
     assert relative_error(weight, model[0].weight.dequantize()) < 0.5
 
 
-def test_rank_is_the_largest_multiple_within_each_layers_own_budget():
+@pytest.mark.parametrize("bits", [1.5, 2.5])
+def test_rank_is_the_largest_multiple_within_each_layers_own_budget(bits):
     model = two_layers()
-    quantize_(model, CONFIG)
+    budget = dataclasses.replace(CONFIG.budget, bits=bits)
+    quantize_(model, dataclasses.replace(CONFIG, budget=budget))
     for layer in (model[0], model[2]):
         d_out, d_in = layer.weight.shape
-        bits = [
+        used = [
             (r + 16) * (d_out + d_in) / (d_out * d_in)
             for r in (layer.weight.rank, layer.weight.rank + 8)
         ]
-        assert bits[0] <= 1.5 < bits[1]
+        assert used[0] <= bits < used[1]
+    assert any(layer.weight.rank > min(layer.weight.shape) for layer in model[::2]) == (bits > 2)
 
 
 def test_a_config_from_nanoquant_config_works():

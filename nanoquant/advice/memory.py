@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nanoquant.advice.anatomy import Anatomy
 from nanoquant.advice.config import Use
-from nanoquant.advice.options import BF16, Option, weight_bytes
+from nanoquant.advice.options import BF16, Option, our_ranks, weight_bytes
 
 COMFORT = 0.9
 """Share of the memory up to which a total counts as fitting with room: the rest is for what is not counted."""
@@ -57,7 +57,9 @@ def activation_bytes(model: Anatomy, option: Option, use: Use, context: int | No
     peak = tokens * (BF16 * (2 * model.hidden + 3 * model.widest) + 4 * model.hidden)
     peak += use.batch * model.vocabulary * (BF16 + 4)
     if option.tool == "nanoquant":
-        widest = max(d_out * d_in for d_out, d_in in model.shapes) * BF16
+        ranks = our_ranks(model, option.bits)
+        sides = ((min(s), max(s), ranks[name]) for name, s in model.linears.items())
+        widest = max(max(small, rank) * large for small, large, rank in sides) * BF16
         peak += widest if use.device == "cpu" else min(widest, SCRATCH)
     return peak
 

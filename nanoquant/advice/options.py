@@ -59,7 +59,7 @@ OTHERS = (
 """What other libraries offer, most bits first."""
 OURS = tuple(
     Option(f"{bits}", f"nanoquant {bits} bit", bits, "nanoquant", 0, embedding)
-    for bits in (1.0, 0.8, 0.55)
+    for bits in (2.0, 1.0, 0.8, 0.55)
     for embedding in (16, 8, 4)
 )
 """What this library makes."""

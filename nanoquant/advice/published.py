@@ -70,6 +70,7 @@ TABLE_3_OTHERS = Source(f"{PAPER}, Table 3", SIX_TASKS)
 TABLE_4 = Source(f"{PAPER}, Table 4", WT2)
 FIGURE_1 = Source(f"{PAPER}, Fig. 1", WT2, DIGITIZED)
 FIGURE_6 = Source(f"{PAPER}, Fig. 6", SIX_TASKS, f"{DIGITIZED}; {OWN_CODE}")
+FIGURE_6_TEXT = Source(f"{PAPER}, Fig. 6", WT2, f"{DIGITIZED}; {OWN_CODE}")
 AWQ = Source("arXiv 2306.00978, Table 4", WT2, "round to nearest, no calibration")
 QWEN_STUDY = Source(
     "arXiv 2505.02214, Table 4", WT2_POST, "from a transcript of the table; groups of 128"
@@ -98,6 +99,7 @@ TABLES = (
         "5.47 4.88 3.32 9.74 7.81 6.24 2.86 10.60 7.39 5.86 4.88 12.66 9.39 7.89 7.00 6.37")),
     Figures("1.0", "perplexity", "", TABLE_2, _row(ALL,
         "10.34 8.71 6.52 25.59 17.90 14.97 11.32 35.30 19.64 24.70 27.21 27.56 19.21 14.29 12.47 10.92")),
+    Figures("2.0", "perplexity", "", FIGURE_6_TEXT, _row(QWENS, "16.5 11.7 9.6 8.5 7.6")),
     Figures("0.8", "perplexity", "", TABLE_2, _row(ALL,
         "12.20 10.14 7.61 33.08 22.09 18.16 13.75 50.15 25.38 32.84 28.83 33.79 25.31 19.33 14.83 12.88")),
     Figures("0.55", "perplexity", "", TABLE_2, _row(ALL,
@@ -115,6 +117,7 @@ TABLES = (
     Figures("1.0", "zero-shot", "", TABLE_3, _row("llama-3-8b qwen3-8b", "45.95 48.94")),
     Figures("2-bit", "zero-shot", "", TABLE_3_OTHERS, _row("llama-3-8b qwen3-8b", "36.99 37.92")),
     Figures("1.0", "zero-shot", "", FIGURE_6, _row("qwen3-0.6b qwen3-1.7b qwen3-4b qwen3-14b", "39.2 44.3 45.6 50.6")),
+    Figures("2.0", "zero-shot", "", FIGURE_6, _row(QWENS, "48.6 52.5 60.7 65.0 67.9")),
     Figures("0.55", "zero-shot", "", FIGURE_6, _row(QWENS, "36.8 39.2 39.5 42.6 43.4")),
     Figures("bf16", "perplexity", "", OURS, _row("demo", "22.7")),
     Figures("1.0", "perplexity", "preset balanced", OURS, _row("demo", "70.2")),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,15 @@ from nanoquant.baselines.config import BaselineConfig
 from nanoquant.baselines.factorize import dual_svid, row_and_column_scales, row_scales, sign_svd
 from nanoquant.baselines.layers import MiddleScaleLinear, SignLinear
 from nanoquant.baselines.target import Target
-from nanoquant.budget import SCALE_BITS, BudgetConfig, allocate_ranks, body_bits
+from nanoquant.budget import (
+    SCALE_BITS,
+    BudgetConfig,
+    allocate_ranks,
+    body_bits,
+    largest_rank,
+    rank_limits,
+    uniform_ranks,
+)
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.importance import collect_importances
 from nanoquant.packed_linear import PackedBinaryLinear
@@ -28,7 +38,7 @@ def xnor(target: Target, config: BaselineConfig, windows: Tensor | None) -> None
 
 def sign_of_svd(target: Target, config: BaselineConfig, windows: Tensor | None) -> None:
     """Signs of the truncated SVD's factors, at the ranks of the budget."""
-    ranks = plain_ranks(target.shapes, config.bits)
+    ranks = svd_ranks(target.shapes, config.bits)
 
     def make(name: str, W: Tensor, bias: Tensor | None) -> nn.Module:
         return PackedBinaryLinear.from_factors(sign_svd(W, ranks[name]), bias)
@@ -76,6 +86,23 @@ def plain_ranks(shapes: dict[str, tuple[int, int]], bits: float) -> dict[str, in
     return allocate_ranks(shapes, BudgetConfig(bits=bits))
 
 
+def svd_ranks(shapes: dict[str, tuple[int, int]], bits: float) -> dict[str, int]:
+    """Ranks of our own budget as far as a truncated SVD goes: the smaller dimension.
+
+    Raises:
+        ValueError: the bits are fewer than the smallest ranks take, or more than full rank does; by how much.
+    """
+    limits = rank_limits(shapes, BudgetConfig(bits=bits))
+    full = {name: largest_rank(*shape, limits.step, 1.0) for name, shape in shapes.items()}
+    most = body_bits(shapes, full)
+    if bits > most:
+        raise ValueError(
+            f"bits={bits} is {bits - most:.4f} more than full rank takes with these shapes, and an SVD has no "
+            f"more: ask for at most {most:.4f}; nanoquant-init goes beyond"
+        )
+    return uniform_ranks(shapes, bits, dataclasses.replace(limits, cap=full))
+
+
 def ranks_with_middle(shapes: dict[str, tuple[int, int]], bits: float) -> dict[str, int]:
     """Ranks that take at most ``bits`` per weight when each rank stores a scale besides its signs.
 
@@ -86,7 +113,7 @@ def ranks_with_middle(shapes: dict[str, tuple[int, int]], bits: float) -> dict[s
     left = bits
     while True:
         try:
-            ranks = plain_ranks(shapes, left)
+            ranks = svd_ranks(shapes, left)
         except ValueError as error:
             if left == bits:
                 raise

@@ -107,7 +107,7 @@ BASELINES: dict[str, Baseline] = {
         what="signs of the truncated SVD, scales refitted",
         source="plain",
         apply=binary.sign_of_svd,
-        ranks=binary.plain_ranks,
+        ranks=binary.svd_ranks,
         reads=("bits",),
     ),
     "dual-svid": Baseline(
