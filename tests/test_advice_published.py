@@ -35,8 +35,11 @@ def test_no_model_has_two_figures_of_one_way():
 
 
 def test_figures_of_this_project_are_those_of_the_readme():
-    rows = re.findall(r"^\| (dense|`make demo.*?`) \|.*?\|.*?\|.*?\| ([\d.]+) \|", README, re.M)
-    found = dict(rows)
+    table, row = (
+        README.split("Gemma 3 270M")[0],
+        r"^\| (dense|`make demo.*?`).*?\|.*?\|.*?\| \**([\d.]+)",
+    )
+    found = dict(re.findall(row, table, re.M))
     expected = {
         ("bf16", ""): found["dense"],
         ("1.0", "preset fast"): found["`make demo`"],

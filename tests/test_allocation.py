@@ -154,7 +154,7 @@ def test_ranks_stay_within_their_limits_around_the_uniform_ones(allocation):
 def test_an_infinite_high_leaves_only_the_limits_of_the_shapes(allocation):
     shapes, _ = model(*SMOL)
     limits = rank_limits(shapes, BudgetConfig(allocation=allocation, high=math.inf))
-    assert limits.cap == {name: largest_rank(*shape, 32) for name, shape in shapes.items()}
+    assert limits.cap == {name: largest_rank(*shape, 32, 1.0) for name, shape in shapes.items()}
 
 
 def test_a_neutral_prior_is_the_uniform_allocation():
