@@ -120,9 +120,10 @@ def make_windows(
     available = len(tokens) // body
     needed = (count or 1) * body
     if len(tokens) < needed:
+        fits = f"at most {available} windows of this length" if available else "shorter windows"
         raise ValueError(
             f"the text has {len(tokens)} tokens, but {count or 1} windows of {body} tokens need "
-            f"{needed}; give longer text, or ask for at most {available} windows of this length"
+            f"{needed}; give longer text, or ask for {fits}"
         )
     windows = tokens[: available * body].view(available, body).long()  # (available, body)
     if seed is not None:
