@@ -200,7 +200,9 @@ def test_bos_is_used_where_the_tokenizer_adds_it():
 def test_short_text_says_how_many_tokens_there_are_and_are_needed():
     with pytest.raises(ValueError, match="has 35 tokens, but 4 windows of 10 tokens need 40.*at m"):
         make_windows(torch.arange(35), 10, count=4)
-    with pytest.raises(ValueError, match="has 5 tokens, but 1 windows of 10 tokens need 10.*shorter windows"):
+    with pytest.raises(
+        ValueError, match="has 5 tokens, but 1 windows of 10 tokens need 10.*shorter windows"
+    ):
         make_windows(torch.arange(5), 10)
 
 
