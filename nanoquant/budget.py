@@ -10,7 +10,9 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from nanoquant.units import parse_bytes
 
 SCALE_BITS = 16
 """Bits of one stored scale, a bfloat16."""
@@ -57,6 +59,8 @@ class BudgetConfig:
 
     bits: float = 1.0
     """Bits per weight over all quantized linears, to about 3; signs and scales count (embeddings, head, norms not)."""
+    file: str | None = None
+    """Bytes of all stored tensors together, such as 70MB, in the place of bits: linears get what the rest leaves."""
     rank_multiple: int = 32
     """Ranks are multiples of this and at least this; kernels want 32 or more."""
     allocation: str = "uniform"
@@ -75,6 +79,13 @@ class BudgetConfig:
             raise ValueError(
                 f"bits must be above 0, got {self.bits}, and finite; usual values are 1.0, 0.8 and 0.55"
             )
+        if self.file is not None:
+            parse_bytes(self.file, "budget.file")
+            if self.bits != type(self).bits:
+                raise ValueError(
+                    f"budget.bits={self.bits} and budget.file={self.file} exclude each other: the file's size "
+                    "decides the bits; give one of the two"
+                )
         if self.rank_multiple < 1:
             raise ValueError(f"rank_multiple must be at least 1, got {self.rank_multiple}")
         if self.allocation not in ALLOCATIONS:
@@ -89,6 +100,14 @@ class BudgetConfig:
             raise ValueError(
                 f"low must lie in 0..1 and high be at least 1, got {self.low} and {self.high}"
             )
+        idle = {"uniform": ("depth_slope", "roles", "low", "high"), "measured": ("roles",)}
+        for name in idle.get(self.allocation, ()):
+            default = RoleWeights() if name == "roles" else getattr(type(self), name)
+            if getattr(self, name) != default:
+                raise ValueError(
+                    f"budget.{name} and budget.allocation={self.allocation} exclude each other: it would change "
+                    f"nothing; take allocation prior{'' if name == 'roles' else ' or measured'}, or leave it out"
+                )
 
 
 def layer_bits(d_out: int, d_in: int, rank: int) -> int:
@@ -193,7 +212,7 @@ def allocate_ranks(shapes: Shapes, config: BudgetConfig) -> dict[str, int]:
     Raises:
         ValueError: the budget is below what the smallest ranks cost or above what the shapes can hold.
     """
-    limits = rank_limits(shapes, replace(config, allocation="uniform"))
+    limits = rank_limits(shapes, BudgetConfig(bits=config.bits, rank_multiple=config.rank_multiple))
     return uniform_ranks(shapes, config.bits, limits)
 
 

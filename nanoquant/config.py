@@ -85,6 +85,15 @@ class NanoQuantConfig(AOBaseConfig):
         if self.step not in STEPS:
             raise ValueError(f"step must be prepare, convert or empty, got {self.step!r}")
         measured = self.budget.allocation == "measured"
+        if self.embedding.bits is None and self.budget.file is None:
+            raise ValueError(
+                "embedding.bits=null lets a budget for the file choose; give budget.file, such as 70MB, or 16, 8 or 4"
+            )
+        if not measured and self.sensitivity != SensitivityConfig():
+            raise ValueError(
+                f"sensitivity.* and budget.allocation={self.budget.allocation} exclude each other: nothing would be "
+                "measured; take allocation measured, or leave them out"
+            )
         if measured and self.sensitivity.windows > self.calibration.windows:
             raise ValueError(
                 f"sensitivity.windows={self.sensitivity.windows} are taken from the calibration windows, "

@@ -19,19 +19,21 @@ from nanoquant_kernels import pack_codes, table_linear, table_rows
 from nanoquant_kernels.table import COLUMNS, dense_rows
 
 TABLE_PARTS = ("codes", "scales", "zeros")
+EMBEDDING_BITS = (16, 8, 4)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingConfig:
     """How the token embedding and the language model head are stored."""
 
-    bits: int = 16
-    """Bits of an entry of the embedding and the head: 16 keeps them as they are, 8 and 4 quantize them."""
+    bits: int | None = 16
+    """Bits of an entry of the embedding and the head: 16 keeps them as they are, 8 and 4 quantize them; null lets
+    measured losses choose under budget.file."""
     group_size: int = 32
     """At 4 bits, columns that share a scale and a zero point, a multiple of 32; at 8 bits a row shares one scale."""
 
     def __post_init__(self) -> None:
-        if self.bits not in (16, 8, 4):
+        if self.bits not in (None, *EMBEDDING_BITS):
             raise ValueError(
                 f"bits of the embedding must be 16, 8 or 4, got {self.bits}; 16 leaves it as it is"
             )
@@ -117,6 +119,12 @@ def meta_table(n: int, d: int, config: EmbeddingConfig, dtype: torch.dtype) -> T
         return Table(empty(d, torch.int8), empty(1, dtype), None)
     groups = d // config.group_size
     return Table(empty(d // 2, torch.uint8), empty(groups, dtype), empty(groups, torch.int8))
+
+
+def table_bytes(n: int, d: int, config: EmbeddingConfig, dtype: torch.dtype) -> int:
+    """Bytes of the table of a matrix (n, d)."""
+    parts = (part for part in meta_table(n, d, config, dtype) if part is not None)
+    return sum(part.numel() * part.element_size() for part in parts)
 
 
 def table_of(module: nn.Module) -> Table | None:

@@ -179,7 +179,7 @@ def load_checked(
     if plan.written:
         check_kept(job.self_text_file, model, config.self_text, config.run.seed, plan.own)
     decoder = find_decoder(model)
-    check_budget(decoder, config.block_range(len(decoder.blocks)), config)
+    check_budget(model, decoder, config.block_range(len(decoder.blocks)), config)
     if windows is not None:
         check_length(model, windows.shape[1])
     return model

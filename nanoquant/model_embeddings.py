@@ -20,6 +20,7 @@ from nanoquant.embedding import (
     table_of,
 )
 from nanoquant.packed_linear import frozen
+from nanoquant_kernels.table import dense_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,16 +83,36 @@ def quantize_embeddings(model: PreTrainedModel, config: EmbeddingConfig) -> PreT
     Raises:
         ValueError: no embedding is found, it is quantized already, or the groups do not fit its width.
     """
-    check_embeddings(model, config)
-    if config.bits != 16:
-        weights = {name: module.weight for name, module in find_embeddings(model).items()}
-        tables = {id(weight): quantize_table(weight, config) for weight in weights.values()}
-        put_tables(model, {name: tables[id(weight)] for name, weight in weights.items()})
+    put_tables(model, embedding_tables(model, config))
     return model
+
+
+def embedding_tables(model: PreTrainedModel, config: EmbeddingConfig) -> dict[str, Table]:
+    """Tables of the token embedding and the head by name, one for both where they are tied; none at 16 bits.
+
+    Raises:
+        ValueError: as of :func:`quantize_embeddings`.
+    """
+    check_embeddings(model, config)
+    if config.bits == 16:
+        return {}
+    weights = {name: module.weight for name, module in find_embeddings(model).items()}
+    tables = {id(weight): quantize_table(weight, config) for weight in weights.values()}
+    return {name: tables[id(weight)] for name, weight in weights.items()}
+
+
+@torch.no_grad()
+def round_embeddings(model: PreTrainedModel, tables: dict[str, Table]) -> None:
+    """Give embedding and head, which stay dense, the values of their tables."""
+    for name, table in tables.items():
+        weight = model.get_submodule(name).weight
+        weight.copy_(dense_rows(*table))
 
 
 def put_tables(model: PreTrainedModel, tables: dict[str, Table]) -> None:
     """Put tables into the embedding and the head by name; those that share one are tied from then on."""
+    if not tables:
+        return
     for name, table in tables.items():
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):

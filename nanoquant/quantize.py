@@ -24,7 +24,12 @@ from nanoquant.evaluation.perplexity import check_length
 from nanoquant.importance import Importance, collect_importances
 from nanoquant.layer_records import record_model_errors
 from nanoquant.mixture import Data
-from nanoquant.model_embeddings import check_embeddings, quantize_embeddings
+from nanoquant.model_embeddings import (
+    check_embeddings,
+    embedding_tables,
+    put_tables,
+    round_embeddings,
+)
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.progress import Progress
 from nanoquant.ranks import check_budget, choose_ranks, decoder_shapes
@@ -101,43 +106,33 @@ def quantize(
     check_model(model, plan, config)
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
-    check_budget(decoder, chosen, config)
-    report = QuantizationReport(config.to_dict())
+    options = check_budget(model, decoder, chosen, config)
     write = SelfText(model, tokenizer, config.self_text, config.run.seed, self_text_file, progress)
     text = split_text(plan, tokenizer, config, write)
-    report.text = text.origin
     model.requires_grad_(False)
     teacher = copy.deepcopy(model) if config.model.train != "none" else None
     with evaluation_mode(model):
         importances = calibrate(model, decoder, chosen, text, config, progress)
-        report.ranks = choose_ranks(
-            model, decoder, chosen, text, importances, config, progress, recorder, sensitivity_file
-        )
+        files = (progress, recorder, sensitivity_file)
+        choice = choose_ranks(model, decoder, chosen, text, importances, options, *files)
+        config = choice.config
+        report = QuantizationReport(config.to_dict(), choice.ranks, text=text.origin)
         report.bits = body_bits(decoder_shapes(decoder, chosen), report.ranks)
         initializer = initializer or ADMMInitializer(config.admm)
         reconstructor = BlockReconstructor(config.block, initializer, config.run.seed)
+        run = (text, config, progress, loggers, recorder)
         report.blocks = reconstruct_blocks(
-            model,
-            decoder,
-            chosen,
-            reconstructor,
-            importances,
-            report.ranks,
-            text,
-            config,
-            progress,
-            loggers,
-            recorder,
+            model, decoder, chosen, reconstructor, importances, report.ranks, *run
         )
+        tables = embedding_tables(model, config.embedding)
         if teacher is not None:
-            report.model = reconstruct_model(
-                model, teacher, text, config, progress, loggers, recorder
-            )
+            round_embeddings(model, tables)  # so that training sees what is stored
+            report.model = reconstruct_model(model, teacher, *run)
             record_model_errors(recorder, decoder, teacher, importances)
             del teacher
     with progress.phase("pack", 1):
         pack_model(model)
-        quantize_embeddings(model, config.embedding)
+        put_tables(model, tables)
         progress.advance(1)
     report.sizes, report.seconds = measure_sizes(model), progress.seconds
     return report
@@ -158,7 +153,8 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
             size does not fit, or the text has tokens that the model does not know.
     """
     check_finite(model)
-    check_embeddings(model, config.embedding)
+    if config.embedding.bits is not None:
+        check_embeddings(model, config.embedding)
     if model.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"the model is in {model.dtype}; load it with dtype=torch.bfloat16")
     if precision_of(model, config) == "32-true" and model.dtype != torch.float32:

@@ -5,20 +5,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from nanoquant.admm import ADMMInitializer
+from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.allocation import Response, allocate_by_loss, allocate_by_prior
 from nanoquant.architectures import Decoder, linear_shape
-from nanoquant.budget import allocate_ranks, body_bits, rank_limits
+from nanoquant.budget import allocate_ranks, body_bits
 from nanoquant.config import NanoQuantConfig
+from nanoquant.embedding import EmbeddingConfig
+from nanoquant.file_budget import embedding_divergence, file_options
 from nanoquant.importance import Importance
 from nanoquant.progress import Progress
 from nanoquant.recorder import Recorder
 from nanoquant.roles import layer_places
-from nanoquant.sensitivity import SensitivityFile, SensitivityProbe, fingerprint, responses
+from nanoquant.sensitivity import (
+    GroupLoss,
+    SensitivityFile,
+    SensitivityProbe,
+    fingerprint,
+    responses,
+)
 from nanoquant.text import Text
 
 logger = logging.getLogger(__name__)
@@ -34,27 +44,33 @@ def decoder_shapes(decoder: Decoder, chosen: range) -> dict[str, tuple[int, int]
     return {name: linear_shape(modules[name]) for name in names}
 
 
-def check_budget(decoder: Decoder, chosen: range, config: NanoQuantConfig) -> None:
-    """Refuse bits that no ranks can meet, before any work.
+def check_budget(
+    model: PreTrainedModel, decoder: Decoder, chosen: range, config: NanoQuantConfig
+) -> list[NanoQuantConfig]:
+    """Refuse a budget that no ranks can meet, before any work; see :func:`file_options`."""
+    return file_options(model, decoder, chosen, decoder_shapes(decoder, chosen), config)
 
-    Raises:
-        ValueError: says by how much.
-    """
-    rank_limits(decoder_shapes(decoder, chosen), config.budget)
+
+@dataclass(frozen=True)
+class Choice:
+    """Ranks by full name, and the config that they meet: its bits, and those of its embedding, are numbers."""
+
+    ranks: dict[str, int]
+    config: NanoQuantConfig
 
 
 def choose_ranks(
-    model: nn.Module,
+    model: PreTrainedModel,
     decoder: Decoder,
     chosen: range,
     text: Text,
     importances: Mapping[str, Importance],
-    config: NanoQuantConfig,
+    options: list[NanoQuantConfig],
     progress: Progress,
     recorder: Recorder,
     file: str | Path | None = None,
-) -> dict[str, int]:
-    """Rank of every linear of the chosen blocks, by full name.
+) -> Choice:
+    """Rank of every linear of the chosen blocks.
 
     Args:
         model: dense.
@@ -62,7 +78,7 @@ def choose_ranks(
         chosen: blocks to quantize.
         text: windows; measuring takes calibration ones.
         importances: of the linears, by full name.
-        config: its budget says how.
+        options: configs of :func:`check_budget`, which differ in bits alone.
         progress: told about measuring.
         recorder: takes the ranks and what they follow from.
         file: where measurements are kept, and from which an interrupted run resumes.
@@ -71,12 +87,19 @@ def choose_ranks(
         ValueError: the bits can't be met; by how much.
     """
     shapes, places = decoder_shapes(decoder, chosen), layer_places(decoder, chosen)
+    config = options[len(options) // 2]
     uniform, found = allocate_ranks(shapes, config.budget), {}
     if config.budget.allocation == "prior":
         ranks = allocate_by_prior(shapes, places, config.budget)
     elif config.budget.allocation == "measured":
-        found = measure(model, decoder, chosen, text, importances, uniform, config, progress, file)
-        ranks = allocate_by_loss(shapes, places, found, config.budget)
+        measure = Measurement(model, decoder, importances, uniform, config, file)
+        found, embedding = measure(chosen, text, [o.embedding for o in options], progress)
+        by_loss = [allocate_by_loss(shapes, places, found, o.budget) for o in options]
+        left = [config.sensitivity.remains * total_loss(found, ranks) for ranks in by_loss]
+        best = min(range(len(options)), key=lambda k: left[k] + embedding[k])
+        config, ranks = options[best], by_loss[best]
+        if len(options) > 1:
+            _tell_options(options, embedding, left)
     else:
         ranks = uniform
     for b in chosen:
@@ -84,7 +107,23 @@ def choose_ranks(
             figures = _figures(found[name], uniform[name]) if name in found else {}
             recorder.record("ranks", block=b, layer=name, rank=ranks[name], **figures)
     _tell_remainder(config.budget.bits, body_bits(shapes, ranks), config.budget.rank_multiple)
-    return ranks
+    return Choice(ranks, config)
+
+
+def total_loss(found: Mapping[str, Response], ranks: Mapping[str, int]) -> float:
+    """Sum of all linears' losses at these ranks, nats per token, as if none were reconstructed."""
+    return sum(found[name].loss(rank) for name, rank in ranks.items())
+
+
+def _tell_options(
+    options: list[NanoQuantConfig], embedding: list[float], left: list[float]
+) -> None:
+    """Say what each storage of the embedding is expected to cost."""
+    for option, table, body in zip(options, embedding, left, strict=True):
+        logger.info(
+            "embedding at %d bits, linears at %.4f: expected divergence %.4f + %.4f",
+            *(option.embedding.bits, option.budget.bits, table, body),
+        )
 
 
 def _figures(response: Response, uniform: int) -> dict[str, float]:
@@ -99,51 +138,84 @@ def _tell_remainder(asked: float, used: float, step: int) -> None:
     level = logging.WARNING if short > LARGE_REMAINDER * asked else logging.INFO
     logger.log(
         level,
-        "ranks in multiples of %d take %.4f bits per weight, %.4f below the asked %s",
+        "ranks in multiples of %d take %.4f bits per weight, %.4f below the asked %.6g",
         *(step, used, short, asked),
     )
 
 
-def measure(
-    model: nn.Module,
-    decoder: Decoder,
-    chosen: range,
-    text: Text,
-    importances: Mapping[str, Importance],
-    uniform: Mapping[str, int],
-    config: NanoQuantConfig,
-    progress: Progress,
-    file: str | Path | None,
-) -> dict[str, Response]:
-    """Loss over rank of every linear, measured group by group."""
-    settings, step = config.sensitivity, config.budget.rank_multiple
-    short = dataclasses.replace(config.admm, iterations=settings.iterations)
-    stages = (settings, short, config.importance, config.calibration)
-    decisive = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
-    decisive |= {"ranks": dict(uniform), "step": step, "seed": config.run.seed}
-    calibration = text.calibration[: max(config.calibration.windows, settings.windows)]
-    known = SensitivityFile(file, fingerprint(model, calibration, decisive))
-    todo = {
-        decoder.full_name(b, names[0]): (b, names) for b in chosen for names in decoder.groups[b]
-    }
-    todo = {key: group for key, group in todo.items() if key not in known.groups}
-    with progress.phase("ranks", len(todo)):
-        if todo:
-            windows = text.calibration[: settings.windows, : settings.length]
-            probe = SensitivityProbe(
-                model,
-                decoder,
-                importances,
-                uniform,
-                step,
-                config.budget.bits,
-                windows,
-                settings.spread,
-                ADMMInitializer(short),
-                config.run.seed,
-            )
-        for key, (b, names) in todo.items():
-            group = probe.measure(b, names)
-            known.add(key, group)
-            progress.advance(1, note=f"block {b}: divergence {group.divergence:.4f}")
-    return responses(known.groups, uniform)
+@dataclass(frozen=True)
+class Measurement:
+    """Measures what ranks and embedding cost; see :func:`choose_ranks` for the fields."""
+
+    model: PreTrainedModel
+    decoder: Decoder
+    importances: Mapping[str, Importance]
+    uniform: Mapping[str, int]
+    config: NanoQuantConfig
+    file: str | Path | None
+
+    def __call__(
+        self,
+        chosen: range,
+        text: Text,
+        embeddings: list[EmbeddingConfig],
+        progress: Progress,
+    ) -> tuple[dict[str, Response], list[float]]:
+        """Loss over rank of every linear, and the divergence that each storage of the embedding costs.
+
+        A single storage is not measured: there is nothing to choose.
+        """
+        settings, decoder = self.config.sensitivity, self.decoder
+        short = dataclasses.replace(self.config.admm, iterations=settings.iterations)
+        known = self._known(text, short)
+        groups = {
+            decoder.full_name(b, names[0]): (b, names)
+            for b in chosen
+            for names in decoder.groups[b]
+        }
+        groups = {key: group for key, group in groups.items() if key not in known.groups}
+        tables = {
+            f"embedding {e.bits} {e.group_size}": e for e in embeddings if len(embeddings) > 1
+        }
+        new = {key: table for key, table in tables.items() if key not in known.groups}
+        with progress.phase("ranks", len(groups) + len(new)):
+            if groups or new:
+                probe = self._probe(text.calibration[: settings.windows, : settings.length], short)
+            for key, table in new.items():
+                known.add(key, GroupLoss(embedding_divergence(self.model, probe.dense, table), {}))
+                progress.advance(
+                    1, note=f"embedding: divergence {known.groups[key].divergence:.4f}"
+                )
+            for key, (b, names) in groups.items():
+                known.add(key, probe.measure(b, names))
+                note = f"block {b}: divergence {known.groups[key].divergence:.4f}"
+                progress.advance(1, note=note)
+        costs = [known.groups[key].divergence for key in tables] or [0.0]
+        return responses(known.groups, self.uniform), costs
+
+    def _known(self, text: Text, short: ADMMConfig) -> SensitivityFile:
+        """What the file has already."""
+        config = self.config
+        stages = (config.sensitivity, short, config.importance, config.calibration)
+        decisive = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
+        del decisive["SensitivityConfig"]["remains"]  # it weighs what was measured
+        decisive |= {"ranks": dict(self.uniform), "step": config.budget.rank_multiple}
+        decisive["seed"] = config.run.seed
+        windows = max(config.calibration.windows, config.sensitivity.windows)
+        calibration = text.calibration[:windows]
+        return SensitivityFile(self.file, fingerprint(self.model, calibration, decisive))
+
+    def _probe(self, windows: Tensor, short: ADMMConfig) -> SensitivityProbe:
+        """Measures groups on windows (N, T)."""
+        return SensitivityProbe(
+            self.model,
+            self.decoder,
+            self.importances,
+            self.uniform,
+            self.config.budget.rank_multiple,
+            self.config.budget.bits,
+            windows,
+            self.config.sensitivity.spread,
+            ADMMInitializer(short),
+            self.config.run.seed,
+        )

@@ -48,6 +48,9 @@ class SensitivityConfig:
     """Most tokens of each of those windows."""
     spread: float = 0.5
     """Errors are measured at 1 - spread, 1 and 1 + spread times the uniform rank; 0: at it alone, loss ~ 1/rank."""
+    remains: float = 0.2
+    """Share of the sum of all losses that reconstruction leaves, where embedding.bits null weighs the linears against
+    the embedding; on a model of 135M fast leaves 0.23 of it at 1.0 bit and 0.18 at 0.55."""
 
     def __post_init__(self) -> None:
         if min(self.iterations, self.windows) < 1 or self.length < 2:
@@ -57,6 +60,8 @@ class SensitivityConfig:
             )
         if not 0 <= self.spread < 1:
             raise ValueError(f"spread must lie in 0 to below 1, got {self.spread}")
+        if not 0 < self.remains <= 1:
+            raise ValueError(f"remains must lie above 0 and at most at 1, got {self.remains}")
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,7 @@ class GroupLoss:
     divergence: float
     """Nats per token with the group binary at its uniform ranks."""
     errors: dict[str, dict[int, float]]
-    """Full name of a linear and rank to its weighted error; comparable within the model."""
+    """Full name of a linear and rank to its weighted error, comparable within the model; empty for the embedding."""
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> GroupLoss:
@@ -230,7 +235,7 @@ def responses(groups: Mapping[str, GroupLoss], ranks: Mapping[str, int]) -> dict
         ranks: uniform ranks, at which their losses were.
     """
     found = {}
-    for group in groups.values():
+    for group in (group for group in groups.values() if group.errors):
         at_uniform = {name: errors[ranks[name]] for name, errors in group.errors.items()}
         total = max(sum(at_uniform.values()), 1e-30)
         for name, errors in group.errors.items():

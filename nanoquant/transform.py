@@ -111,6 +111,10 @@ def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
             f"got blocks={config.blocks}, but quantize_ sees one linear at a time; "
             "choose linears with its filter_fn(module, name) instead"
         )
+    if config.budget.file is not None:
+        raise ValueError(
+            f"got budget.file={config.budget.file}, but quantize_ sees one module at a time; give bits"
+        )
     if config.embedding.bits != 16:
         raise ValueError(
             f"got embedding.bits={config.embedding.bits}, but quantize_ sees one module at a time; "

@@ -12,10 +12,10 @@ from transformers import LlamaConfig
 from nanoquant.advice import config as advice_config
 from nanoquant.advice.anatomy import anatomy
 from nanoquant.advice.commands import command_for, python_for
-from nanoquant.advice.config import parse_memory
 from nanoquant.advice.options import OTHERS, OURS, weight_bytes
 from nanoquant.parsers import parse_quantize
 from nanoquant.sizes import tensor_bytes
+from nanoquant.units import parse_bytes
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -96,7 +96,7 @@ def test_without_memory_this_machine_is_asked(capsys, tmp_path, monkeypatch):
     ],
 )
 def test_memory_is_read_with_its_unit(text, size):
-    assert parse_memory(text) == size
+    assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize(

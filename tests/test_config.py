@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from nanoquant.budget import BudgetConfig
+from nanoquant.budget import BudgetConfig, RoleWeights
 from nanoquant.config import PRESETS, CalibrationConfig, NanoQuantConfig, nanoquant_config
+from nanoquant.sensitivity import SensitivityConfig
 from nanoquant.training import RunConfig
 
 
@@ -116,3 +117,14 @@ def test_every_field_says_what_it_is():
         for node, after in zip(body, [*body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign):
                 assert isinstance(after, ast.Expr), f"{item.name}.{node.target.id} has no docstring"
+
+
+def test_options_that_would_change_nothing_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"budget.low and budget.allocation=uniform exclude"):
+        BudgetConfig(low=0.7)
+    with pytest.raises(ValueError, match=r"budget.roles and budget.allocation=measured exclude"):
+        BudgetConfig(allocation="measured", roles=RoleWeights(q=0.5))
+    with pytest.raises(ValueError, match=r"sensitivity.* and budget.allocation=prior exclude"):
+        nanoquant_config(
+            budget=BudgetConfig(allocation="prior"), sensitivity=SensitivityConfig(windows=3)
+        )

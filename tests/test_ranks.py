@@ -23,11 +23,12 @@ TOKENS = random_windows(8, 16).flatten()
 
 def quick(**budget):
     """Initialization only, of a tiny model."""
+    measured = budget.get("allocation") == "measured"
     return nanoquant_config(
         budget=BudgetConfig(**{"bits": 1.2, "rank_multiple": 8} | budget),
         calibration=CalibrationConfig(windows=4, length=16),
         admm=ADMMConfig(iterations=2),
-        sensitivity=SensitivityConfig(iterations=2, length=8),
+        sensitivity=SensitivityConfig(iterations=2, length=8) if measured else SensitivityConfig(),
         model=ModelConfig(train="none"),
     )
 

@@ -165,7 +165,8 @@ def run(file, progress=None, config=MEASURED, tokens=TOKENS):
 
 def test_measured_ranks_take_the_asked_bits_and_differ_from_uniform_ones():
     report = run(None)
-    config = dataclasses.replace(MEASURED, budget=BudgetConfig(bits=1.2, rank_multiple=8))
+    budget = BudgetConfig(bits=1.2, rank_multiple=8)
+    config = dataclasses.replace(MEASURED, budget=budget, sensitivity=SensitivityConfig())
     uniform = run(None, config=config)
     assert report.ranks != uniform.ranks and report.ranks.keys() == uniform.ranks.keys()
     assert 0.97 * 1.2 <= report.bits <= 1.2

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from dataclasses import dataclass
+
+from nanoquant.units import parse_bytes
 
 STRICT = ("math", "code", "long-context")
 """Tasks that suffer first when bits are taken away."""
 TASKS = ("chat", *STRICT)
 DEVICES = ("auto", "cpu", "cuda", "gpu")
 USUAL_CONTEXT = 4096
-UNITS = {"B": 1} | {f"{p}B": 1000**n for n, p in enumerate("kMGT", 1)}
-UNITS |= {f"{p}iB": 1024**n for n, p in enumerate("KMGT", 1)}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class AdviceConfig:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if self.memory is not None:
-            parse_memory(self.memory)
+            parse_bytes(self.memory)
 
     def use(self, positions: int | None, name: str) -> Use:
         """The use of a model with so many positions.
@@ -83,7 +82,7 @@ class AdviceConfig:
             ValueError: none is named, and this machine can't be asked.
         """
         kind = device_kind(self.device)
-        return memory_of(kind) if self.memory is None else parse_memory(self.memory)
+        return memory_of(kind) if self.memory is None else parse_bytes(self.memory)
 
 
 def device_kind(device: str) -> str:
@@ -93,29 +92,6 @@ def device_kind(device: str) -> str:
 
         return "cuda" if torch.cuda.is_available() else "cpu"
     return "cpu" if device == "cpu" else "cuda"
-
-
-def parse_memory(text: str) -> int:
-    """Bytes of a text such as 8GB (10^9 each), 7.5GiB (2^30 each) or 8000MB.
-
-    Raises:
-        ValueError: it is not a positive number with one of these units.
-    """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*", str(text))
-    units = {unit.lower(): size for unit, size in UNITS.items()}
-    size = units.get(found[2].lower()) if found else None
-    value = 0 if size is None else int(float(found[1]) * size)
-    if value < 1:
-        raise ValueError(
-            f"memory must be a number above 0 with a unit, {', '.join(UNITS)}, such as 8GB (10^9 bytes "
-            f"each) or 7.5GiB (2^30 bytes each), got {str(text)!r}"
-        )
-    return value
-
-
-def amount(size: int) -> str:
-    """Bytes as a text: "6.74 GB", "63.4 MB"."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def memory_of(device: str) -> int:

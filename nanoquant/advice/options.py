@@ -11,8 +11,7 @@ from dataclasses import dataclass
 
 from nanoquant.advice.anatomy import Anatomy
 from nanoquant.budget import BudgetConfig, allocate_ranks, layer_bits
-from nanoquant.embedding import EmbeddingConfig, check_width, meta_table
-from nanoquant.sizes import tensor_bytes
+from nanoquant.embedding import EmbeddingConfig, check_width, table_bytes
 
 BF16 = 2
 """Bytes of a bf16 number."""
@@ -119,8 +118,7 @@ def _table_change(model: Anatomy, bits: int) -> int:
     change = 0
     for rows, columns in model.tables:
         check_width(columns, config)
-        table = meta_table(rows, columns, config, torch.bfloat16)
-        change += tensor_bytes(part for part in table if part is not None) - BF16 * rows * columns
+        change += table_bytes(rows, columns, config, torch.bfloat16) - BF16 * rows * columns
     return change
 
 

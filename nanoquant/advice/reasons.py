@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from nanoquant.advice.config import amount
 from nanoquant.advice.memory import COMFORT
 from nanoquant.advice.published import Figure, figures_of
 from nanoquant.advice.rows import Row, Table
+from nanoquant.units import amount
 
 
 def needs(name: str, table: Table) -> str:

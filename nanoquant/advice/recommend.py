@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from nanoquant.advice.catalogue import CONFIGS, Named, larger_siblings, smaller_siblings
 from nanoquant.advice.commands import command_for, hub_name
-from nanoquant.advice.config import STRICT, Use, amount
+from nanoquant.advice.config import STRICT, Use
 from nanoquant.advice.memory import COMFORT, longest_context
 from nanoquant.advice.reasons import (
     comparison,
@@ -19,6 +19,7 @@ from nanoquant.advice.reasons import (
 )
 from nanoquant.advice.rows import Row, Table, table_of, table_of_published
 from nanoquant.advice.rules import LARGE_SHARE, Applied, Case, applied
+from nanoquant.units import amount
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from nanoquant.advice.catalogue import Named
-from nanoquant.advice.config import Use, amount
+from nanoquant.advice.config import Use
 from nanoquant.advice.options import OTHERS, dense_linears, weight_bytes
 from nanoquant.advice.published import PAPER
 from nanoquant.advice.rows import Row, Table
+from nanoquant.units import amount
 
 WORTH_SAYING = 0.05
 """Share of padding from which it is named."""

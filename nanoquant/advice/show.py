@@ -6,11 +6,11 @@ import textwrap
 from dataclasses import asdict
 from typing import Any
 
-from nanoquant.advice.config import amount
 from nanoquant.advice.published import Figure, Source
 from nanoquant.advice.recommend import Advice, Choice
 from nanoquant.advice.rows import Row
 from nanoquant.console import table
+from nanoquant.units import amount
 
 WIDTH = 110
 SMALL = 2e9
