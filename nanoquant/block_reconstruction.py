@@ -21,8 +21,9 @@ from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
 from nanoquant.importance import Importance
 from nanoquant.layer_records import BlockWatch
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import UNRECORDED, Recorder
-from nanoquant.training import FitResult, OptimizerConfig
+from nanoquant.training import FitResult
 
 Groups = tuple[tuple[str, ...], ...]
 Initializer = Callable[[Tensor, Importance, int, torch.Generator], BinaryFactors]

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanoquant.decoder import BlockCall, run_block
-from nanoquant.training import FitResult, OptimizerConfig, fit
+from nanoquant.optimizer import OptimizerConfig
+from nanoquant.training import FitResult, fit
 
 
 @dataclass(frozen=True)

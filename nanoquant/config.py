@@ -18,9 +18,10 @@ from nanoquant.budget import BudgetConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.optimizer import OptimizerConfig
 from nanoquant.self_text import SelfTextConfig
 from nanoquant.sensitivity import SensitivityConfig
-from nanoquant.training import OptimizerConfig, RunConfig
+from nanoquant.training import RunConfig
 
 STEPS = ("", "prepare", "convert")
 DEFAULT_PRESET = "fast"

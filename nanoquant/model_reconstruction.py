@@ -25,8 +25,9 @@ from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import UNRECORDED, Recorder
-from nanoquant.training import OptimizerConfig, first_non_finite, fit
+from nanoquant.training import first_non_finite, fit
 
 logger = logging.getLogger(__name__)
 

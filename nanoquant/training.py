@@ -23,45 +23,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nanoquant.compiling import uncompiled
+from nanoquant.optimizer import OptimizerConfig, adamw
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """AdamW and its cosine schedule; rates belong to the objective's parameter groups."""
-
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.99
-    """Decay of the second moment."""
-    epsilon: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay, per step and unit rate."""
-    clip_norm: float = 0.0
-    """Largest norm of all gradients together; 0 leaves them as they are."""
-    warmup: int = 0
-    """Steps of linear warm-up."""
-    floor: float = 1e-4
-    """Last rate of the cosine as a share of the first."""
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(
-                f"beta1 and beta2 must lie in [0, 1), got {self.beta1} and {self.beta2}"
-            )
-        if min(self.epsilon, self.weight_decay, self.clip_norm, self.warmup, self.floor) < 0:
-            raise ValueError(
-                "epsilon, weight_decay, clip_norm, warmup and floor must not be negative"
-            )
-
-    def rate(self, step: int, steps: int) -> float:
-        """Share of the full rate at ``step`` of ``steps``: warm-up, then a cosine down to the floor."""
-        if step < self.warmup:
-            return (step + 1) / (self.warmup + 1)
-        progress = min(1.0, (step - self.warmup) / max(1, steps - self.warmup))
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 PRECISIONS = ("bf16-mixed", "32-true")
@@ -134,15 +98,9 @@ class Reconstruction(L.LightningModule):
         self.good: list[Tensor] = []
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW, fused where torch offers it, and the schedule of the config."""
+        """AdamW and the schedule of the config."""
         config = self.config
-        optimizer = torch.optim.AdamW(
-            self.objective.parameter_groups(),
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        optimizer = adamw(self.objective.parameter_groups(), config)
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: config.rate(step, self.steps)
         )

@@ -17,7 +17,8 @@ from nanoquant.block_reconstruction import SCHEDULES, BlockConfig, BlockReconstr
 from nanoquant.block_tuning import BlockData, BlockObjective
 from nanoquant.importance import ImportanceConfig, collect_importances
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.training import FitResult, OptimizerConfig
+from nanoquant.optimizer import OptimizerConfig
+from nanoquant.training import FitResult
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 ROUNDS = {

@@ -31,6 +31,7 @@ ORDER = (
     "layer_records",
     "admm",
     "compiling",
+    "optimizer",
     "training",
     "block_tuning",
     "activations",

@@ -20,7 +20,7 @@ from nanoquant.model_reconstruction import (
     ModelReconstructor,
     norm_parameters,
 )
-from nanoquant.training import OptimizerConfig
+from nanoquant.optimizer import OptimizerConfig
 
 SIGNS = ModelConfig(
     train="signs", windows=24, epochs=3, batch=4, latent_lr=2e-2, scale_lr=1e-2, held_out=4,

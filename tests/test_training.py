@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from nanoquant.training import FitResult, OptimizerConfig, first_non_finite, fit
+from nanoquant.optimizer import OptimizerConfig
+from nanoquant.training import FitResult, first_non_finite, fit
 
 
 class Regression(nn.Module):
