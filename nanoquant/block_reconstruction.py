@@ -8,7 +8,7 @@ error at the block's output, weighted per channel, against the dense block on th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,6 +58,8 @@ class BlockConfig:
     """Calibration windows that the block is tuned on."""
     dense_epochs: int = 8
     """Epochs of tuning the still dense weights before each round; 0 skips it."""
+    joint_epochs: int = 0
+    """Epochs of refining all linears of the block together after its last round; 0 skips it."""
     dense_lr: float = 1e-4
     """Rate of the dense weights."""
     dense_batch: int = 4
@@ -80,7 +82,7 @@ class BlockConfig:
             raise ValueError(
                 f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        for name in ("dense_epochs", "refine_epochs"):
+        for name in ("dense_epochs", "refine_epochs", "joint_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("windows", "dense_batch", "refine_batch"):
@@ -93,7 +95,7 @@ class BlockConfig:
     @property
     def tunes(self) -> bool:
         """Whether any phase needs activations."""
-        return bool(self.dense_epochs or self.refine_epochs)
+        return bool(self.dense_epochs or self.refine_epochs or self.joint_epochs)
 
 
 @dataclass
@@ -184,12 +186,16 @@ class BlockReconstructor(nn.Module):
             errors = self.initialize(block, round_names, importances, ranks)
             watch.initialized(block, errors)
             report.weight_error |= errors
-            if self.config.refine_epochs:
-                watch.losses("refine", self.refine(tuner, round_names, report).losses)
+            if epochs := self.config.refine_epochs:
+                watch.losses("refine", self.refine(tuner, round_names, report, epochs).losses)
                 watch.refined(block, round_names)
+            if freeze and not self.config.joint_epochs:
+                self.freeze(block, round_names)
+        if epochs := self.config.joint_epochs:
+            watch.losses("refine jointly", self.refine(tuner, names, report, epochs).losses)
+            watch.refined(block, names)
             if freeze:
-                for linear in round_names:
-                    block.get_submodule(linear).freeze()
+                self.freeze(block, names)
         for other, tensor in _others(block, names):
             tensor.data = tensor.data.to(dtypes[other])
         return report
@@ -212,17 +218,24 @@ class BlockReconstructor(nn.Module):
         report.add("tune dense", result, self.config.dense_epochs)
         return result
 
-    def refine(self, tuner: BlockTuner, names: tuple[str, ...], report: BlockReport) -> FitResult:
-        """Factor refinement: latents and scales of the round just initialized (step 3, Eq. 10)."""
+    def refine(
+        self, tuner: BlockTuner, names: Sequence[str], report: BlockReport, epochs: int
+    ) -> FitResult:
+        """Factor refinement: latents and scales of the round just initialized (step 3, Eq. 10), or of all."""
         layers = [tuner.block.get_submodule(linear) for linear in names]
         latents = [latent for layer in layers for latent in (layer.U, layer.V)]
         groups = [{"params": latents, "lr": self.config.latent_lr}]
         for layer in layers:
             groups += scale_groups(layer, self.config.scale_lr, self.config.relative_rates)
         phase = f"refine {', '.join(names)}"
-        result = tuner.fit(phase, groups, self.config.refine_epochs, self.config.refine_batch)
-        report.add("refine", result, self.config.refine_epochs)
+        result = tuner.fit(phase, groups, epochs, self.config.refine_batch)
+        report.add("refine", result, epochs)
         return result
+
+    def freeze(self, block: nn.Module, names: Sequence[str]) -> None:
+        """Fix the signs of these linears."""
+        for linear in names:
+            block.get_submodule(linear).freeze()
 
     def initialize(
         self,

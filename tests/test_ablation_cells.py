@@ -69,6 +69,12 @@ def test_a_plan_runs_once_and_repeats_only_what_failed(plan, tmp_path, monkeypat
     logs = [math.log(r["perplexity"] / r["dense_perplexity"]) for r in again[2:]]
     assert found[1].values["excess"] == pytest.approx(sum(logs) / 2)
     assert found[1].values["spread"] == pytest.approx(abs(logs[0] - logs[1]) / math.sqrt(2))
+    starts = [math.log(r["perplexity"] / r["dense_perplexity"]) for r in again[:2]]
+    pairs = [all_ - start for all_, start in zip(logs, starts, strict=True)]
+    assert found[0].values["change"] == 0 and found[0].values["+-"] == 0
+    assert found[1].values["change"] == pytest.approx(sum(pairs) / 2)
+    assert found[1].values["+-"] == pytest.approx(abs(pairs[0] - pairs[1]) / 2)
+    assert rows(first)[1].values["change"] == pytest.approx(pairs[0])  # of the seed that both have
     write_csv(tmp_path / "cells.csv", again)
     assert len((tmp_path / "cells.csv").read_text().splitlines()) == 5
 

@@ -114,6 +114,26 @@ def test_refinement_lowers_the_block_loss():
     assert report.loss["after refine"] < report.loss["before refine"]
 
 
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_joint_pass_trains_all_linears_of_the_block_once_it_is_complete(freeze):
+    plain, joint = prepare(), prepare()
+    reconstruct(plain, INITIALIZE_ONLY)
+    config = dataclasses.replace(
+        INITIALIZE_ONLY,
+        joint_epochs=6,
+        latent_lr=1e-2,
+        scale_lr=1e-2,
+        refine_batch=2,
+        relative_rates=True,
+    )
+    reconstruct(joint, config, freeze=freeze)
+    assert block_loss(joint) < block_loss(plain)
+    for name in joint.names:
+        layer, before = joint.block.get_submodule(name), plain.block.get_submodule(name)
+        assert layer.frozen == freeze and before.frozen
+        assert not torch.equal(sign(layer.U.detach().float()), before.U.float())
+
+
 def test_tuning_dense_weights_lowers_the_block_loss():
     plain, tuned = prepare(), prepare()
     reconstruct(plain, INITIALIZE_ONLY)
@@ -245,6 +265,7 @@ LIVE = {
     "dense_lr": 5e-3,
     "dense_batch": 1,
     "refine_epochs": 2,
+    "joint_epochs": 1,
     "latent_lr": 5e-2,
     "scale_lr": 5e-2,
     "refine_batch": 4,
@@ -277,6 +298,7 @@ def test_every_setting_is_among_those_above():
     [
         {"schedule": "random"},
         {"dense_epochs": -1},
+        {"joint_epochs": -1},
         {"windows": 0},
         {"refine_batch": 0},
         {"latent_lr": 0.0},

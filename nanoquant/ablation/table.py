@@ -11,8 +11,19 @@ from typing import Any
 
 from nanoquant.ablation.plan import SEED
 
-COLUMNS = ("bits", "perplexity", "excess", "spread", "error", "divergence", "seconds", "seeds")
-FORMS = dict(zip(COLUMNS, (".4f", ".2f", ".3f", ".3f", ".4f", ".4f", ".0f", "d"), strict=True))
+FORMS = {
+    "bits": ".4f",
+    "perplexity": ".2f",
+    "excess": ".3f",
+    "spread": ".3f",
+    "change": "+.3f",
+    "+-": ".3f",
+    "error": ".4f",
+    "divergence": ".4f",
+    "seconds": ".0f",
+    "seeds": "d",
+}
+COLUMNS = tuple(FORMS)
 
 
 @dataclass(frozen=True)
@@ -20,7 +31,8 @@ class Row:
     """Means over the finished seeds of one combination; ``failed`` tells what went wrong in others.
 
     excess: mean of ln(perplexity) - ln(dense perplexity), in nats a token; spread: its standard deviation
-    over seeds; error: weighted relative squared error of the weights after the last phase.
+    over seeds; change: mean over the seeds that both have of the excess minus that of the first row, and +- its
+    standard error; error: weighted relative squared error of the weights after the last phase.
     """
 
     choices: dict[str, str]
@@ -39,20 +51,33 @@ def rows(records: list[dict[str, Any]]) -> list[Row]:
     for record in records:
         choices = tuple(item for item in record["choices"].items() if item[0] != SEED)
         groups.setdefault(choices, []).append(record)
-    return [_row(dict(choices), members) for choices, members in groups.items()]
+    first = _by_seed(next(iter(groups.values()), []))
+    return [_row(dict(choices), members, first) for choices, members in groups.items()]
 
 
-def _row(choices: dict[str, str], records: list[dict[str, Any]]) -> Row:
+def _by_seed(records: list[dict[str, Any]]) -> dict[str | None, float]:
+    """Excess of the finished cells by seed."""
+    finished = [record for record in records if record["status"] == "finished"]
+    return {record["choices"].get(SEED): excess(record) for record in finished}
+
+
+def _row(
+    choices: dict[str, str], records: list[dict[str, Any]], first: dict[str | None, float]
+) -> Row:
     done = [record for record in records if record["status"] == "finished"]
     failed = [record["error"] for record in records if record["status"] != "finished"]
     values: dict[str, float | None] = dict.fromkeys(COLUMNS)
     if done:
-        above = [excess(record) for record in done]
+        by_seed = _by_seed(records)
+        above = list(by_seed.values())
+        changes = [by_seed[seed] - first[seed] for seed in by_seed if seed in first]
         values = {
             "bits": _mean([record["bits"] for record in done]),
             "perplexity": math.exp(_mean([math.log(record["perplexity"]) for record in done])),
             "excess": _mean(above),
             "spread": statistics.stdev(above) if len(above) > 1 else None,
+            "change": math.fsum(changes) / len(changes) if changes else None,
+            "+-": statistics.stdev(changes) / len(changes) ** 0.5 if len(changes) > 1 else None,
             "error": _mean([list(record["errors"].values())[-1] for record in done]),
             "divergence": _mean([record["divergence"] for record in done]),
             "seconds": _mean([record["seconds"] for record in done]),
