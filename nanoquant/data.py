@@ -173,7 +173,10 @@ def _document(row: object, tokenizer: PreTrainedTokenizerBase, where: str) -> tu
     if isinstance(row, dict) and isinstance(row.get("text"), str):
         return row["text"], BLANK_LINE
     if isinstance(row, dict) and row.get("messages") is not None:
-        return render(row["messages"], tokenizer, where), ""
+        text = render(row["messages"], tokenizer, where)
+        if bos_of(tokenizer) is not None:  # every window begins with it already
+            text = text.removeprefix(tokenizer.bos_token)
+        return text, ""
     found = sorted(row) if isinstance(row, dict) else type(row).__name__
     raise ValueError(f'{where} has no string under "text" and no "messages"; found: {found}')
 

@@ -102,6 +102,11 @@ def quantize(
         raise ValueError(
             f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
         )
+    if initializer is not None and config.budget.allocation == "measured":
+        raise ValueError(
+            "initializer and budget.allocation=measured exclude each other: losses are measured with ADMM; "
+            "take allocation uniform or prior"
+        )
     plan = plan_text(data, tokenizer, config)
     check_model(model, plan, config)
     decoder = find_decoder(model)

@@ -6,7 +6,7 @@ import pytest
 from tiny_models import tiny_tokenizer
 
 from nanoquant.chat import render
-from nanoquant.data import load_tokens
+from nanoquant.data import bos_of, load_tokens, make_windows
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role not in ['user', 'assistant'] %}{{ raise_exception('no ' + m.role) }}"
@@ -32,6 +32,15 @@ def test_messages_are_rendered_by_the_template_and_plain_text_is_left_alone(tmp_
     text = tokenizer.decode(load_tokens(jsonl(tmp_path / "a.jsonl", *rows), tokenizer))
     talk = "[user] Hi?\n[assistant] Hello.\n"
     assert text == talk + talk + "one\n\ntwo"
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_template_that_begins_with_bos_gives_it_once_where_windows_begin_with_it(adds, tmp_path):
+    tokenizer = tiny_tokenizer(add_bos=adds)
+    tokenizer.chat_template = "{{ bos_token }}" + TEMPLATE
+    tokens = load_tokens(jsonl(tmp_path / "a.jsonl", {"messages": TALK}), tokenizer)
+    windows = make_windows(tokens, 8, bos_token_id=bos_of(tokenizer))
+    assert windows[0].tolist().count(tokenizer.bos_token_id) == 1
 
 
 def test_a_row_with_both_keeps_working_as_text(tmp_path, tokenizer):

@@ -151,6 +151,12 @@ def test_another_initializer_can_be_passed_in():
     assert ranks
 
 
+def test_losses_are_not_measured_with_one_initializer_for_a_run_with_another():
+    config = nanoquant.nanoquant_config(budget=BudgetConfig(allocation="measured"))
+    with pytest.raises(ValueError, match="initializer and budget.allocation=measured exclude"):
+        quantize(tiny_llama(), TOKENS, config, initializer=lambda *_: None)
+
+
 def test_text_is_tokenized_with_the_models_tokenizer(tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("To be or not to be, that is the question. " * 40)

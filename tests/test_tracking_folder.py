@@ -1,12 +1,13 @@
 """The run folder is whole at every moment, overwrites nothing, and never fails a run."""
 
+import contextlib
 import json
 import logging
 from pathlib import Path
 
 import pytest
 
-from nanoquant.tracking.folder import RunFolder, read_run, run_folder
+from nanoquant.tracking.folder import RunFolder, make_way, read_run, run_folder
 
 
 def lines(folder):
@@ -82,3 +83,28 @@ def test_a_full_disk_is_said_once(tmp_path, caplog, monkeypatch):
         folder.update(status="finished")
     assert len(caplog.records) == 1 and "No space left on device" in caplog.text
     assert read_run(folder.path)["status"] == "finished"
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_a_kill_while_making_way_loses_nothing_and_the_next_run_goes_on(
+    moved, tmp_path, monkeypatch
+):
+    path = tmp_path / "out.run"
+    RunFolder(path, {})
+    (path / "loss.csv").write_text("1")
+    (path / "sensitivity-1.json").write_text("{}")
+    rename, done = Path.rename, []
+
+    def killed(self, target):
+        if len(done) == moved:
+            raise KeyboardInterrupt
+        done.append(self)
+        return rename(self, target)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Path, "rename", killed)
+        make_way(path)
+    RunFolder(path, {})
+    assert (path / "sensitivity-1.json").exists() and (path / "run.json").exists()
+    assert not (path / "loss.csv").exists()
+    assert [file.read_text() for file in tmp_path.glob("out.run-*/loss.csv")] == ["1"]

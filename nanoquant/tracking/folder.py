@@ -33,7 +33,7 @@ def run_folder(output: str | Path) -> Path:
 
 
 def make_way(folder: Path) -> dict[str, Any]:
-    """Rename the record of an earlier run of the same output, so that nothing is overwritten.
+    """Move the record of an earlier run of the same output away, so that nothing is overwritten.
 
     Text that the model wrote and measured sensitivities stay: the next run goes on with them.
 
@@ -46,11 +46,12 @@ def make_way(folder: Path) -> dict[str, Any]:
     number = 1
     while (free := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
-    folder.rename(free)
-    folder.mkdir()
-    for kept in KEPT:
-        for file in free.glob(kept):
-            file.rename(folder / file.name)
+    free.mkdir()
+    moved = [path for path in folder.iterdir() if not any(path.match(kept) for kept in KEPT)]
+    for path in sorted(
+        moved, key=lambda path: path.name == RUN_FILE
+    ):  # killed here, the next run goes on
+        path.rename(free / path.name)
     return earlier
 
 
