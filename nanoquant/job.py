@@ -47,6 +47,7 @@ from nanoquant.text_plan import TextPlan, plan_text
 from nanoquant.tracking.folder import RunFolder, run_folder
 from nanoquant.tracking.loggers import check_logger, make_sinks
 from nanoquant.tracking.tracker import RunTracker, TrackedProgress
+from nanoquant.unfinished import discard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,10 +137,12 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             recorder=tracker,
             self_text_file=job.self_text_file or run_folder(job.output),
             sensitivity_file=run_folder(job.output),
+            work=run_folder(job.output),
         )
         with progress.phase("save", 1):
             recipe = recipe_of(job, report)
             save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
+            discard(run_folder(job.output))
         quantized = Figures(weight_bytes(Path(job.output)), read_sizes(job.output).to_dict())
         del model
         free_memory()

@@ -25,8 +25,10 @@ from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.model_state import ModelState
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import UNRECORDED, Recorder
+from nanoquant.resuming import Order, Start
 from nanoquant.training import first_non_finite, fit
 
 logger = logging.getLogger(__name__)
@@ -123,6 +125,7 @@ class ModelReconstructor(nn.Module):
         on_step: Callable[[int, float], None] | None = None,
         loggers: list[Any] | None = None,
         recorder: Recorder = UNRECORDED,
+        state: ModelState | None = None,
     ) -> ModelReport:
         """Train ``student`` in place and leave it frozen in its best state.
 
@@ -135,9 +138,10 @@ class ModelReconstructor(nn.Module):
             on_step: called with (step, loss).
             loggers: Lightning loggers.
             recorder: takes losses, held-out divergence, rates, flipped signs and latents.
+            state: keeps the training, and goes on with what it has.
 
         Raises:
-            ValueError: the student has no binary layers.
+            ValueError: the student has no binary layers, or the state belongs to another run.
             FloatingPointError: the untouched student's divergence is not finite, or training stays so.
         """
         report = ModelReport()
@@ -159,7 +163,9 @@ class ModelReconstructor(nn.Module):
                 locate=lambda: locate_non_finite(objective, held_out[:1], precision),
                 report=report,
             )
-            self.train_objective(objective, windows, keeper, precision, on_step, loggers, recorder)
+            self.train_objective(
+                objective, windows, keeper, precision, on_step, loggers, recorder, state
+            )
         student.requires_grad_(False)
         for layer in layers.values():
             layer.freeze()
@@ -176,33 +182,40 @@ class ModelReconstructor(nn.Module):
         on_step: Callable[[int, float], None] | None,
         loggers: list[Any] | None,
         recorder: Recorder,
+        state: ModelState | None,
     ) -> None:
         """Run the loop, look at the held-out windows now and then, and put the best state back."""
         config = self.config
-        shuffle = torch.Generator().manual_seed(self.seed)
-        loader = DataLoader(
-            TensorDataset(windows), batch_size=config.batch, shuffle=True, generator=shuffle
-        )
-        steps = config.epochs * len(loader)
-        looks = sorted(
-            {steps * k // config.evaluations for k in range(1, config.evaluations)} - {0}
-        )
+        order = Order(len(windows), config.batch, config.epochs, self.seed)
+        loader, steps = DataLoader(TensorDataset(windows), batch_sampler=order), order.steps
+        report = keeper.report
+        start = Start() if state is None else state.resume(keeper)
+        order.start, undone = start.step, report.undone
+        looks = {steps * k // config.evaluations for k in range(config.evaluations)}
+        looks = sorted(looks - report.held_out.keys())
         watch = ModelWatch(recorder, binary_layers(objective.student), steps)
         peak = config.latent_lr if config.train == "signs" else config.scale_lr
 
         def look(step: int) -> None:
             keeper.consider(step)
-            recorder.record("model", step=step, held_out=keeper.report.held_out[step])
+            recorder.record("model", step=step, held_out=report.held_out[step])
 
         def follow(step: int, loss: float) -> None:
             if looks and step >= looks[0]:  # a step that was undone is not followed
                 looks.pop(0)
                 look(step)
+            report.losses.append(loss)
             watch.step(step, loss=loss, rate=peak * config.optimizer.rate(step, steps))
             if on_step is not None:
                 on_step(step, loss)
 
-        look(0)
+        def keep(step: int, optimizer: torch.optim.Optimizer) -> None:
+            if state is not None:
+                state.keep(step, keeper, optimizer)
+
+        if 0 in looks:
+            looks.remove(0)
+            look(0)
         long = config.compile_from is not None and steps >= config.compile_from
         try:
             with objective.compiled() if long else nullcontext():
@@ -210,18 +223,20 @@ class ModelReconstructor(nn.Module):
                     objective,
                     loader,
                     config.optimizer,
-                    epochs=config.epochs,
+                    epochs=1,  # the order has all of them
                     precision=precision,
                     on_step=follow,
                     loggers=loggers,
+                    start=start,
+                    before_step=keep,
                 )
         except FloatingPointError as error:
-            if not keeper.report.best_step:
+            if not report.best_step:
                 raise
-            best = keeper.report.best_step
-            logger.warning("%s; training ends here, and the state of step %d is kept", error, best)
+            text = "%s; training ends here, and the state of step %d is kept"
+            logger.warning(text, error, report.best_step)
         else:
-            keeper.report.losses, keeper.report.undone = result.losses, result.undone
+            report.undone = undone + result.undone
             watch.finish(steps)
             look(steps)
         keeper.restore()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nanoquant.activations import Activations
 from nanoquant.admm import ADMMInitializer
-from nanoquant.architectures import Decoder, evaluation_mode, find_decoder
+from nanoquant.architectures import evaluation_mode, find_decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Initializer
 from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluation.perplexity import check_length
-from nanoquant.importance import Importance, collect_importances
 from nanoquant.layer_records import record_model_errors
 from nanoquant.mixture import Data
 from nanoquant.model_embeddings import (
@@ -30,15 +27,17 @@ from nanoquant.model_embeddings import (
     put_tables,
     round_embeddings,
 )
-from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
+from nanoquant.model_reconstruction import ModelReport
+from nanoquant.phases import initialize, precision_of, reconstruct_model
 from nanoquant.progress import Progress
-from nanoquant.ranks import check_budget, choose_ranks, decoder_shapes
-from nanoquant.recorder import UNRECORDED, BlockRecorder, Recorder
+from nanoquant.ranks import check_budget, decoder_shapes
+from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.self_text import PHASE as WRITE_TEXT
 from nanoquant.self_text import SelfText
 from nanoquant.sizes import Sizes, measure_sizes
-from nanoquant.text import Text, split_text
+from nanoquant.text import split_text
 from nanoquant.text_plan import TextPlan, plan_text
+from nanoquant.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +72,7 @@ def quantize(
     recorder: Recorder = UNRECORDED,
     sensitivity_file: str | Path | None = None,
     self_text_file: str | Path | None = None,
+    work: str | Path | None = None,
 ) -> QuantizationReport:
     """Quantize a causal language model in place: calibrate, reconstruct blocks, reconstruct the model, pack.
 
@@ -93,6 +93,7 @@ def quantize(
         sensitivity_file: .json file or folder that keeps what budget.allocation=measured measures; with the same
             model, text and settings a later call goes on from it.
         self_text_file: file or folder that keeps the text that the model writes, so that it is written once.
+        work: folder that keeps unfinished work, see ``run.save_every``: the same call goes on there.
 
     Raises:
         ValueError: the model, the text or the budget does not allow it; says what to change.
@@ -111,29 +112,31 @@ def quantize(
     check_model(model, plan, config)
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
+    shapes = decoder_shapes(decoder, chosen)
     options = check_budget(model, decoder, chosen, config)
     write = SelfText(model, tokenizer, config.self_text, config.run.seed, self_text_file, progress)
     text = split_text(plan, tokenizer, config, write)
+    unfinished = Unfinished(work, model, text, config)
     model.requires_grad_(False)
     teacher = copy.deepcopy(model) if config.model.train != "none" else None
     with evaluation_mode(model):
-        importances = calibrate(model, decoder, chosen, text, config, progress)
-        files = (progress, recorder, sensitivity_file)
-        choice = choose_ranks(model, decoder, chosen, text, importances, options, *files)
-        config = choice.config
-        report = QuantizationReport(config.to_dict(), choice.ranks, text=text.origin)
-        report.bits = body_bits(decoder_shapes(decoder, chosen), report.ranks)
         initializer = initializer or ADMMInitializer(config.admm)
         reconstructor = BlockReconstructor(config.block, initializer, config.run.seed)
-        run = (text, config, progress, loggers, recorder)
-        report.blocks = reconstruct_blocks(
-            model, decoder, chosen, reconstructor, importances, report.ranks, *run
-        )
+        run = (progress, loggers, recorder)
+        found = unfinished.read(decoder)
+        if found is None:
+            found = initialize(
+                model, decoder, chosen, text, options, reconstructor, *run, sensitivity_file
+            )
+            unfinished.write(model, found)
+        config = options[found.option]
+        report = QuantizationReport(config.to_dict(), found.ranks, text=text.origin)
+        report.bits, report.blocks = body_bits(shapes, found.ranks), found.blocks
         tables = embedding_tables(model, config.embedding)
         if teacher is not None:
             round_embeddings(model, tables)  # so that training sees what is stored
-            report.model = reconstruct_model(model, teacher, *run)
-            record_model_errors(recorder, decoder, teacher, importances)
+            report.model = reconstruct_model(model, teacher, text, config, *run, unfinished.model)
+            record_model_errors(recorder, decoder, teacher, found.importances)
             del teacher
     with progress.phase("pack", 1):
         pack_model(model)
@@ -184,110 +187,4 @@ def check_finite(model: nn.Module) -> None:
     if broken:
         raise ValueError(
             f"non-finite weights in {', '.join(broken)}: the source checkpoint is damaged"
-        )
-
-
-def precision_of(model: PreTrainedModel, config: NanoQuantConfig) -> str:
-    """Lightning precision: the config's, or mixed for a bfloat16 model and full for float32."""
-    usual = "bf16-mixed" if model.dtype == torch.bfloat16 else "32-true"
-    return config.run.precision or usual
-
-
-def calibrate(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    chosen: range,
-    text: Text,
-    config: NanoQuantConfig,
-    progress: Progress,
-) -> dict[str, Importance]:
-    """Phase 1: importances of the linears of the chosen blocks, by full name."""
-    modules = decoder.linear_modules()
-    names = [decoder.full_name(b, name) for b in chosen for name in decoder.linears[b]]
-    windows = text.calibration[: config.calibration.windows]
-    with progress.phase("calibrate", len(windows)):
-        return collect_importances(
-            model,
-            {name: modules[name] for name in names},
-            windows,
-            config.importance,
-            config.calibration.batch,
-            progress=lambda done, total: progress.advance(config.calibration.batch),
-        )
-
-
-def reconstruct_blocks(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    chosen: range,
-    reconstructor: BlockReconstructor,
-    importances: dict[str, Importance],
-    ranks: dict[str, int],
-    text: Text,
-    config: NanoQuantConfig,
-    progress: Progress,
-    loggers: list[Any] | None,
-    recorder: Recorder,
-) -> dict[int, BlockReport]:
-    """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix."""
-    reports = {}
-    activations = (
-        Activations(model, decoder, text.calibration[: config.block.windows])
-        if config.block.tunes
-        else None
-    )
-    with progress.phase("blocks", len(chosen)):
-        for b, block in enumerate(decoder.blocks[: chosen.stop]):
-            data = None if activations is None else activations.targets_of(b, block)
-            if b in chosen:
-                full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
-                begun = time.perf_counter()
-                reports[b] = reconstructor(
-                    block,
-                    decoder.groups[b],
-                    {name: importances[full[name]] for name in full},
-                    {name: ranks[full[name]] for name in full},
-                    data,
-                    name=f"block {b}",
-                    precision=precision_of(model, config),
-                    freeze=config.model.train != "signs",
-                    loggers=loggers,
-                    recorder=BlockRecorder(recorder, b, full),
-                )
-                recorder.record("block", block=b, seconds=time.perf_counter() - begun)
-                worst = _worst(reports[b])
-                logger.info("block %d: %s", b, worst)
-                progress.advance(1, note=worst)
-            if data is not None:
-                activations.advance(block, data, f"block {b}")
-    return reports
-
-
-def _worst(report: BlockReport) -> str:
-    name, error = max(report.weight_error.items(), key=lambda item: item[1])
-    return f"largest weight error {error:.3f} ({name})"
-
-
-def reconstruct_model(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    text: Text,
-    config: NanoQuantConfig,
-    progress: Progress,
-    loggers: list[Any] | None,
-    recorder: Recorder,
-) -> ModelReport:
-    """Phase 3: logits of the whole model against the dense teacher's."""
-    settings = config.model
-    steps = settings.epochs * -(-len(text.training) // settings.batch)
-    with progress.phase("model", steps):
-        return ModelReconstructor(settings, config.run.seed)(
-            model,
-            teacher,
-            text.training,
-            text.held_out,
-            precision=precision_of(model, config),
-            on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
-            loggers=loggers,
-            recorder=recorder,
         )

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,8 +22,7 @@ from nanoquant.digest import model_digest
 from nanoquant.generation_settings import end_tokens
 from nanoquant.progress import Progress
 from nanoquant.sampling import Sampling, sample
-
-logger = logging.getLogger(__name__)
+from nanoquant.tensor_file import TensorFile
 
 PHASE = "write text"
 """Name of the phase for those who follow."""
@@ -60,65 +56,20 @@ class SelfTextConfig:
             raise ValueError(f"temperature must be above 0, got {self.temperature}")
 
 
-class WindowFile:
-    """Windows of token ids on the disk, with the settings that they came from.
+def window_file(place: str | Path | None, settings: dict[str, str]) -> TensorFile:
+    """File of windows (n, T), int32.
 
     Args:
         place: a .safetensors file, or a folder that takes one named after the settings; None keeps nothing.
         settings: everything that decides what the windows are.
     """
-
-    def __init__(self, place: str | Path | None, settings: dict[str, str]) -> None:
-        self.settings, self.path = settings, None
-        if place is None:
-            return
+    path = None
+    if place is not None:
         check_place(place)
         digest = _digest(json.dumps(settings, sort_keys=True).encode())[:8]
         place = Path(place)
-        self.path = place if place.suffix == SUFFIX else place / f"{PREFIX}-{digest}{SUFFIX}"
-
-    def read(self) -> Tensor | None:
-        """The windows (n, T), int32; None where there are none yet.
-
-        Raises:
-            ValueError: the file is damaged or was made with other settings, which are named.
-        """
-        if self.path is None or not self.path.is_file():
-            return None
-        try:
-            with safe_open(self.path, "pt") as file:
-                found, windows = file.metadata() or {}, file.get_tensor("tokens")
-        except (SafetensorError, OSError) as error:
-            raise ValueError(
-                f"{self.path} can't be read ({error}); delete it, and the windows are written anew"
-            ) from None
-        other = [
-            f"{name} {found.get(name)!r}, not {value!r}"
-            for name, value in self.settings.items()
-            if found.get(name) != value
-        ]
-        if other:
-            raise ValueError(
-                f"{self.path} holds windows of {'; '.join(other)}; delete it, or give another file or a folder"
-            )
-        return windows
-
-    def write(self, windows: Tensor) -> None:
-        """Replace the file by one with these windows (n, T), whole or not at all; a disk that refuses is named once."""
-        if self.path is None:
-            return
-        partial = self.path.with_name(self.path.name + ".partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"tokens": windows.contiguous()}, partial, self.settings)
-            partial.replace(self.path)
-        except (SafetensorError, OSError) as error:
-            logger.warning(
-                "%s can't be written (%s); the run goes on, but could not resume from here",
-                self.path,
-                error,
-            )
-            self.path = None
+        path = place if place.suffix == SUFFIX else place / f"{PREFIX}-{digest}{SUFFIX}"
+    return TensorFile(path, settings, "windows")
 
 
 def check_place(place: str | Path) -> None:
@@ -143,7 +94,7 @@ class SelfText:
         tokenizer: of the model; without it windows have no BOS, and any id of the model may come.
         config: temperature, beginnings, batch.
         seed: of the random numbers.
-        file: file or folder that keeps the windows, see :class:`WindowFile`.
+        file: file or folder that keeps the windows, see :func:`window_file`.
         progress: told about the phase, in tokens.
     """
 
@@ -180,16 +131,16 @@ class SelfText:
             FloatingPointError: the model's logits are not finite.
         """
         config = self.config
-        file = WindowFile(self.file, self._settings(length, pool))
+        file = window_file(self.file, self._settings(length, pool))
         kept = file.read()
-        rows = [] if kept is None else [kept[:count]]
+        rows = [] if kept is None else [kept.tensors["tokens"][:count]]
         begun = 0 if kept is None else len(rows[0])
         begin = 0 if pool is None else pool.shape[1]
         with self.progress.phase(PHASE, (count - begun) * (length - begin)):
             for start in range(begun, count, config.batch):
                 numbers = range(start, min(start + config.batch, count))
                 rows.append(self._write(numbers, length, pool).int())
-                file.write(torch.cat(rows))
+                file.write({"tokens": torch.cat(rows)})
         return torch.cat(rows).long()
 
     def _write(self, numbers: range, length: int, pool: Tensor | None) -> Tensor:
@@ -249,7 +200,7 @@ def check_kept(
     Raises:
         ValueError: it is damaged, or holds what another model or setting wrote.
     """
-    WindowFile(place, _common(model, config, seed, length)).read()
+    window_file(place, _common(model, config, seed, length)).read()
 
 
 def _common(

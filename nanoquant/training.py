@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from nanoquant.compiling import uncompiled
 from nanoquant.optimizer import OptimizerConfig, adamw
+from nanoquant.resuming import Start
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +42,15 @@ class RunConfig:
     """Lightning precision, bf16-mixed or 32-true; null: bf16-mixed for a bfloat16 model, else 32-true."""
     seed: int = 0
     """Seed of the choice of text, the order of batches and the start of ADMM."""
+    save_every: float | None = 600.0
+    """Seconds between two copies of an unfinished whole-model phase on the disk, where a killed run goes on; a copy
+    takes 16 bytes a latent. null: none, and a killed run begins anew."""
 
     def __post_init__(self) -> None:
+        if self.save_every is not None and not self.save_every >= 0:
+            raise ValueError(
+                f"save_every must be at least 0 seconds or null, got {self.save_every}"
+            )
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(
                 f"precision must be {' or '.join(PRECISIONS)} (latents stay float32), got {self.precision!r}"
@@ -80,6 +88,8 @@ class Reconstruction(L.LightningModule):
         config: optimizer settings.
         steps: number of optimizer steps, for the schedule.
         on_step: called with (step, loss) before the parameters of that step move.
+        start: where a run goes on, see :class:`Start`.
+        before_step: called with (step, optimizer) before each step.
     """
 
     snapshot_every = 16
@@ -91,9 +101,12 @@ class Reconstruction(L.LightningModule):
         config: OptimizerConfig,
         steps: int,
         on_step: Callable[[int, float], None] | None = None,
+        start: Start | None = None,
+        before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
     ) -> None:
         super().__init__()
         self.objective, self.config, self.steps, self.on_step = objective, config, steps, on_step
+        self.start, self.before_step = start or Start(), before_step
         self.result = FitResult()
         self.good: list[Tensor] = []
 
@@ -102,16 +115,27 @@ class Reconstruction(L.LightningModule):
         config = self.config
         optimizer = adamw(self.objective.parameter_groups(), config)
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: config.rate(step, self.steps)
+            optimizer, lambda step: config.rate(self.start.step + step, self.steps)
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Dropout stays off: targets come from a model in evaluation mode."""
+        """Dropout stays off: targets come from a model in evaluation mode. Moments go on from where they were."""
         self.eval()
+        if self.start.moments:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": self.start.moments, "param_groups": groups})
+
+    @property
+    def step(self) -> int:
+        """Steps done, those of an earlier run included."""
+        return self.start.step + self.global_step
 
     def training_step(self, batch: Any, index: int) -> Tensor | None:  # noqa: ANN401
         """Loss of the objective; None, which skips the step, when it is not finite."""
+        if self.before_step is not None:
+            self.before_step(self.step, self.optimizers(use_pl_optimizer=False))
         loss = self.objective(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -122,7 +146,7 @@ class Reconstruction(L.LightningModule):
         self.result.losses.append(value)
         self.log(f"{self.objective.name}/loss", value)
         if self.on_step is not None:
-            self.on_step(self.global_step, value)
+            self.on_step(self.step, value)
         return loss
 
     def configure_gradient_clipping(
@@ -157,7 +181,7 @@ class Reconstruction(L.LightningModule):
 
     def count_undone(self, what: str, where: str, remedy: str = "the step is undone") -> None:
         """Warn, naming the layer; give up when there is nothing to return to or it happens too often."""
-        message = f"{self.objective.name}: {what} at step {self.global_step}, first in {where}"
+        message = f"{self.objective.name}: {what} at step {self.step}, first in {where}"
         self.result.undone += 1
         if self.result.undone > self.most_undone or not self.good:
             raise FloatingPointError(
@@ -204,6 +228,8 @@ def fit(
     precision: str,
     on_step: Callable[[int, float], None] | None = None,
     loggers: list[Any] | None = None,
+    start: Start | None = None,
+    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
 ) -> FitResult:
     """Train ``objective`` on ``batches`` for ``epochs`` with Lightning, on the device where it is.
 
@@ -215,6 +241,8 @@ def fit(
         precision: Lightning precision string.
         on_step: called with (step, loss) before the parameters of that step move.
         loggers: Lightning loggers that receive the loss under the objective's name.
+        start: where an earlier run stopped; ``batches`` are those that are left.
+        before_step: called with (step, optimizer) before each step.
 
     Returns:
         The losses.
@@ -222,9 +250,9 @@ def fit(
     Raises:
         FloatingPointError: the loss stays non-finite although its steps were undone.
     """
-    steps = epochs * len(batches)
+    steps = (start.step if start else 0) + epochs * len(batches)
     device = next(p for _, p in objective.named_parameters()).device
-    module = Reconstruction(objective, config, steps, on_step)
+    module = Reconstruction(objective, config, steps, on_step, start, before_step)
     with _quiet():
         trainer = L.Trainer(
             max_epochs=epochs,

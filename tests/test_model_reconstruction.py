@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import random_windows, tiny_gpt2, tiny_llama
 
+from nanoquant import model_reconstruction
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import as_linear, find_decoder
 from nanoquant.binary import sign
@@ -102,11 +103,11 @@ def test_training_scales_keeps_signs_bitwise_and_lowers_the_divergence():
 
 
 @pytest.mark.parametrize("config", [SCALES, SIGNS], ids=["scales", "signs"])
-def test_harmful_training_leaves_the_student_as_it_was(config):
-    bad = dataclasses.replace(config, latent_lr=50.0, scale_lr=50.0)
-    _, start, student, report = reconstruct(bad)
-    assert report.best_step == 0
-    assert min(value for step, value in report.held_out.items() if step) > report.held_out[0]
+def test_harmful_training_leaves_the_student_as_it_was(config, monkeypatch):
+    values = iter([0.5, 0.6, 0.7])
+    monkeypatch.setattr(model_reconstruction, "held_out_divergence", lambda *_: next(values))
+    _, start, student, report = reconstruct(config)
+    assert report.held_out == {0: 0.5, 9: 0.6, 18: 0.7} and report.best_step == 0
     assert same_state(start, student) == start.state_dict().keys()
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanoquant.json_files import finite, write_json
+from nanoquant.unfinished import PATTERN
 
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SUFFIX = ".run"
 RUN_FILE, METRICS_FILE = "run.json", "metrics.jsonl"
-KEPT = ("self_text*.safetensors", "sensitivity*.json")
+KEPT = ("self_text*.safetensors", "sensitivity*.json", PATTERN)
 """Files that the next run of the same output goes on with."""
 SECONDS_BETWEEN_FLUSHES = 1.0
 

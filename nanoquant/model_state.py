@@ -1,0 +1,60 @@
+"""The unfinished whole-model phase on the disk: parameters, moments, best state, and what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+
+from nanoquant.best_state import BestState, ModelReport
+from nanoquant.resuming import Start, moments_of, read_moments
+from nanoquant.tensor_file import TensorFile
+
+
+@dataclass
+class ModelState:
+    """Keeps a training now and then, and puts it back.
+
+    Args:
+        file: where it is kept.
+        every: seconds between two writes.
+    """
+
+    file: TensorFile
+    every: float
+
+    def done(self) -> int:
+        """Steps that the file has; errors as of :meth:`resume`."""
+        return self.file.values().get("step", 0)
+
+    @torch.no_grad()
+    def resume(self, keeper: BestState) -> Start:
+        """Put parameters, best state and report of the file into ``keeper``; a start of 0 where there is none.
+
+        Raises:
+            ValueError: the file belongs to another run.
+        """
+        content = self.file.read()
+        if content is None:
+            return Start()
+        for number, parameter in enumerate(keeper.parameters):
+            parameter.copy_(content.tensors[f"parameter.{number}"])
+        count = len(keeper.parameters)
+        keeper.state = [
+            content.tensors[f"best.{number}"].to(parameter.device)
+            for number, parameter in zip(range(count), keeper.parameters, strict=True)
+        ]
+        report = content.values["report"]
+        report["held_out"] = {int(step): value for step, value in report["held_out"].items()}
+        for name, value in asdict(ModelReport(**report)).items():
+            setattr(keeper.report, name, value)
+        return Start(content.values["step"], read_moments(content.tensors))
+
+    def keep(self, step: int, keeper: BestState, optimizer: torch.optim.Optimizer) -> None:
+        """Write when it is time: ``step`` steps are done."""
+        if self.file.path is None or self.file.age() < self.every:
+            return
+        tensors = {f"parameter.{n}": p for n, p in enumerate(keeper.parameters)}
+        tensors |= {f"best.{n}": tensor for n, tensor in enumerate(keeper.state)}
+        values = {"step": step, "report": asdict(keeper.report)}
+        self.file.write(tensors | moments_of(optimizer), values)

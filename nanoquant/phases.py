@@ -1,0 +1,175 @@
+"""The phases of the method, each on the whole model: calibration, ranks and blocks, the model itself."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from nanoquant.activations import Activations
+from nanoquant.architectures import Decoder
+from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
+from nanoquant.config import NanoQuantConfig
+from nanoquant.importance import Importance, collect_importances
+from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
+from nanoquant.model_state import ModelState
+from nanoquant.progress import Progress
+from nanoquant.ranks import choose_ranks
+from nanoquant.recorder import BlockRecorder, Recorder
+from nanoquant.text import Text
+from nanoquant.unfinished import Initialized
+
+logger = logging.getLogger(__name__)
+
+
+def precision_of(model: PreTrainedModel, config: NanoQuantConfig) -> str:
+    """Lightning precision: the config's, or mixed for a bfloat16 model and full for float32."""
+    usual = "bf16-mixed" if model.dtype == torch.bfloat16 else "32-true"
+    return config.run.precision or usual
+
+
+def initialize(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    chosen: range,
+    text: Text,
+    options: list[NanoQuantConfig],
+    reconstructor: BlockReconstructor,
+    progress: Progress,
+    loggers: list[Any] | None,
+    recorder: Recorder,
+    sensitivity_file: str | Path | None,
+) -> Initialized:
+    """All that comes before the whole-model phase: importances, ranks, binary blocks."""
+    importances = calibrate(model, decoder, chosen, text, options[0], progress)
+    choice = choose_ranks(
+        model,
+        decoder,
+        chosen,
+        text,
+        importances,
+        options,
+        progress,
+        recorder,
+        sensitivity_file,
+    )
+    reports = reconstruct_blocks(
+        model,
+        decoder,
+        chosen,
+        reconstructor,
+        importances,
+        choice.ranks,
+        text,
+        choice.config,
+        progress,
+        loggers,
+        recorder,
+    )
+    return Initialized(options.index(choice.config), choice.ranks, reports, importances)
+
+
+def calibrate(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    chosen: range,
+    text: Text,
+    config: NanoQuantConfig,
+    progress: Progress,
+) -> dict[str, Importance]:
+    """Phase 1: importances of the linears of the chosen blocks, by full name."""
+    modules = decoder.linear_modules()
+    names = [decoder.full_name(b, name) for b in chosen for name in decoder.linears[b]]
+    windows = text.calibration[: config.calibration.windows]
+    with progress.phase("calibrate", len(windows)):
+        return collect_importances(
+            model,
+            {name: modules[name] for name in names},
+            windows,
+            config.importance,
+            config.calibration.batch,
+            progress=lambda done, total: progress.advance(config.calibration.batch),
+        )
+
+
+def reconstruct_blocks(
+    model: PreTrainedModel,
+    decoder: Decoder,
+    chosen: range,
+    reconstructor: BlockReconstructor,
+    importances: dict[str, Importance],
+    ranks: dict[str, int],
+    text: Text,
+    config: NanoQuantConfig,
+    progress: Progress,
+    loggers: list[Any] | None,
+    recorder: Recorder,
+) -> dict[int, BlockReport]:
+    """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix."""
+    reports = {}
+    activations = (
+        Activations(model, decoder, text.calibration[: config.block.windows])
+        if config.block.tunes
+        else None
+    )
+    with progress.phase("blocks", len(chosen)):
+        for b, block in enumerate(decoder.blocks[: chosen.stop]):
+            data = None if activations is None else activations.targets_of(b, block)
+            if b in chosen:
+                full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
+                begun = time.perf_counter()
+                reports[b] = reconstructor(
+                    block,
+                    decoder.groups[b],
+                    {name: importances[full[name]] for name in full},
+                    {name: ranks[full[name]] for name in full},
+                    data,
+                    name=f"block {b}",
+                    precision=precision_of(model, config),
+                    freeze=config.model.train != "signs",
+                    loggers=loggers,
+                    recorder=BlockRecorder(recorder, b, full),
+                )
+                recorder.record("block", block=b, seconds=time.perf_counter() - begun)
+                worst = _worst(reports[b])
+                logger.info("block %d: %s", b, worst)
+                progress.advance(1, note=worst)
+            if data is not None:
+                activations.advance(block, data, f"block {b}")
+    return reports
+
+
+def _worst(report: BlockReport) -> str:
+    name, error = max(report.weight_error.items(), key=lambda item: item[1])
+    return f"largest weight error {error:.3f} ({name})"
+
+
+def reconstruct_model(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    text: Text,
+    config: NanoQuantConfig,
+    progress: Progress,
+    loggers: list[Any] | None,
+    recorder: Recorder,
+    state: ModelState,
+) -> ModelReport:
+    """Phase 3: logits of the whole model against the dense teacher's."""
+    settings = config.model
+    steps = settings.epochs * -(-len(text.training) // settings.batch)
+    with progress.phase("model", steps - state.done()):
+        return ModelReconstructor(settings, config.run.seed)(
+            model,
+            teacher,
+            text.training,
+            text.held_out,
+            precision=precision_of(model, config),
+            on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
+            loggers=loggers,
+            recorder=recorder,
+            state=state,
+        )

@@ -1,0 +1,111 @@
+"""TensorFile: tensors and values of unfinished work on the disk, whole at every moment, with what they belong to."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+VALUES = "values"
+
+
+class Content(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class TensorFile:
+    """A safetensors file that belongs to settings: read only with the same ones, replaced whole or not at all.
+
+    Args:
+        path: of the file; None keeps nothing.
+        settings: all that decides what its tensors are, as text by name.
+        what: what it holds, for messages, such as "windows".
+    """
+
+    def __init__(self, path: Path | None, settings: Mapping[str, str], what: str) -> None:
+        self.path, self.settings, self.what = path, dict(settings), what
+        self.written = time.monotonic()
+
+    def read(self) -> Content | None:
+        """Tensors and values; None where there is no file yet.
+
+        Raises:
+            ValueError: the file is damaged or belongs to other settings, which are named.
+        """
+        return self._read(with_tensors=True)
+
+    def values(self) -> dict[str, Any]:
+        """The values alone; empty where there is no file yet. Errors as of :meth:`read`."""
+        content = self._read(with_tensors=False)
+        return content.values if content else {}
+
+    def _read(self, with_tensors: bool) -> Content | None:
+        if self.path is None or not self.path.is_file():
+            return None
+        try:
+            with safe_open(self.path, "pt") as file:
+                found = dict(file.metadata() or {})
+                values = json.loads(found.pop(VALUES, "{}"))
+                names = list(file.keys()) if with_tensors else []
+                tensors = {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ValueError(
+                f"{self.path} can't be read ({error}); delete it, and the {self.what} will be made anew"
+            ) from None
+        other = [
+            f"{name} {found.get(name)!r}, not {value!r}"
+            for name, value in self.settings.items()
+            if found.get(name) != value
+        ]
+        if other:
+            raise ValueError(
+                f"{self.path} holds {self.what} of {'; '.join(other)}; delete it, or choose another place"
+            )
+        return Content(tensors, values)
+
+    def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
+        """Replace the file; a disk that refuses is named once, and nothing is kept from then on."""
+        if self.path is None:
+            return
+        partial = self.path.with_name(self.path.name + ".partial")
+        metadata = self.settings | ({VALUES: json.dumps(values)} if values else {})
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(
+                {name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata
+            )
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(self.path)
+        except (SafetensorError, OSError) as error:
+            with suppress(OSError):
+                partial.unlink()
+            logger.warning(
+                "%s can't be written (%s); the run goes on, but could not resume from here",
+                *(self.path, error),
+            )
+            self.path = None
+        self.written = time.monotonic()
+
+    def age(self) -> float:
+        """Seconds since the last write, or since this object was made."""
+        return time.monotonic() - self.written
+
+    def remove(self) -> None:
+        """Delete the file: the work is finished."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)

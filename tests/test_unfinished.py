@@ -1,0 +1,178 @@
+"""A killed run goes on where it was and ends as if nothing had happened; another run is refused by name."""
+
+import dataclasses
+import logging
+
+import pytest
+import torch
+from tiny_models import FAMILIES, random_windows, tiny_llama
+
+from nanoquant.admm import ADMMConfig
+from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.budget import BudgetConfig
+from nanoquant.config import CalibrationConfig, nanoquant_config
+from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.progress import Progress
+from nanoquant.quantize import quantize
+from nanoquant.resuming import Order
+from nanoquant.tensor_file import TensorFile
+from nanoquant.training import RunConfig
+from nanoquant.unfinished import discard
+
+TOKENS = random_windows(24, 16).flatten()
+QUICK = nanoquant_config(
+    budget=BudgetConfig(bits=1.4, rank_multiple=8),
+    calibration=CalibrationConfig(windows=4, length=16),
+    admm=ADMMConfig(iterations=2),
+    model=ModelConfig(windows=7, epochs=2, batch=2, held_out=2, evaluations=4, latent_lr=0.05),
+    run=RunConfig(save_every=0),
+)
+
+
+class Kill(BaseException):
+    """Nothing catches it."""
+
+
+class Killed(Progress):
+    """Dies at a step of the model phase, and counts what each phase has done."""
+
+    def __init__(self, at=None):
+        super().__init__()
+        self.at, self.counts, self.current = at, {}, None
+
+    def begin(self, name, total):
+        self.current = name
+        self.counts[name] = [0, total]
+
+    def advance(self, done, note=""):
+        if self.current == "model" and self.counts["model"][0] == self.at:
+            raise Kill
+        self.counts[self.current][0] += done
+
+
+def run(work, config=QUICK, kill=None, model=None, tokens=TOKENS):
+    """Packed tensors, report and counts of a run; it may be killed at a step of the model phase."""
+    model, progress = model or tiny_llama(), Killed(kill)
+    report = quantize(model, tokens, config, progress=progress, work=work)
+    return model.state_dict(), report, progress.counts
+
+
+def killed(work, step, **settings):
+    with pytest.raises(Kill):
+        run(work, kill=step, **settings)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 7])
+def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(step, tmp_path):
+    expected, whole, _ = run(None)
+    killed(tmp_path, step)
+    found, report, counts = run(tmp_path)
+    assert list(counts) == ["model", "pack"]  # nothing before is done again
+    assert counts["model"] == [8 - step, 8 - step]
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert report.model == whole.model and len(report.model.losses) == 8
+    assert report.blocks == whole.blocks and report.ranks == whole.ranks
+    assert report.bits == whole.bits and report.config == whole.config
+
+
+def test_a_run_that_is_killed_twice_goes_on_twice(tmp_path):
+    expected, _, _ = run(None)
+    killed(tmp_path, 3)
+    killed(tmp_path, 2)
+    found, _, counts = run(tmp_path)
+    assert counts["model"] == [3, 3]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_goes_on(family, tmp_path):
+    expected, _, _ = run(None, model=FAMILIES[family]())
+    killed(tmp_path, 4, model=FAMILIES[family]())
+    found, _, _ = run(tmp_path, model=FAMILIES[family]())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_frozen_signs_go_on_too(tmp_path):
+    config = dataclasses.replace(
+        QUICK,
+        block=BlockConfig(dense_epochs=1, refine_epochs=1, windows=4),
+        model=dataclasses.replace(QUICK.model, train="scales"),
+    )
+    expected, _, _ = run(None, config)
+    killed(tmp_path, 4, config=config)
+    found, _, _ = run(tmp_path, config)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (
+            {"config": dataclasses.replace(QUICK, run=RunConfig(save_every=0, seed=1))},
+            "run '.*seed",
+        ),
+        ({"config": dataclasses.replace(QUICK, admm=ADMMConfig(iterations=3))}, "admm '.*3"),
+        ({"model": tiny_llama(layers=3)}, "model weights"),
+        ({"tokens": TOKENS.flip(0)}, "text"),
+    ],
+    ids=["seed", "iterations", "model", "text"],
+)
+def test_unfinished_work_of_another_run_is_refused_with_the_difference(change, named, tmp_path):
+    killed(tmp_path, 2)
+    with pytest.raises(
+        ValueError, match=rf"unfinished-blocks.* holds binary blocks of .*{named}.*delete it"
+    ):
+        run(tmp_path, **change)
+
+
+def test_work_without_need_is_not_kept(tmp_path):
+    run(tmp_path, dataclasses.replace(QUICK, run=RunConfig(save_every=None)))
+    run(tmp_path, dataclasses.replace(QUICK, model=ModelConfig(train="none")))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_copies_come_no_more_often_than_asked(tmp_path):
+    config = dataclasses.replace(QUICK, run=RunConfig(save_every=3600))
+    run(tmp_path, config)
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished-blocks.safetensors"]
+    discard(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    killed(tmp_path, 2)
+    (tmp_path / "unfinished-model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match=r"unfinished-model.safetensors can't be read .*delete it"):
+        run(tmp_path)
+
+
+def test_a_disk_that_refuses_is_named_once_and_the_run_goes_on(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    expected, _, _ = run(None)
+    with caplog.at_level(logging.WARNING):
+        found, _, _ = run(tmp_path / "file")
+    assert caplog.text.count("unfinished-blocks.safetensors can't be written") == 1
+    assert caplog.text.count("unfinished-model.safetensors can't be written") == 1
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_write_that_is_killed_leaves_the_file_before_it(tmp_path, monkeypatch):
+    file = TensorFile(tmp_path / "a.safetensors", {"of": "this"}, "tensors")
+    file.write({"x": torch.ones(3)}, {"step": 1})
+    monkeypatch.setattr("os.fsync", lambda number: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        file.write({"x": torch.zeros(3)}, {"step": 2})
+    assert file.values() == {"step": 1} and torch.equal(file.read().tensors["x"], torch.ones(3))
+
+
+def test_an_order_begins_anywhere_and_holds_every_window_once_an_epoch():
+    order = Order(windows=7, batch=2, epochs=3, seed=5)
+    whole = list(order)
+    assert len(whole) == len(order) == order.steps == 12
+    for epoch in range(3):
+        batches = whole[4 * epoch : 4 * epoch + 4]
+        assert sorted(n for batch in batches for n in batch) == list(range(7))
+    assert whole[:4] != whole[4:8]
+    order.start = 5
+    assert list(order) == whole[5:] and len(order) == 7
