@@ -5,7 +5,8 @@ factors, Z their sign-structured proxies, L (Lambda) the scaled duals, rho the p
 Where paper and published code differ, this follows the code: the systems are built from the proxies with unit
 columns, both factor updates of an iteration read the previous proxies, and duals start at factor - proxy.
 Deviations of our own: W~ is divided by its root mean square first (the penalties are absolute numbers), and the
-scales are refitted by least squares at the end (the mean-absolute ones are about 3 % too small).
+scales are refitted by least squares at the end (the mean-absolute ones are about 3 % too small). Where the importance
+has a correlation R of the inputs, the error E = W~ - U V^T is measured by it: tr(E R E^T).
 Everything runs in float32 and is batched over leading dimensions.
 """
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from nanoquant.binary import BinaryFactors, sign, svid
 from nanoquant.budget import WIDEST
 from nanoquant.importance import Importance
+from nanoquant.second_moment import Correlation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,11 @@ class ADMMState:
     P: Tensor
     Z: Tensor
     L: Tensor
+
+
+def metric(X: Tensor, R: Correlation | None) -> Tensor:
+    """R X for X (..., n, r); X where R is None."""
+    return X if R is None else R.Q @ (R.spread.unsqueeze(-1) * (R.Q.mT @ X))
 
 
 def unit_columns(Z: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,6 +106,7 @@ class ADMMInitializer(nn.Module):
             ValueError: shapes disagree, or a weight or importance is not finite and positive.
         """
         W, i, o = self._checked(weight, importance, rank)
+        R = importance.correlation
         generator = generator or torch.Generator().manual_seed(0)
         D_out, D_in = o.sqrt(), i.sqrt()  # Eq. (2)
         Wt = D_out.unsqueeze(-1) * W * D_in.unsqueeze(-2)  # (..., d_out, d_in)
@@ -109,7 +117,8 @@ class ADMMInitializer(nn.Module):
         tall = (
             W.shape[-2] >= W.shape[-1]
         )  # the published code solves the transpose of wide matrices
-        left, right = self.solve(Wt if tall else Wt.mT, rank, generator)
+        sides = (Wt, rank, generator, None, R) if tall else (Wt.mT, rank, generator, R, None)
+        left, right = self.solve(*sides)
         factors = self.read_off(left, right, D_out if tall else D_in, D_in if tall else D_out)
         if not tall:
             factors = BinaryFactors(factors.V, factors.U, factors.s2, factors.s1)
@@ -119,15 +128,24 @@ class ADMMInitializer(nn.Module):
         return factors
 
     def solve(
-        self, Wt: Tensor, rank: int, generator: torch.Generator
+        self,
+        Wt: Tensor,
+        rank: int,
+        generator: torch.Generator,
+        L: Correlation | None = None,
+        R: Correlation | None = None,
     ) -> tuple[ADMMState, ADMMState]:
-        """Run K iterations on W~ (..., m, n); returns the states of its left and right factor."""
+        """Run K iterations on W~ (..., m, n); returns the states of its left and right factor.
+
+        L (..., m, m) and R (..., n, n) are the metrics of its sides, None for the identity.
+        """
+        P = metric(metric(Wt, L).mT, R).mT  # L W~ R
         left = self.start(Wt.shape[:-1], rank, generator, Wt)
         right = self.start((*Wt.shape[:-2], Wt.shape[-1]), rank, generator, Wt)
         for k in range(self.config.iterations):
             rho = k / self.config.iterations
-            P_left = self.update_factor(Wt, right.Z, left, rho)
-            P_right = self.update_factor(Wt.mT, left.Z, right, rho)
+            P_left = self.update_factor(P, right.Z, left, rho, L, R)
+            P_right = self.update_factor(P.mT, left.Z, right, rho, R, L)
             left, right = self.update_proxy(P_left, left), self.update_proxy(P_right, right)
         return left, right
 
@@ -139,13 +157,31 @@ class ADMMInitializer(nn.Module):
         Z = svid(P, self.config.power_iterations)
         return ADMMState(P, Z, P - Z)
 
-    def update_factor(self, Wt: Tensor, Z_other: Tensor, state: ADMMState, rho: float) -> Tensor:
-        """Ridge least squares of one factor against the other side's proxy, Eq. (5); returns (..., m, r)."""
+    def update_factor(
+        self,
+        P: Tensor,
+        Z_other: Tensor,
+        state: ADMMState,
+        rho: float,
+        own: Correlation | None = None,
+        other: Correlation | None = None,
+    ) -> Tensor:
+        """Ridge least squares of one factor against the other side's proxy, Eq. (5); returns (..., m, r).
+
+        With metrics it is F of own F A + sigma F = B, A = X^T other X; P (..., m, n) has both metrics in it.
+        """
         X, _ = unit_columns(Z_other)  # (..., n, r)
-        A = X.mT @ X  # (..., r, r)
+        A = X.mT @ metric(X, other)  # (..., r, r)
         diagonal = A.diagonal(dim1=-2, dim2=-1)
-        diagonal += rho * diagonal.mean(-1, keepdim=True) + self.config.ridge
-        B = X.mT @ Wt.mT + rho * (state.Z - state.L).mT  # (..., r, m)
+        mean = diagonal.mean(-1, keepdim=True)
+        B = X.mT @ P.mT + rho * (state.Z - state.L).mT  # (..., r, m)
+        if own is not None:
+            mu, Q = torch.linalg.eigh(A)
+            sigma = rho + self.config.ridge * mean
+            F = Q.mT @ B @ own.Q  # (..., r, m)
+            F = F / (mu.clamp_min(0).unsqueeze(-1) * own.spread.unsqueeze(-2) + sigma.unsqueeze(-1))
+            return own.Q @ (Q @ F).mT
+        diagonal += rho + self.config.ridge * mean
         factor, info = torch.linalg.cholesky_ex(A)
         if info.any():
             return torch.linalg.solve(A, B).mT

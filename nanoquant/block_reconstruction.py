@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from nanoquant.architectures import as_linear
 from nanoquant.binary import BinaryFactors, relative_error
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
-from nanoquant.importance import Importance
+from nanoquant.importance import Importance, stack
 from nanoquant.layer_records import BlockWatch
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.optimizer import OptimizerConfig
@@ -247,15 +247,17 @@ class BlockReconstructor(nn.Module):
         """Put factors in the place of dense linears, equal shapes in one batch; returns weight errors."""
         batches: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for linear in names:
-            batches[(*block.get_submodule(linear).weight.shape, ranks[linear])].append(linear)
+            shape = block.get_submodule(linear).weight.shape
+            alone = importances[linear].correlation is None
+            batches[(*shape, alone, ranks[linear])].append(linear)
         errors = {}
         for (*_, rank), members in batches.items():
             W = torch.stack([block.get_submodule(linear).weight.detach() for linear in members])
-            i = torch.stack([importances[linear].input for linear in members]).to(W)
-            o = torch.stack([importances[linear].output for linear in members]).to(W)
+            importance = stack([importances[linear] for linear in members], W)
             generator = torch.Generator().manual_seed(self.seed)
-            factors = self.initializer(W, Importance(input=i, output=o), rank, generator)
-            error = relative_error(W, factors.dense(), o.unsqueeze(-1) * i.unsqueeze(-2))
+            factors = self.initializer(W, importance, rank, generator)
+            weight = importance.output.unsqueeze(-1) * importance.input.unsqueeze(-2)
+            error = relative_error(W, factors.dense(), weight)
             for linear, parts, value in zip(members, factors.unbind(), error.tolist(), strict=True):
                 if self.config.relative_rates:
                     parts = parts.normalized()

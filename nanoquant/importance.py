@@ -14,15 +14,24 @@ Shapes: N windows, T tokens a window, d_in and d_out of a linear, n tokens of on
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from nanoquant.decoder import evaluation_mode, input_device
+from nanoquant.second_moment import (
+    Correlation,
+    SecondMoment,
+    SecondMomentMatrix,
+    correlation_of,
+    shrink,
+)
 
 LOSS_CHUNK = 256
+CURVATURES = ("diagonal", "inputs")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +43,23 @@ class ImportanceConfig:
     clip_quantile: float | None = 0.999
     """Quantile of token norms to which larger ones are clipped (paper: 0.999); 0 or None: off."""
 
+    curvature: str = "diagonal"
+    """What the initializer knows of inputs: diagonal, the second moment of each channel; inputs, how channels go
+    together as well, which takes 4 d_in^2 bytes for every distinct input of a linear."""
+    temper: float = 0.5
+    """Inputs: power of the eigenvalues of their correlation; 1 trusts it fully, 0 not at all."""
+
     def __post_init__(self) -> None:
         """Check the ranges."""
+        if self.curvature not in CURVATURES:
+            raise ValueError(f"curvature must be {' or '.join(CURVATURES)}, got {self.curvature!r}")
+        if not 0 <= self.temper <= 1:
+            raise ValueError(f"temper is {self.temper}; allowed: 0 to 1")
+        if self.curvature == "diagonal" and self.temper != type(self).temper:
+            raise ValueError(
+                f"importance.temper={self.temper} and importance.curvature=diagonal exclude each other: nothing "
+                "would be tempered; take curvature inputs, or leave it out"
+            )
         if not 0 <= self.shrinkage <= 1:
             raise ValueError(f"shrinkage is {self.shrinkage}; allowed: 0 to 1")
         if not 0 <= (self.clip_quantile or 0) < 1:
@@ -50,85 +74,23 @@ class Importance:
     """Per input channel (d_in,), the normalised ``i``."""
     output: Tensor
     """Per output channel (d_out,), the normalised ``o``."""
+    correlation: Correlation | None = None
+    """Of the input channels; None: they are taken as independent."""
     scale: float = 1.0
     """Mean ``i`` times mean ``o`` before they were normalised: errors times this compare between linears."""
 
 
-def clip_threshold(norms: Tensor, quantile: float) -> Tensor:
-    """Norm above which tokens are clipped: the k-th largest, k = max(1, int(n (1 - quantile))).
-
-    Args:
-        norms: Token norms (n,).
-        quantile: Share of the tokens, 0 to 1, to stay as they are.
-    """
-    k = max(1, int(norms.numel() * (1 - quantile)))
-    return norms.topk(k).values[-1]
-
-
-def clip_tokens(z: Tensor, tau: float) -> Tensor:
-    """Scale every token of z (n, d) whose Euclidean norm exceeds tau down to that norm."""
-    norms = z.norm(dim=1, keepdim=True)
-    return z * (tau / norms).clamp(max=1)
-
-
-def shrink(moment: Tensor, gamma: float) -> Tensor:
-    """Pull the moments (d,) towards their mean: (1 - gamma) m + gamma mean(m)."""
-    return (1 - gamma) * moment + gamma * moment.mean()  # Eq. (3)
-
-
-class SecondMoment:
-    """Mean over tokens of the squared entries of clipped token vectors.
-
-    The threshold tau is the running maximum of the thresholds of the updates; when it grows, the
-    earlier sum is multiplied by (tau_new / tau_old)^2.
-
-    Args:
-        quantile: Quantile of the token norms of one update that sets tau; 0 or None does not clip.
-    """
-
-    def __init__(self, quantile: float | None) -> None:
-        self.quantile = quantile
-        self.tau = 0.0
-        self.tokens = 0
-        self._sum: Tensor | None = None
-
-    @torch.no_grad()
-    def update(self, z: Tensor) -> None:
-        """Add the tokens z (n, d).
-
-        Raises:
-            ValueError: z holds a value that is not finite.
-        """
-        z = z.float()
-        norms = z.norm(dim=1)
-        largest = norms.max().item()
-        # NaN compares false with everything, and max() propagates it
-        if not largest < float("inf"):
-            raise ValueError("not finite (NaN or infinity)")
-        if self.quantile:
-            self._raise_threshold(clip_threshold(norms, self.quantile).item())
-            if largest > self.tau > 0:
-                z = clip_tokens(z, self.tau)
-        total = z.square().sum(0)
-        self._sum = total if self._sum is None else self._sum + total
-        self.tokens += len(z)
-
-    def value(self) -> Tensor:
-        """Mean over the tokens (d,), float32.
-
-        Raises:
-            ValueError: No token has been added.
-        """
-        if self._sum is None:
-            raise ValueError("no statistics")
-        return self._sum / self.tokens
-
-    def _raise_threshold(self, tau: float) -> None:
-        """Let the threshold grow, never shrink, and bring the earlier sum to its scale."""
-        if tau > self.tau:
-            if self._sum is not None and self.tau > 0:
-                self._sum *= (tau / self.tau) ** 2
-            self.tau = tau
+def stack(members: Sequence[Importance], like: Tensor) -> Importance:
+    """Importances of equal shapes as a batch, in the dtype and on the device of ``like``; all or none correlated."""
+    i, o = (
+        torch.stack([getattr(m, side) for m in members]).to(like) for side in ("input", "output")
+    )
+    if members[0].correlation is None:
+        return Importance(input=i, output=o)
+    parts = zip(*(member.correlation for member in members), strict=True)
+    return Importance(
+        input=i, output=o, correlation=Correlation(*(torch.stack(part).to(like) for part in parts))
+    )
 
 
 class ImportanceCollector:
@@ -147,8 +109,10 @@ class ImportanceCollector:
     def __init__(self, linears: dict[str, nn.Module], config: ImportanceConfig) -> None:
         self.linears = linears
         self.config = config
-        self.inputs = {name: SecondMoment(config.clip_quantile) for name in linears}
+        kind = SecondMoment if config.curvature == "diagonal" else SecondMomentMatrix
+        self.inputs = {name: kind(config.clip_quantile) for name in linears}
         self.gradients = {name: SecondMoment(config.clip_quantile) for name in linears}
+        self._readers = WeakTensorKeyDictionary()  # who added a tensor first, while it lives
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> "ImportanceCollector":
@@ -170,20 +134,31 @@ class ImportanceCollector:
         Raises:
             ValueError: A linear has no statistics, or all of its inputs or gradients are zero.
         """
-        return {name: self._importance(name) for name in self.linears}
+        found: dict[int, Correlation | None] = {}
+        for name, moment in self.inputs.items():
+            if isinstance(moment, SecondMomentMatrix) and moment.tokens and id(moment) not in found:
+                found[id(moment)] = correlation_of(
+                    moment.matrix(), self.config.shrinkage, self.config.temper, name
+                )
+        return {name: self._importance(name, found) for name in self.linears}
 
-    def _importance(self, name: str) -> Importance:
+    def _importance(self, name: str, found: dict[int, Correlation | None]) -> Importance:
         """Of one linear."""
         i, mean_i = self._finish(self.inputs[name], name, "input activations")
         o, mean_o = self._finish(self.gradients[name], name, "output gradients")
-        return Importance(input=i, output=o, scale=mean_i * mean_o)
+        correlation = found.get(id(self.inputs[name]))
+        return Importance(input=i, output=o, correlation=correlation, scale=mean_i * mean_o)
 
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> None:
         """Add the input of a linear, and wait for the gradient of its output."""
         x = args[0] if args else kwargs["input"]
-        self._add(self.inputs[name], x.detach(), name, "input activations")
+        first = self._readers.setdefault(x, name) if self.config.curvature == "inputs" else name
+        if first == name:
+            self._add(self.inputs[name], x.detach(), name, "input activations")
+        else:
+            self.inputs[name] = self.inputs[first]
         if output.requires_grad:
             add = functools.partial(self._add, self.gradients[name])
             output.register_hook(functools.partial(add, name=name, what="output gradients"))

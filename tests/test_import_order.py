@@ -23,6 +23,7 @@ ORDER = (
     "chat",
     "data",
     "mixture",
+    "second_moment",
     "importance",
     "units",
     "budget",

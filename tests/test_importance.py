@@ -11,13 +11,10 @@ from nanoquant.architectures import find_decoder
 from nanoquant.importance import (
     ImportanceCollector,
     ImportanceConfig,
-    SecondMoment,
-    clip_threshold,
-    clip_tokens,
     collect_importances,
     cross_entropy_gradient,
-    shrink,
 )
+from nanoquant.second_moment import SecondMoment, clip_threshold, clip_tokens, shrink
 
 PLAIN = ImportanceConfig(shrinkage=0.0, clip_quantile=None)
 

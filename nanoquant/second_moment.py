@@ -1,0 +1,153 @@
+"""Second moments of token vectors: clipped, shrunk, of single entries or of all pairs, and the correlation of these.
+
+Shapes: n tokens of one update, d entries. Tempering a correlation, that is a power below 1 of its eigenvalues at the
+same trace, insures against too few tokens. The paper knows the diagonal only.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def clip_threshold(norms: Tensor, quantile: float) -> Tensor:
+    """Norm above which tokens are clipped: the k-th largest, k = max(1, int(n (1 - quantile))).
+
+    Args:
+        norms: Token norms (n,).
+        quantile: Share of the tokens, 0 to 1, to stay as they are.
+    """
+    k = max(1, int(norms.numel() * (1 - quantile)))
+    return norms.topk(k).values[-1]
+
+
+def clip_tokens(z: Tensor, tau: float) -> Tensor:
+    """Scale every token of z (n, d) whose Euclidean norm exceeds tau down to that norm."""
+    norms = z.norm(dim=1, keepdim=True)
+    return z * (tau / norms).clamp(max=1)
+
+
+def shrink(moment: Tensor, gamma: float) -> Tensor:
+    """Pull the moments (d,) towards their mean: (1 - gamma) m + gamma mean(m)."""
+    return (1 - gamma) * moment + gamma * moment.mean()  # Eq. (3)
+
+
+class Correlation(NamedTuple):
+    """Tempered correlation of the channels of an input, R = Q diag(spread) Q^T, by its eigenvectors."""
+
+    Q: Tensor
+    """(d, d), orthogonal."""
+    spread: Tensor
+    """(d,), at least 0, mean 1."""
+
+
+def correlation_of(moment: Tensor, gamma: float, power: float, name: str) -> Correlation | None:
+    """Shrink a second moment (d, d), divide it by the roots of its diagonal, and temper its eigenvalues.
+
+    Args:
+        moment: of the inputs.
+        gamma: shrinkage.
+        power: of the eigenvalues.
+        name: of the linear, for the warning.
+
+    Returns:
+        None, with a warning, where the moment or its eigenvalues are not finite: the diagonal has to do.
+    """
+    mean = moment.diagonal().mean()
+    moment = (1 - gamma) * moment
+    moment.diagonal().add_(gamma * mean)
+    root = moment.diagonal().sqrt()
+    R = moment / (root.unsqueeze(-1) * root)
+    try:
+        spread, Q = torch.linalg.eigh(R)
+    except torch.linalg.LinAlgError:
+        spread, Q = R.new_full((len(R),), float("nan")), R
+    spread = spread.clamp_min(0) ** power
+    spread = spread * (len(R) / spread.sum())
+    if not (spread.isfinite().all() and Q.isfinite().all()):
+        logger.warning(
+            "the correlation of the inputs of %s is not finite; its initializer takes the diagonal",
+            name,
+        )
+        return None
+    return Correlation(Q, spread)
+
+
+class SecondMoment:
+    """Mean over tokens of the squared entries of clipped token vectors.
+
+    The threshold tau is the running maximum of the thresholds of the updates; when it grows, the
+    earlier sum is multiplied by (tau_new / tau_old)^2.
+
+    Args:
+        quantile: Quantile of the token norms of one update that sets tau; 0 or None does not clip.
+    """
+
+    def __init__(self, quantile: float | None) -> None:
+        self.quantile = quantile
+        self.tau = 0.0
+        self.tokens = 0
+        self._sum: Tensor | None = None
+
+    @torch.no_grad()
+    def update(self, z: Tensor) -> None:
+        """Add the tokens z (n, d).
+
+        Raises:
+            ValueError: z holds a value that is not finite.
+        """
+        z = z.float()
+        norms = z.norm(dim=1)
+        largest = norms.max().item()
+        # NaN compares false with everything, and max() propagates it
+        if not largest < float("inf"):
+            raise ValueError("not finite (NaN or infinity)")
+        if self.quantile:
+            self._raise_threshold(clip_threshold(norms, self.quantile).item())
+            if largest > self.tau > 0:
+                z = clip_tokens(z, self.tau)
+        total = self._total(z)
+        self._sum = total if self._sum is None else self._sum + total
+        self.tokens += len(z)
+
+    def _total(self, z: Tensor) -> Tensor:
+        """Sum over the tokens z (n, d)."""
+        return z.square().sum(0)
+
+    def value(self) -> Tensor:
+        """Mean over the tokens (d,), float32.
+
+        Raises:
+            ValueError: No token has been added.
+        """
+        if self._sum is None:
+            raise ValueError("no statistics")
+        return self._sum / self.tokens
+
+    def _raise_threshold(self, tau: float) -> None:
+        """Let the threshold grow, never shrink, and bring the earlier sum to its scale."""
+        if tau > self.tau:
+            if self._sum is not None and self.tau > 0:
+                self._sum *= (tau / self.tau) ** 2
+            self.tau = tau
+
+
+class SecondMomentMatrix(SecondMoment):
+    """The same, of the products of all pairs of entries."""
+
+    def _total(self, z: Tensor) -> Tensor:
+        """Sum over the tokens z (n, d) of z z^T, (d, d)."""
+        return z.T @ z
+
+    def value(self) -> Tensor:
+        """Mean over the tokens of the squares (d,)."""
+        return self.matrix().diagonal()
+
+    def matrix(self) -> Tensor:
+        """Mean over the tokens of the products (d, d), float32; errors as of :meth:`SecondMoment.value`."""
+        return super().value()
