@@ -68,7 +68,8 @@ def test_the_prior_gives_the_published_tables(size, uniform, bits, first, last, 
     floors, limits = what_uniform_spends(shapes)
     assert [floors[f"0.{role}"] for role in ("q", "k", "up")] == list(map(int, uniform.split()))
     assert body_bits(shapes, floors) == pytest.approx(bits, abs=2e-4)
-    ranks = round_ranks(shapes, prior_ranks(shapes, places, BudgetConfig(), limits), limits)
+    prior = BudgetConfig(allocation="prior", depth_slope=0.6)
+    ranks = round_ranks(shapes, prior_ranks(shapes, places, prior, limits), limits)
     for block, expected in ((0, first), (QWEN3[size][-1] - 1, last)):
         chosen = [ranks[f"{block}.{role}"] for role in ("q", "k", "v", "gate", "down")]
         assert chosen == list(map(int, expected.split()))
@@ -160,7 +161,7 @@ def test_an_infinite_high_leaves_only_the_limits_of_the_shapes(allocation):
 def test_a_neutral_prior_is_the_uniform_allocation():
     shapes, places = model(*SMOL)
     neutral = RoleWeights(**dict.fromkeys(ROLES, 1.0))
-    config = BudgetConfig(bits=0.8, allocation="prior", depth_slope=0.0, roles=neutral)
+    config = BudgetConfig(bits=0.8, allocation="prior", roles=neutral)
     assert allocate_by_prior(shapes, places, config) == allocate_ranks(shapes, config)
 
 

@@ -128,7 +128,7 @@ def test_ranks_are_a_phase_only_where_they_are_measured():
 
 
 def test_the_prior_follows_depth_and_kind():
-    config = quick(allocation="prior", bits=1.6, rank_multiple=1, low=0.0)
+    config = quick(allocation="prior", bits=1.6, rank_multiple=1, low=0.0, depth_slope=0.6)
     ranks = quantize(tiny_llama(), TOKENS, config).ranks
     layer = "model.layers.{}.{}".format
     assert ranks[layer(1, "mlp.up_proj")] > ranks[layer(0, "mlp.up_proj")]

@@ -223,7 +223,7 @@ def test_settings_that_no_measurement_depends_on_keep_them(tmp_path):
     config = dataclasses.replace(
         MEASURED,
         admm=ADMMConfig(iterations=7),
-        budget=dataclasses.replace(MEASURED.budget, depth_slope=0.0, high=1.5),
+        budget=dataclasses.replace(MEASURED.budget, depth_slope=0.5, high=1.5),
     )
     run(file, progress, config)
     assert progress.counts["ranks"] == [0, 0]
