@@ -6,7 +6,8 @@ Where paper and published code differ, this follows the code: the systems are bu
 columns, both factor updates of an iteration read the previous proxies, and duals start at factor - proxy.
 Deviations of our own: W~ is divided by its root mean square first (the penalties are absolute numbers), and the
 scales are refitted by least squares at the end (the mean-absolute ones are about 3 % too small). Where the importance
-has a correlation R of the inputs, the error E = W~ - U V^T is measured by it: tr(E R E^T).
+has a correlation R of the inputs, iterations measure the error E = W~ - U V^T by it, tr(E R E^T); the refit and
+the reported errors know the diagonal only.
 Everything runs in float32 and is batched over leading dimensions.
 """
 
@@ -181,7 +182,9 @@ class ADMMInitializer(nn.Module):
             F = Q.mT @ B @ own.Q  # (..., r, m)
             F = F / (mu.clamp_min(0).unsqueeze(-1) * own.spread.unsqueeze(-2) + sigma.unsqueeze(-1))
             return own.Q @ (Q @ F).mT
-        diagonal += rho + self.config.ridge * mean
+        diagonal += (
+            rho * mean + self.config.ridge if other is None else rho + self.config.ridge * mean
+        )
         factor, info = torch.linalg.cholesky_ex(A)
         if info.any():
             return torch.linalg.solve(A, B).mT

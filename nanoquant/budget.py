@@ -60,7 +60,7 @@ class BudgetConfig:
     bits: float = 1.0
     """Bits per weight over all quantized linears, to about 3; signs and scales count (embeddings, head, norms not)."""
     file: str | None = None
-    """Bytes of all stored tensors together, such as 70MB, in the place of bits: linears get what the rest leaves."""
+    """Bytes of the weight files together, such as 70MB, in the place of bits: linears get what the rest leaves."""
     rank_multiple: int = 32
     """Ranks are multiples of this and at least this; kernels want 32 or more."""
     allocation: str = "uniform"

@@ -8,7 +8,7 @@ ranks that it leaves them, of which reconstruction takes back all but ``sensitiv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
@@ -20,10 +20,14 @@ from nanoquant.config import NanoQuantConfig
 from nanoquant.dense_prefix import DensePrefix
 from nanoquant.divergence import ForwardKL
 from nanoquant.embedding import EMBEDDING_BITS, EmbeddingConfig, quantize_table, table_bytes
+from nanoquant.hf_quantizer import PARTS
 from nanoquant.model_embeddings import check_embeddings, find_embeddings
 from nanoquant.sizes import tensor_bytes
 from nanoquant.units import amount, parse_bytes
 from nanoquant_kernels.table import dense_rows
+
+ENTRY = 96
+"""Most bytes of a tensor in a header of safetensors, besides its name."""
 
 
 def file_options(
@@ -74,7 +78,7 @@ def _filled(
     """The config with the body's bits under one storage of the embedding."""
     check_embeddings(model, embedding)
     file = parse_bytes(config.budget.file, "budget.file")
-    rest = other_bytes(model, decoder, chosen, embedding)
+    rest = other_bytes(model, decoder, chosen, embedding) + header_bytes(model, shapes)
     if file <= rest:
         raise ValueError(f"what is no linear of a block takes {amount(rest)} alone")
     bits = 8 * (file - rest) / count_weights(shapes)
@@ -91,15 +95,22 @@ def other_bytes(
 ) -> int:
     """Bytes of all that a checkpoint stores besides signs and scales of the chosen blocks' linears."""
     modules, stored = decoder.linear_modules(), model.state_dict()
-    linears = [
-        modules[decoder.full_name(b, name)].weight for b in chosen for name in decoder.linears[b]
-    ]
+    names = [decoder.full_name(b, name) for b in chosen for name in decoder.linears[b]]
+    linears = [modules[name].weight for name in names]
     buffers = [tensor for name, tensor in model.named_buffers() if name in stored]
     total = tensor_bytes([*model.parameters(), *buffers]) - tensor_bytes(linears)
     if embedding.bits != 16:
         for weight in embedding_weights(model):
             total += table_bytes(*weight.shape, embedding, weight.dtype) - tensor_bytes([weight])
     return total
+
+
+def header_bytes(model: PreTrainedModel, names: Iterable[str]) -> int:
+    """At least the bytes of the headers of a checkpoint's files, whose linears ``names`` are packed."""
+    packed = set(names)
+    kept = [key for key in model.state_dict() if key.removesuffix(".weight") not in packed]
+    keys = [*kept, *(f"{name}.{part}" for name in packed for part in PARTS)]
+    return sum(len(key) + ENTRY for key in keys)
 
 
 def embedding_weights(model: PreTrainedModel) -> list[Tensor]:

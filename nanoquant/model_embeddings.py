@@ -63,6 +63,10 @@ def find_embeddings(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def check_embeddings(model: PreTrainedModel, config: EmbeddingConfig) -> None:
     """Raise ValueError if :func:`quantize_embeddings` would; nothing to check at 16 bits."""
+    if config.bits is None:
+        raise ValueError(
+            "embedding.bits=null is chosen by quantize under budget.file; give 16, 8 or 4"
+        )
     if config.bits == 16:
         return
     for name, module in find_embeddings(model).items():

@@ -29,7 +29,7 @@ from nanoquant.model_state import ModelState
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.resuming import Order, Start
-from nanoquant.training import first_non_finite, fit
+from nanoquant.training import Reconstruction, first_non_finite, fit
 
 logger = logging.getLogger(__name__)
 
@@ -190,9 +190,10 @@ class ModelReconstructor(nn.Module):
         loader, steps = DataLoader(TensorDataset(windows), batch_sampler=order), order.steps
         report = keeper.report
         start = Start() if state is None else state.resume(keeper)
-        order.start, undone = start.step, report.undone
-        looks = {steps * k // config.evaluations for k in range(config.evaluations)}
-        looks = sorted(looks - report.held_out.keys())
+        order.start = start.batch
+        looks = None if state is None else state.looks()
+        if looks is None:
+            looks = sorted({steps * k // config.evaluations for k in range(config.evaluations)})
         watch = ModelWatch(recorder, binary_layers(objective.student), steps)
         peak = config.latent_lr if config.train == "signs" else config.scale_lr
 
@@ -209,13 +210,12 @@ class ModelReconstructor(nn.Module):
             if on_step is not None:
                 on_step(step, loss)
 
-        def keep(step: int, optimizer: torch.optim.Optimizer) -> None:
+        def keep(module: Reconstruction) -> None:
             if state is not None:
-                state.keep(step, keeper, optimizer)
+                state.keep(module, keeper, looks)
 
-        if 0 in looks:
-            looks.remove(0)
-            look(0)
+        if looks and looks[0] == 0:
+            look(looks.pop(0))
         long = config.compile_from is not None and steps >= config.compile_from
         try:
             with objective.compiled() if long else nullcontext():
@@ -228,7 +228,7 @@ class ModelReconstructor(nn.Module):
                     on_step=follow,
                     loggers=loggers,
                     start=start,
-                    before_step=keep,
+                    at_snapshot=keep,
                 )
         except FloatingPointError as error:
             if not report.best_step:
@@ -236,7 +236,7 @@ class ModelReconstructor(nn.Module):
             text = "%s; training ends here, and the state of step %d is kept"
             logger.warning(text, error, report.best_step)
         else:
-            report.undone = undone + result.undone
+            report.undone = result.undone
             watch.finish(steps)
             look(steps)
         keeper.restore()

@@ -9,6 +9,7 @@ import torch
 from nanoquant.best_state import BestState, ModelReport
 from nanoquant.resuming import Start, moments_of, read_moments
 from nanoquant.tensor_file import TensorFile
+from nanoquant.training import Reconstruction
 
 
 @dataclass
@@ -24,8 +25,8 @@ class ModelState:
     every: float
 
     def done(self) -> int:
-        """Steps that the file has; errors as of :meth:`resume`."""
-        return self.file.values().get("step", 0)
+        """Batches that the file has; errors as of :meth:`resume`."""
+        return self.file.values().get("batch", 0)
 
     @torch.no_grad()
     def resume(self, keeper: BestState) -> Start:
@@ -48,13 +49,24 @@ class ModelState:
         report["held_out"] = {int(step): value for step, value in report["held_out"].items()}
         for name, value in asdict(ModelReport(**report)).items():
             setattr(keeper.report, name, value)
-        return Start(content.values["step"], read_moments(content.tensors))
+        return Start(
+            content.values["step"],
+            content.values["batch"],
+            keeper.report.undone,
+            read_moments(content.tensors),
+        )
 
-    def keep(self, step: int, keeper: BestState, optimizer: torch.optim.Optimizer) -> None:
-        """Write when it is time: ``step`` steps are done."""
+    def looks(self) -> list[int] | None:
+        """Steps at which held-out windows are still to be looked at; None where nothing is kept."""
+        return self.file.values().get("looks")
+
+    def keep(self, module: Reconstruction, keeper: BestState, looks: list[int]) -> None:
+        """Write when it is time, before a step of ``module``."""
         if self.file.path is None or self.file.age() < self.every:
             return
         tensors = {f"parameter.{n}": p for n, p in enumerate(keeper.parameters)}
         tensors |= {f"best.{n}": tensor for n, tensor in enumerate(keeper.state)}
-        values = {"step": step, "report": asdict(keeper.report)}
-        self.file.write(tensors | moments_of(optimizer), values)
+        report = asdict(keeper.report) | {"undone": module.result.undone}
+        values = {"step": module.step, "batch": module.batch, "looks": looks, "report": report}
+        moments = moments_of(module.optimizers(use_pl_optimizer=False))
+        self.file.write(tensors | moments, values)

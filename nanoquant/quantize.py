@@ -93,7 +93,8 @@ def quantize(
         sensitivity_file: .json file or folder that keeps what budget.allocation=measured measures; with the same
             model, text and settings a later call goes on from it.
         self_text_file: file or folder that keeps the text that the model writes, so that it is written once.
-        work: folder that keeps unfinished work, see ``run.save_every``: the same call goes on there.
+        work: folder that keeps unfinished work, see ``run.save_every``: the same call goes on there. It stays until
+            ``nanoquant.unfinished.discard(work)``.
 
     Raises:
         ValueError: the model, the text or the budget does not allow it; says what to change.
@@ -107,6 +108,10 @@ def quantize(
         raise ValueError(
             "initializer and budget.allocation=measured exclude each other: losses are measured with ADMM; "
             "take allocation uniform or prior"
+        )
+    if initializer is not None and work is not None:
+        raise ValueError(
+            "work and an own initializer exclude each other: what is kept does not tell which one made it"
         )
     plan = plan_text(data, tokenizer, config)
     check_model(model, plan, config)

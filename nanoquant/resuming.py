@@ -12,9 +12,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: steps done, and the optimizer's moments by number of the parameter and name."""
+    """Where a run goes on: steps and batches done, of which undone, and the optimizer's moments by number and name."""
 
     step: int = 0
+    batch: int = 0
+    """More than the steps where a loss was not finite."""
+    undone: int = 0
     moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -48,9 +51,19 @@ class Order:
 
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self.seed)
-        orders = (torch.randperm(self.windows, generator=generator) for _ in range(self.epochs))
-        batches = (batch.tolist() for order in orders for batch in order.split(self.batch))
+        batches = (
+            batch.tolist()
+            for _ in range(self.epochs)
+            for batch in self._shuffled(generator).split(self.batch)
+        )
         return itertools.islice(batches, self.start, None)
+
+    def _shuffled(self, generator: torch.Generator) -> Tensor:
+        """All windows in the order that torch's loader would give them."""
+        torch.empty((), dtype=torch.int64).random_(
+            generator=generator
+        )  # the loader's seed of its workers
+        return torch.randperm(self.windows, generator=generator)
 
 
 MOMENT = "moment"

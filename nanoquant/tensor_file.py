@@ -64,7 +64,7 @@ class TensorFile:
                 tensors = {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
-                f"{self.path} can't be read ({error}); delete it, and the {self.what} will be made anew"
+                f"{self.path} can't be read ({error}); delete it, and {self.what} will be made anew"
             ) from None
         other = [
             f"{name} {found.get(name)!r}, not {value!r}"
@@ -73,7 +73,7 @@ class TensorFile:
         ]
         if other:
             raise ValueError(
-                f"{self.path} holds {self.what} of {'; '.join(other)}; delete it, or choose another place"
+                f"{self.path} holds {self.what} of {'; '.join(other)}; delete it, or give another file or a folder"
             )
         return Content(tensors, values)
 
@@ -104,8 +104,3 @@ class TensorFile:
     def age(self) -> float:
         """Seconds since the last write, or since this object was made."""
         return time.monotonic() - self.written
-
-    def remove(self) -> None:
-        """Delete the file: the work is finished."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)

@@ -89,7 +89,7 @@ class Reconstruction(L.LightningModule):
         steps: number of optimizer steps, for the schedule.
         on_step: called with (step, loss) before the parameters of that step move.
         start: where a run goes on, see :class:`Start`.
-        before_step: called with (step, optimizer) before each step.
+        at_snapshot: called with the module at every 16th batch, before its step.
     """
 
     snapshot_every = 16
@@ -102,12 +102,13 @@ class Reconstruction(L.LightningModule):
         steps: int,
         on_step: Callable[[int, float], None] | None = None,
         start: Start | None = None,
-        before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+        at_snapshot: Callable[[Reconstruction], None] | None = None,
     ) -> None:
         super().__init__()
         self.objective, self.config, self.steps, self.on_step = objective, config, steps, on_step
-        self.start, self.before_step = start or Start(), before_step
-        self.result = FitResult()
+        self.start, self.at_snapshot = start or Start(), at_snapshot
+        self.batch = self.start.batch
+        self.result = FitResult(undone=self.start.undone)
         self.good: list[Tensor] = []
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -126,6 +127,7 @@ class Reconstruction(L.LightningModule):
             optimizer = self.optimizers(use_pl_optimizer=False)
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": self.start.moments, "param_groups": groups})
+            self.good = [p.detach().clone() for p in self.trained()]
 
     @property
     def step(self) -> int:
@@ -134,14 +136,16 @@ class Reconstruction(L.LightningModule):
 
     def training_step(self, batch: Any, index: int) -> Tensor | None:  # noqa: ANN401
         """Loss of the objective; None, which skips the step, when it is not finite."""
-        if self.before_step is not None:
-            self.before_step(self.step, self.optimizers(use_pl_optimizer=False))
+        self.batch = self.start.batch + index
+        due = self.batch % self.snapshot_every == 0
+        if due and self.at_snapshot is not None:
+            self.at_snapshot(self)
         loss = self.objective(batch)
         value = float(loss.detach())
         if not math.isfinite(value):
             self.undo(f"loss is {value}", first_non_finite(self.objective, batch))
             return None
-        if index % self.snapshot_every == 0:
+        if due:
             self.good = [p.detach().clone() for p in self.trained()]
         self.result.losses.append(value)
         self.log(f"{self.objective.name}/loss", value)
@@ -229,7 +233,7 @@ def fit(
     on_step: Callable[[int, float], None] | None = None,
     loggers: list[Any] | None = None,
     start: Start | None = None,
-    before_step: Callable[[int, torch.optim.Optimizer], None] | None = None,
+    at_snapshot: Callable[[Reconstruction], None] | None = None,
 ) -> FitResult:
     """Train ``objective`` on ``batches`` for ``epochs`` with Lightning, on the device where it is.
 
@@ -242,7 +246,7 @@ def fit(
         on_step: called with (step, loss) before the parameters of that step move.
         loggers: Lightning loggers that receive the loss under the objective's name.
         start: where an earlier run stopped; ``batches`` are those that are left.
-        before_step: called with (step, optimizer) before each step.
+        at_snapshot: called with the module at every 16th batch, before its step.
 
     Returns:
         The losses.
@@ -250,9 +254,9 @@ def fit(
     Raises:
         FloatingPointError: the loss stays non-finite although its steps were undone.
     """
-    steps = (start.step if start else 0) + epochs * len(batches)
+    steps = (start.batch if start else 0) + epochs * len(batches)
     device = next(p for _, p in objective.named_parameters()).device
-    module = Reconstruction(objective, config, steps, on_step, start, before_step)
+    module = Reconstruction(objective, config, steps, on_step, start, at_snapshot)
     with _quiet():
         trainer = L.Trainer(
             max_epochs=epochs,

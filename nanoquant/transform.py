@@ -125,6 +125,11 @@ def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
             f"got budget.allocation={config.budget.allocation}, but quantize_ sees one linear at a time; "
             "take uniform, or nanoquant.quantize on the whole model"
         )
+    if not config.step and config.importance.curvature != "diagonal":
+        raise ValueError(
+            f"got importance.curvature={config.importance.curvature}, but step='' observes nothing; take the "
+            "steps prepare and convert, or diagonal"
+        )
     if config.step == "prepare":
         return prepare(module, config.importance)
     if isinstance(module, ObservedLinear) and not config.step:

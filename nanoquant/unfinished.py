@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +28,12 @@ from nanoquant.model_state import ModelState
 from nanoquant.tensor_file import TensorFile
 from nanoquant.text import Text
 
+logger = logging.getLogger(__name__)
+
 PATTERN = "unfinished-*.safetensors"
 PARTS = ("U", "V", "s1", "s2", "bias")
+IDLE = ("preset", "run.save_every", "run.accelerator")
+"""Fields that decide nothing of the result."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,14 @@ class Unfinished:
         settings = _settings(model, text, config) if keeps else {}
         self.blocks, state = (
             TensorFile(Path(folder) / PATTERN.replace("*", name) if keeps else None, settings, what)
-            for name, what in (("blocks", "binary blocks"), ("model", "the training of a model"))
+            for name, what in (("blocks", "binary blocks"), ("model", "training of the model"))
         )
+        if keeps and config.model.optimizer.state_bits != 32:
+            logger.warning(
+                "moments of %d bits are not kept on the disk: a killed run begins the whole-model phase anew",
+                config.model.optimizer.state_bits,
+            )
+            state.path = None
         self.model = ModelState(state, every or 0.0)
 
     def read(self, decoder: Decoder) -> Initialized | None:
@@ -69,6 +81,14 @@ class Unfinished:
         Raises:
             ValueError: they belong to another run.
         """
+        refusals = []
+        for file in (self.blocks, self.model.file):
+            try:
+                file.values()
+            except ValueError as error:
+                refusals.append(str(error))
+        if refusals:
+            raise ValueError("; ".join(refusals))
         content = self.blocks.read()
         if content is None:
             return None
@@ -106,8 +126,11 @@ class Unfinished:
 
 def discard(folder: str | Path) -> None:
     """Delete the unfinished work of a folder: its run has ended."""
-    for path in Path(folder).glob(PATTERN):
-        path.unlink(missing_ok=True)
+    for path in (*Path(folder).glob(PATTERN), *Path(folder).glob(f"{PATTERN}.partial")):
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            logger.warning("%s can't be deleted (%s); it is of no use any more", path, error)
 
 
 @torch.no_grad()
@@ -129,6 +152,17 @@ def _settings(model: nn.Module, text: Text, config: NanoQuantConfig) -> dict[str
     for windows in (text.calibration, text.training, text.held_out):
         tokens.update(f"{tuple(windows.shape)}".encode())
         tokens.update(windows.cpu().contiguous().numpy().tobytes())
-    stages = {name: json.dumps(stage, default=str) for name, stage in config.to_dict().items()}
     found = {"model weights": model_digest(model)[:16], "text": tokens.hexdigest()[:16]}
-    return found | {"version": nanoquant.__version__} | stages
+    fields = {
+        name: json.dumps(value) for name, value in _flat(config.to_dict()) if name not in IDLE
+    }
+    return found | {"version": nanoquant.__version__} | fields
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Fields of nested stages by dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value

@@ -31,5 +31,7 @@ def parse_bytes(text: str, what: str = "memory") -> int:
 
 
 def amount(size: int) -> str:
-    """Bytes as a text: "6.74 GB", "63.4 MB"."""
+    """Bytes as a text: "6.74 GB", "63.4 MB", "46.1 kB"."""
+    if size < 1e6:
+        return f"{size / 1e3:.1f} kB"
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -15,13 +15,14 @@ from nanoquant.budget import BudgetConfig, allocate_ranks, step_bits, used_bits
 from nanoquant.checkpoint import read_sizes, save_pretrained
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.file_budget import embedding_weights, other_bytes
+from nanoquant.file_budget import embedding_weights, header_bytes, other_bytes
 from nanoquant.model_embeddings import quantize_embeddings, quantized_tables
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.quantize import quantize
 from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.sensitivity import SensitivityConfig
 from nanoquant.sizes import measure_sizes
+from nanoquant.sources import weight_bytes
 
 TOKENS = random_windows(8, 16).flatten()
 SHORT = SensitivityConfig(iterations=2, length=8)
@@ -43,6 +44,14 @@ def options(model, config, chosen=None):
     """What the budget leaves of a config."""
     decoder = find_decoder(model)
     return check_budget(model, decoder, chosen or range(len(decoder.blocks)), config)
+
+
+def fixed(model, bits=16):
+    """Bytes of a file without signs and scales."""
+    decoder = find_decoder(model)
+    names = decoder_shapes(decoder, range(2))
+    rest = other_bytes(model, decoder, range(2), EmbeddingConfig(bits=bits))
+    return rest + header_bytes(model, names)
 
 
 def kilobytes(size):
@@ -68,12 +77,15 @@ def test_a_file_is_filled_but_for_less_than_a_step_of_one_linear(allocation, bit
     model = tiny_llama()
     shapes = decoder_shapes(find_decoder(model), range(2))
     rest = other_bytes(model, find_decoder(model), range(2), EmbeddingConfig(bits=bits))
-    asked = rest + used_bits(shapes, allocate_ranks(shapes, BudgetConfig(rank_multiple=8))) // 8
-    report = quantize(model, TOKENS, quick(kilobytes(asked + 400), bits, allocation))
+    headers = header_bytes(model, shapes)
+    body = used_bits(shapes, allocate_ranks(shapes, BudgetConfig(rank_multiple=8))) // 8
+    asked = rest + body + headers + 400
+    report = quantize(model, TOKENS, quick(kilobytes(asked), bits, allocation))
     save_pretrained(model, tmp_path / "out")
     stored = read_sizes(tmp_path / "out").bytes_on_disk
     step = min(step_bits(shapes[name], rank, 8) for name, rank in report.ranks.items()) // 8
-    assert asked + 400 - step < stored <= asked + 400
+    assert asked - step < stored + headers <= asked
+    assert asked - step - headers / 3 < weight_bytes(tmp_path / "out") <= asked
     assert report.config["budget"]["file"] is None
     assert report.config["budget"]["bits"] == pytest.approx(report.bits, rel=0.05)
 
@@ -90,10 +102,10 @@ def test_files_that_cannot_be_met_are_refused_with_how_much_is_missing():
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"file=1kB.*no linear of a block takes \d.* alone"):
         options(model, quick("1kB"))
-    rest = other_bytes(model, find_decoder(model), range(2), EmbeddingConfig())
-    with pytest.raises(ValueError, match=r"linears get 0\.1 MB: bits=.* too high"):
+    rest = fixed(model)
+    with pytest.raises(ValueError, match=r"linears get \d+\.\d kB: bits=.* too high"):
         options(model, quick(kilobytes(rest + 90_000)))
-    with pytest.raises(ValueError, match=r"linears get 0\.0 MB: bits=.* too low"):
+    with pytest.raises(ValueError, match=r"linears get \d+\.\d kB: bits=.* too low"):
         options(model, quick(kilobytes(rest + 1000)))
     with pytest.raises(ValueError, match=r"bits=16, .*bits=8, .*bits=4, "):
         options(model, quick("1kB", None))
@@ -104,14 +116,15 @@ def test_bits_and_a_file_exclude_each_other():
         BudgetConfig(bits=0.8, file="70MB")
     with pytest.raises(ValueError, match="budget.file must be a number above 0 with a unit"):
         BudgetConfig(file="70")
+    with pytest.raises(ValueError, match="chosen by quantize under budget.file; give 16, 8 or 4"):
+        quantize_embeddings(tiny_llama(), EmbeddingConfig(bits=None))
     with pytest.raises(ValueError, match="budget.file, such as 70MB, or 16, 8 or 4"):
         nanoquant_config(embedding=EmbeddingConfig(bits=None))
 
 
 def test_an_open_embedding_needs_measured_losses_unless_one_storage_is_possible():
     model = tiny_llama(dtype=torch.bfloat16)
-    decoder = find_decoder(model)
-    rest = {b: other_bytes(model, decoder, range(2), EmbeddingConfig(bits=b)) for b in (16, 8, 4)}
+    rest = {bits: fixed(model, bits) for bits in (16, 8, 4)}
     with pytest.raises(ValueError, match=r"embedding.bits 16 or 8 or 4.*allocation=measured"):
         options(model, quick(kilobytes(rest[16] + 9000), None))
     (only,) = options(model, quick(kilobytes(rest[4] + 6000), None))
@@ -125,7 +138,7 @@ def test_the_storage_with_the_least_expected_divergence_is_chosen(costs, chosen,
     costs = {16: 0.0} | costs
     monkeypatch.setattr("nanoquant.ranks.embedding_divergence", lambda m, d, e: costs[e.bits])
     model = tiny_llama(dtype=torch.bfloat16)
-    rest = other_bytes(model, find_decoder(model), range(2), EmbeddingConfig())
+    rest = fixed(model)
     report = quantize(model, TOKENS, quick(kilobytes(rest + 6000), None, "measured"))
     assert report.config["embedding"]["bits"] == chosen
     assert (report.sizes.embedding_bits_per_weight is None) == (chosen == 16)
@@ -148,7 +161,7 @@ def test_what_the_embedding_costs_is_measured_and_leaves_the_model_as_it_was():
 
 
 def test_measured_storages_are_kept_for_a_run_that_goes_on(tmp_path, caplog):
-    rest = other_bytes(tiny_llama(), find_decoder(tiny_llama()), range(2), EmbeddingConfig())
+    rest = fixed(tiny_llama())
     config = quick(kilobytes(rest + 6000), None, "measured")
     first = quantize(tiny_llama(), TOKENS, config, sensitivity_file=tmp_path / "s.json")
     with caplog.at_level(logging.INFO):

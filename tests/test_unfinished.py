@@ -7,11 +7,14 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_windows, tiny_llama
 
+from nanoquant import model_reconstruction, training
 from nanoquant.admm import ADMMConfig
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
+from nanoquant.embedding import EmbeddingConfig
 from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.optimizer import OptimizerConfig
 from nanoquant.progress import Progress
 from nanoquant.quantize import quantize
 from nanoquant.resuming import Order
@@ -24,7 +27,7 @@ QUICK = nanoquant_config(
     budget=BudgetConfig(bits=1.4, rank_multiple=8),
     calibration=CalibrationConfig(windows=4, length=16),
     admm=ADMMConfig(iterations=2),
-    model=ModelConfig(windows=7, epochs=2, batch=2, held_out=2, evaluations=4, latent_lr=0.05),
+    model=ModelConfig(windows=7, epochs=10, batch=2, held_out=2, evaluations=7, latent_lr=0.05),
     run=RunConfig(save_every=0),
 )
 
@@ -62,35 +65,104 @@ def killed(work, step, **settings):
         run(work, kill=step, **settings)
 
 
-@pytest.mark.parametrize("step", [0, 1, 3, 4, 5, 7])
+STEPS = 40
+
+
+@pytest.mark.parametrize("step", [0, 1, 15, 16, 17, 34])
 def test_a_killed_run_ends_bit_for_bit_like_an_uninterrupted_one(step, tmp_path):
     expected, whole, _ = run(None)
     killed(tmp_path, step)
     found, report, counts = run(tmp_path)
     assert list(counts) == ["model", "pack"]  # nothing before is done again
-    assert counts["model"] == [8 - step, 8 - step]
+    left = STEPS - step // 16 * 16  # copies are made at every 16th step
+    assert counts["model"] == [left, left]
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    assert report.model == whole.model and len(report.model.losses) == 8
+    assert report.model == whole.model and len(report.model.losses) == STEPS
     assert report.blocks == whole.blocks and report.ranks == whole.ranks
     assert report.bits == whole.bits and report.config == whole.config
 
 
 def test_a_run_that_is_killed_twice_goes_on_twice(tmp_path):
     expected, _, _ = run(None)
-    killed(tmp_path, 3)
-    killed(tmp_path, 2)
+    killed(tmp_path, 18)
+    killed(tmp_path, 17)
     found, _, counts = run(tmp_path)
-    assert counts["model"] == [3, 3]
+    assert counts["model"] == [8, 8]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_goes_on(family, tmp_path):
     expected, _, _ = run(None, model=FAMILIES[family]())
-    killed(tmp_path, 4, model=FAMILIES[family]())
+    killed(tmp_path, 20, model=FAMILIES[family]())
     found, _, _ = run(tmp_path, model=FAMILIES[family]())
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(("spoilt", "step"), [(6, 20), (20, 18), (22, 30), (10, 10)])
+@pytest.mark.parametrize("look", [False, True])
+def test_undone_steps_change_nothing_of_that(spoilt, step, look, tmp_path, monkeypatch):
+    evaluations = (
+        STEPS if look else 7
+    )  # the spoilt step has a look that comes one later, or has none
+    config = dataclasses.replace(
+        QUICK, model=dataclasses.replace(QUICK.model, evaluations=evaluations)
+    )
+    divergence, calls = model_reconstruction.logits_divergence, []
+
+    def spoil(*arguments):
+        calls.append(0)
+        return divergence(*arguments) * (float("nan") if len(calls) - 1 == spoilt else 1)
+
+    monkeypatch.setattr(model_reconstruction, "logits_divergence", spoil)
+    monkeypatch.setattr(training, "first_non_finite", lambda *_: "somewhere")
+    expected, whole, _ = run(None, config)
+    assert whole.model.undone == 1 and len(whole.model.losses) == STEPS - 1
+    calls.clear()
+    killed(tmp_path, step, config=config)
+    calls[:] = [0] * (step // 16 * 16)
+    found, report, _ = run(tmp_path, config)
+    assert report.model == whole.model
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tie", [True, False])
+def test_bfloat16_and_a_quantized_embedding_go_on_too(bits, tie, tmp_path):
+    config = dataclasses.replace(QUICK, embedding=EmbeddingConfig(bits=bits))
+    models = [tiny_llama(tie=tie, dtype=torch.bfloat16) for _ in range(3)]
+    expected, _, _ = run(None, config, model=models[0])
+    killed(tmp_path, 20, config=config, model=models[1])
+    found, _, _ = run(tmp_path, config, model=models[2])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_narrow_moments_are_not_kept_and_that_is_said(tmp_path, caplog):
+    model = dataclasses.replace(QUICK.model, optimizer=OptimizerConfig(state_bits=8))
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, dataclasses.replace(QUICK, model=model))
+    assert "moments of 8 bits are not kept" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["unfinished-blocks.safetensors"]
+
+
+def test_an_own_initializer_is_refused_with_work(tmp_path):
+    with pytest.raises(ValueError, match="work and an own initializer exclude"):
+        quantize(tiny_llama(), TOKENS, QUICK, initializer=lambda *_: None, work=tmp_path)
+
+
+def test_how_often_copies_are_made_may_change(tmp_path):
+    killed(tmp_path, 20)
+    _, _, counts = run(tmp_path, dataclasses.replace(QUICK, run=RunConfig(save_every=60)))
+    assert counts["model"] == [24, 24]
+
+
+def test_both_files_of_another_run_are_named_at_once(tmp_path):
+    killed(tmp_path, 2)
+    with pytest.raises(
+        ValueError, match="blocks.*run.seed '0', not '1'.*model.*run.seed '0', not '1'"
+    ):
+        run(tmp_path, dataclasses.replace(QUICK, run=RunConfig(save_every=0, seed=1)))
 
 
 def test_frozen_signs_go_on_too(tmp_path):
@@ -100,7 +172,7 @@ def test_frozen_signs_go_on_too(tmp_path):
         model=dataclasses.replace(QUICK.model, train="scales"),
     )
     expected, _, _ = run(None, config)
-    killed(tmp_path, 4, config=config)
+    killed(tmp_path, 20, config=config)
     found, _, _ = run(tmp_path, config)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -110,9 +182,12 @@ def test_frozen_signs_go_on_too(tmp_path):
     [
         (
             {"config": dataclasses.replace(QUICK, run=RunConfig(save_every=0, seed=1))},
-            "run '.*seed",
+            "run.seed '0', not '1'",
         ),
-        ({"config": dataclasses.replace(QUICK, admm=ADMMConfig(iterations=3))}, "admm '.*3"),
+        (
+            {"config": dataclasses.replace(QUICK, admm=ADMMConfig(iterations=3))},
+            "admm.iterations '2', not '3'",
+        ),
         ({"model": tiny_llama(layers=3)}, "model weights"),
         ({"tokens": TOKENS.flip(0)}, "text"),
     ],
@@ -138,6 +213,14 @@ def test_copies_come_no_more_often_than_asked(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["unfinished-blocks.safetensors"]
     discard(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_deleted_is_said(tmp_path, caplog):
+    (tmp_path / "unfinished-old.safetensors").mkdir()
+    (tmp_path / "unfinished-model.safetensors.partial").write_bytes(b"torn")
+    discard(tmp_path)
+    assert "unfinished-old.safetensors can't be deleted" in caplog.text
+    assert not (tmp_path / "unfinished-model.safetensors.partial").exists()
 
 
 def test_a_damaged_file_is_named(tmp_path):

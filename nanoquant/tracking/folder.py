@@ -47,6 +47,8 @@ def make_way(folder: Path) -> dict[str, Any]:
     number = 1
     while (free := folder.with_name(f"{folder.name}-{number}")).exists():
         number += 1
+    for partial in folder.glob("*.partial"):
+        partial.unlink()
     free.mkdir()
     moved = [path for path in folder.iterdir() if not any(path.match(kept) for kept in KEPT)]
     for path in sorted(
