@@ -59,7 +59,7 @@ class Order:
         return itertools.islice(batches, self.start, None)
 
     def _shuffled(self, generator: torch.Generator) -> Tensor:
-        """All windows in the order that torch's loader would give them."""
+        """All windows in the order that torch's loader gives where batches are whole, so that earlier runs repeat."""
         torch.empty((), dtype=torch.int64).random_(
             generator=generator
         )  # the loader's seed of its workers

@@ -27,6 +27,7 @@ ROUNDS = {
     "algorithm1": (("q", "k", "v", "o", "gate", "up", "down"),),
 }
 INITIALIZE_ONLY = BlockConfig(schedule="grouped", windows=4, dense_epochs=0, refine_epochs=0)
+BRISK = {"latent_lr": 1e-2, "scale_lr": 1e-2, "refine_batch": 2, "relative_rates": True}
 
 
 def prepare(family="llama", rank=16):
@@ -101,14 +102,7 @@ def test_latents_stay_when_the_block_is_not_to_be_frozen():
 def test_refinement_lowers_the_block_loss():
     plain, refined = prepare(), prepare()
     reconstruct(plain, INITIALIZE_ONLY)
-    config = dataclasses.replace(
-        INITIALIZE_ONLY,
-        refine_epochs=6,
-        latent_lr=1e-2,
-        scale_lr=1e-2,
-        refine_batch=2,
-        relative_rates=True,
-    )
+    config = dataclasses.replace(INITIALIZE_ONLY, refine_epochs=6, **BRISK)
     report = reconstruct(refined, config)
     assert block_loss(refined) < block_loss(plain)
     assert report.loss["after refine"] < report.loss["before refine"]
@@ -118,14 +112,7 @@ def test_refinement_lowers_the_block_loss():
 def test_a_joint_pass_trains_all_linears_of_the_block_once_it_is_complete(freeze):
     plain, joint = prepare(), prepare()
     reconstruct(plain, INITIALIZE_ONLY)
-    config = dataclasses.replace(
-        INITIALIZE_ONLY,
-        joint_epochs=6,
-        latent_lr=1e-2,
-        scale_lr=1e-2,
-        refine_batch=2,
-        relative_rates=True,
-    )
+    config = dataclasses.replace(INITIALIZE_ONLY, joint_epochs=6, **BRISK)
     reconstruct(joint, config, freeze=freeze)
     assert block_loss(joint) < block_loss(plain)
     for name in joint.names:
