@@ -13,6 +13,7 @@ Everything runs in float32 and is batched over leading dimensions.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from nanoquant.binary import BinaryFactors, sign, svid
 from nanoquant.budget import WIDEST
 from nanoquant.importance import Importance
 from nanoquant.second_moment import Correlation
+
+Initializer = Callable[[Tensor, Importance, int, torch.Generator], BinaryFactors]
+"""(weights W (B, d_out, d_in), their importances, rank, generator) to factors: :class:`ADMMInitializer` or another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +112,7 @@ class ADMMInitializer(nn.Module):
         """
         W, i, o = self._checked(weight, importance, rank)
         R = importance.correlation
+        R = None if R is None else Correlation(*(part.to(W) for part in R))
         generator = generator or torch.Generator().manual_seed(0)
         D_out, D_in = o.sqrt(), i.sqrt()  # Eq. (2)
         Wt = D_out.unsqueeze(-1) * W * D_in.unsqueeze(-2)  # (..., d_out, d_in)

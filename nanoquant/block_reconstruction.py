@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanoquant.admm import Initializer
 from nanoquant.architectures import as_linear
-from nanoquant.binary import BinaryFactors, relative_error
+from nanoquant.binary import relative_error
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
 from nanoquant.importance import Importance, stack
 from nanoquant.layer_records import BlockWatch
@@ -26,7 +27,6 @@ from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.training import FitResult
 
 Groups = tuple[tuple[str, ...], ...]
-Initializer = Callable[[Tensor, Importance, int, torch.Generator], BinaryFactors]
 
 
 def published_rounds(groups: Groups) -> Groups:

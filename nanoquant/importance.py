@@ -128,8 +128,11 @@ class ImportanceCollector:
             handle.remove()
         self._handles.clear()
 
-    def importances(self) -> dict[str, Importance]:
+    def importances(self, release: bool = False) -> dict[str, Importance]:
         """Clipped, shrunk and normalised importances of every linear, by full name.
+
+        Args:
+            release: Free each matrix of second moments as soon as it is read; nothing more can be added then.
 
         Raises:
             ValueError: A linear has no statistics, or all of its inputs or gradients are zero.
@@ -140,6 +143,8 @@ class ImportanceCollector:
                 found[id(moment)] = correlation_of(
                     moment.matrix(), self.config.shrinkage, self.config.temper, name
                 )
+                if release:
+                    moment.release()
         return {name: self._importance(name, found) for name in self.linears}
 
     def _importance(self, name: str, found: dict[int, Correlation | None]) -> Importance:
@@ -229,7 +234,7 @@ def collect_importances(
         start.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return collector.importances()
+    return collector.importances(release=True)
 
 
 @torch.no_grad()

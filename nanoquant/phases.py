@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nanoquant.activations import Activations
+from nanoquant.admm import Initializer
 from nanoquant.architectures import Decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.config import NanoQuantConfig
@@ -43,6 +45,7 @@ def initialize(
     loggers: list[Any] | None,
     recorder: Recorder,
     sensitivity_file: str | Path | None,
+    initializer: Initializer | None = None,
 ) -> Initialized:
     """All that comes before the whole-model phase: importances, ranks, binary blocks."""
     importances = calibrate(model, decoder, chosen, text, options[0], progress)
@@ -56,6 +59,7 @@ def initialize(
         progress,
         recorder,
         sensitivity_file,
+        initializer,
     )
     reports = reconstruct_blocks(
         model,
@@ -70,7 +74,10 @@ def initialize(
         loggers,
         recorder,
     )
-    return Initialized(options.index(choice.config), choice.ranks, reports, importances)
+    plain = {
+        name: replace(importance, correlation=None) for name, importance in importances.items()
+    }
+    return Initialized(options.index(choice.config), choice.ranks, reports, plain)
 
 
 def calibrate(

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nanoquant.admm import ADMMInitializer
+from nanoquant.admm import ADMMInitializer, Initializer
 from nanoquant.architectures import evaluation_mode, find_decoder
-from nanoquant.block_reconstruction import BlockReconstructor, BlockReport, Initializer
+from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
@@ -86,7 +86,8 @@ def quantize(
         data: calibration text, several, or token ids, see :func:`read_sources`; "self" lets the model write all.
         config: bits, preset and everything else.
         tokenizer: of the model; needed for text.
-        initializer: in the place of ``ADMMInitializer(config.admm)``.
+        initializer: in the place of ``ADMMInitializer(config.admm)``; where ranks are measured it runs twice, and
+            ``budget={"allocation": "uniform"}`` spares that.
         progress: told about phases.
         loggers: Lightning loggers for the losses.
         recorder: takes errors of layers, losses, rates and flipped signs as they come.
@@ -100,19 +101,11 @@ def quantize(
         ValueError: the model, the text or the budget does not allow it; says what to change.
     """
     config, progress = config or nanoquant_config(), progress or Progress()
-    if config.step:
-        raise ValueError(
-            f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
-        )
-    if initializer is not None and config.budget.allocation == "measured":
-        raise ValueError(
-            "initializer and budget.allocation=measured exclude each other: losses are measured with ADMM; "
-            "take allocation uniform or prior"
-        )
-    if initializer is not None and work is not None:
-        raise ValueError(
-            "work and an own initializer exclude each other: what is kept does not tell which one made it"
-        )
+    for name, place in {"work": work, "sensitivity_file": sensitivity_file}.items():
+        if initializer is not None and place is not None:
+            raise ValueError(
+                f"{name} and an own initializer exclude each other: what is kept does not tell which one made it"
+            )
     plan = plan_text(data, tokenizer, config)
     check_model(model, plan, config)
     decoder = find_decoder(model)
@@ -125,13 +118,14 @@ def quantize(
     model.requires_grad_(False)
     teacher = copy.deepcopy(model) if config.model.train != "none" else None
     with evaluation_mode(model):
-        initializer = initializer or ADMMInitializer(config.admm)
-        reconstructor = BlockReconstructor(config.block, initializer, config.run.seed)
+        initial = initializer or ADMMInitializer(config.admm)
+        reconstructor = BlockReconstructor(config.block, initial, config.run.seed)
         run = (progress, loggers, recorder)
         found = unfinished.read(decoder)
         if found is None:
             found = initialize(
-                model, decoder, chosen, text, options, reconstructor, *run, sensitivity_file
+                *(model, decoder, chosen, text, options, reconstructor, *run),
+                *(sensitivity_file, initializer),
             )
             unfinished.write(model, found)
         config = options[found.option]
@@ -162,9 +156,13 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
     """Refuse what could only fail later.
 
     Raises:
-        ValueError: weights are not finite (named) or float16, the precision or the embedding's group
-            size does not fit, or the text has tokens that the model does not know.
+        ValueError: a step of torchao is asked for, weights are not finite (named) or float16, the precision or the
+            embedding's group size does not fit, or the text has tokens that the model does not know.
     """
+    if config.step:
+        raise ValueError(
+            f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
+        )
     check_finite(model)
     if config.embedding.bits is not None:
         check_embeddings(model, config.embedding)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoquant.admm import ADMMConfig, ADMMInitializer
+from nanoquant.admm import ADMMConfig, ADMMInitializer, Initializer
 from nanoquant.allocation import Response, allocate_by_loss, allocate_by_prior
 from nanoquant.architectures import Decoder, linear_shape
 from nanoquant.budget import allocate_ranks, body_bits
@@ -69,6 +69,7 @@ def choose_ranks(
     progress: Progress,
     recorder: Recorder,
     file: str | Path | None = None,
+    initializer: Initializer | None = None,
 ) -> Choice:
     """Rank of every linear of the chosen blocks.
 
@@ -82,6 +83,7 @@ def choose_ranks(
         progress: told about measuring.
         recorder: takes the ranks and what they follow from.
         file: where measurements are kept, and from which an interrupted run resumes.
+        initializer: measured in the place of a short ADMM; nothing is kept then, as a file can't tell which one it was.
 
     Raises:
         ValueError: the bits can't be met; by how much.
@@ -92,7 +94,7 @@ def choose_ranks(
     if config.budget.allocation == "prior":
         ranks = allocate_by_prior(shapes, places, config.budget)
     elif config.budget.allocation == "measured":
-        measure = Measurement(model, decoder, importances, uniform, config, file)
+        measure = Measurement(model, decoder, importances, uniform, config, file, initializer)
         found, embedding = measure(chosen, text, [o.embedding for o in options], progress)
         by_loss = [allocate_by_loss(shapes, places, found, o.budget) for o in options]
         left = [config.sensitivity.remains * total_loss(found, ranks) for ranks in by_loss]
@@ -153,6 +155,7 @@ class Measurement:
     uniform: Mapping[str, int]
     config: NanoQuantConfig
     file: str | Path | None
+    initializer: Initializer | None
 
     def __call__(
         self,
@@ -180,7 +183,7 @@ class Measurement:
         new = {key: table for key, table in tables.items() if key not in known.groups}
         with progress.phase("ranks", len(groups) + len(new)):
             if groups or new:
-                probe = self._probe(text.calibration[: settings.windows, : settings.length], short)
+                probe = self._probe(text.calibration[: self._windows(), : settings.length], short)
             for key, table in new.items():
                 known.add(key, GroupLoss(embedding_divergence(self.model, probe.dense, table), {}))
                 progress.advance(
@@ -193,17 +196,22 @@ class Measurement:
         costs = [known.groups[key].divergence for key in tables] or [0.0]
         return responses(known.groups, self.uniform), costs
 
+    def _windows(self) -> int:
+        """How many windows losses are measured on."""
+        return min(self.config.sensitivity.windows, self.config.calibration.windows)
+
     def _known(self, text: Text, short: ADMMConfig) -> SensitivityFile:
         """What the file has already."""
         config = self.config
         stages = (config.sensitivity, short, config.importance, config.calibration)
         decisive = {type(stage).__name__: dataclasses.asdict(stage) for stage in stages}
         del decisive["SensitivityConfig"]["remains"]  # it weighs what was measured
+        decisive["SensitivityConfig"]["windows"] = self._windows()
         decisive |= {"ranks": dict(self.uniform), "step": config.budget.rank_multiple}
         decisive["seed"] = config.run.seed
-        windows = max(config.calibration.windows, config.sensitivity.windows)
-        calibration = text.calibration[:windows]
-        return SensitivityFile(self.file, fingerprint(self.model, calibration, decisive))
+        calibration = text.calibration[: config.calibration.windows]
+        file = self.file if self.initializer is None else None
+        return SensitivityFile(file, fingerprint(self.model, calibration, decisive))
 
     def _probe(self, windows: Tensor, short: ADMMConfig) -> SensitivityProbe:
         """Measures groups on windows (N, T)."""
@@ -216,6 +224,6 @@ class Measurement:
             self.config.budget.bits,
             windows,
             self.config.sensitivity.spread,
-            ADMMInitializer(short),
+            self.initializer or ADMMInitializer(short),
             self.config.run.seed,
         )

@@ -111,13 +111,12 @@ class SecondMoment:
             self._raise_threshold(clip_threshold(norms, self.quantile).item())
             if largest > self.tau > 0:
                 z = clip_tokens(z, self.tau)
-        total = self._total(z)
-        self._sum = total if self._sum is None else self._sum + total
+        self._sum = self._added(self._sum, z)
         self.tokens += len(z)
 
-    def _total(self, z: Tensor) -> Tensor:
-        """Sum over the tokens z (n, d)."""
-        return z.square().sum(0)
+    def _added(self, total: Tensor | None, z: Tensor) -> Tensor:
+        """The sum so far, with the tokens z (n, d)."""
+        return z.square().sum(0) if total is None else total + z.square().sum(0)
 
     def value(self) -> Tensor:
         """Mean over the tokens (d,), float32.
@@ -140,13 +139,20 @@ class SecondMoment:
 class SecondMomentMatrix(SecondMoment):
     """The same, of the products of all pairs of entries."""
 
-    def _total(self, z: Tensor) -> Tensor:
-        """Sum over the tokens z (n, d) of z z^T, (d, d)."""
-        return z.T @ z
+    _released = False
+
+    def _added(self, total: Tensor | None, z: Tensor) -> Tensor:
+        """The sum so far, with the products z z^T (d, d) of the tokens z (n, d); in place."""
+        return z.T @ z if total is None else total.addmm_(z.T, z)
 
     def value(self) -> Tensor:
         """Mean over the tokens of the squares (d,)."""
-        return self.matrix().diagonal()
+        return super().value() if self._released else self.matrix().diagonal()
+
+    def release(self) -> None:
+        """Free the products of different entries: afterwards there is no :meth:`matrix`, and no update."""
+        if self._sum is not None and not self._released:
+            self._sum, self._released = self._sum.diagonal().clone(), True
 
     def matrix(self) -> Tensor:
         """Mean over the tokens of the products (d, d), float32; errors as of :meth:`SecondMoment.value`."""

@@ -21,14 +21,14 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nanoquant.admm import ADMMInitializer
+from nanoquant.admm import Initializer
 from nanoquant.allocation import Response, fit_response
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.budget import largest_rank
 from nanoquant.dense_prefix import DensePrefix
 from nanoquant.digest import model_digest
 from nanoquant.divergence import ForwardKL
-from nanoquant.importance import Importance
+from nanoquant.importance import Importance, stack
 from nanoquant.json_files import write_json
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class SensitivityConfig:
     iterations: int = 20
     """ADMM iterations of a factorization that is only measured."""
     windows: int = 2
-    """Calibration windows on which losses are measured, in one pass."""
+    """Calibration windows on which losses are measured, in one pass; at most as many as there are."""
     length: int = 256
     """Most tokens of each of those windows."""
     spread: float = 0.0
@@ -149,7 +149,7 @@ class SensitivityProbe:
         bits: per weight, of the whole budget; they limit ranks.
         windows: token ids (N, T) on which losses are measured.
         spread: of :class:`SensitivityConfig`.
-        initializer: the short ADMM.
+        initializer: a short ADMM, or one of the caller.
         seed: of its start.
     """
 
@@ -163,7 +163,7 @@ class SensitivityProbe:
         bits: float,
         windows: Tensor,
         spread: float,
-        initializer: ADMMInitializer,
+        initializer: Initializer,
         seed: int = 0,
     ) -> None:
         self.decoder, self.importances, self.ranks, self.step = decoder, importances, ranks, step
@@ -197,7 +197,7 @@ class SensitivityProbe:
         found, errors = W, {}
         for rank in probed_ranks(tuple(W.shape), uniform, self.step, self.spread, self.bits):
             generator = torch.Generator().manual_seed(self.seed)
-            A = self.initializer(W, importance, rank, generator).dense()
+            A = self.initializer(W.unsqueeze(0), stack([importance], W), rank, generator).dense()[0]
             errors[rank] = importance.scale * float(o @ ((W - A).square() @ i))
             found = A if rank == uniform else found
         return found, errors

@@ -10,7 +10,9 @@ importances are not observed, and it costs much quality. ``step="prepare"`` obse
     quantize_(model, nanoquant_config(bits=1.0, step="convert"))
 
 A handler sees neither the whole model nor text, so the rank of each linear is the largest that its
-own budget allows, and block and model reconstruction do not happen: that is ``nanoquant.quantize``.
+own budget allows, whatever presets say of measured ranks, and block and model reconstruction do not happen:
+that is ``nanoquant.quantize``. ``importance.curvature="inputs"`` works in the steps prepare and convert; without
+data it changes nothing.
 By default ``quantize_`` selects every ``nn.Linear``, the language model head too; a head tied to the embedding then
 gets a weight of its own. A ``filter_fn(module, name)`` that wants ``isinstance(module, nn.Linear)`` and ``"layers" in
 name`` leaves it alone. Embedding and head at 8 or 4 bits come after that, from ``nanoquant.quantize_embeddings``, which
@@ -120,15 +122,10 @@ def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
             f"got embedding.bits={config.embedding.bits}, but quantize_ sees one module at a time; "
             "call nanoquant.quantize_embeddings(model, EmbeddingConfig(bits=...)) after it instead"
         )
-    if config.budget.allocation != "uniform":
+    if config.budget.allocation == "prior":
         raise ValueError(
-            f"got budget.allocation={config.budget.allocation}, but quantize_ sees one linear at a time; "
+            "got budget.allocation=prior, but quantize_ sees one linear at a time, and neither its name nor its depth; "
             "take uniform, or nanoquant.quantize on the whole model"
-        )
-    if not config.step and config.importance.curvature != "diagonal":
-        raise ValueError(
-            f"got importance.curvature={config.importance.curvature}, but step='' observes nothing; take the "
-            "steps prepare and convert, or diagonal"
         )
     if config.step == "prepare":
         return prepare(module, config.importance)

@@ -59,6 +59,8 @@ def test_names_of_cells_are_stable_and_follow_all_that_decides(plan):
     others = plan(BASE + SHORT, model="OTHER"), plan(BASE + SHORT, **{"admm.iterations": "7"})
     for other in others:
         assert not set(keys) & {cell.key for cell in other.cells}
+    spelled = plan(BASE + SHORT, **{"admm.refit_sweeps": 0})  # what the preset says anyway
+    assert keys == [cell.key for cell in spelled.cells]
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_large_model_below_one_bit_comes_with_its_warnings_and_a_better_choice
         "below 1 bit, take the next smaller model",
         "making it takes the dense model",
     }
-    assert "--bits 0.55 --preset balanced --embedding.bits 8" in advice.itself.command
+    assert "--bits 0.55 --preset best --embedding.bits 8" in advice.itself.command
     said = " ".join(advice.reasons)
     assert "llama-2-70b does not fit at 4 bits or more" in said
     assert "has 9.82 by the protocol in which llama-2-7b has 5.6 at int4" in said

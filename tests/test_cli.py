@@ -30,7 +30,10 @@ def test_help_and_mistakes_come_before_heavy_imports():
 
 BAD_FLAGS = {
     "unknown flag": (["--bit", "1"], "flags near --bit: --bits"),
-    "unknown preset": (["--preset", "turbo"], "one of fast, balanced, paper, got 'turbo'"),
+    "unknown preset": (
+        ["--preset", "turbo"],
+        "one of fast, balanced, best, long, paper, got 'turbo'",
+    ),
     "no bits": (["--bits", "0"], "bits must be above 0, got 0.0"),
     "negative bits": (["--bits", "-1"], "bits must be above 0, got -1.0"),
     "bits not a number": (["--bits", "one"], '"budget.bits"'),

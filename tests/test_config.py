@@ -37,12 +37,27 @@ def test_bits_are_asked_on_top_of_any_preset_and_budget():
         bits=0.8, preset="paper", budget=BudgetConfig(bits=2.0, rank_multiple=64)
     )
     assert config.budget == BudgetConfig(bits=0.8, rank_multiple=64)
-    assert nanoquant_config().budget == BudgetConfig()
+    assert nanoquant_config().budget == BudgetConfig(allocation="measured")
 
 
 def test_fields_replace_those_of_the_preset_and_nothing_else():
     config = nanoquant_config(run=RunConfig(seed=3))
     assert config == dataclasses.replace(nanoquant_config(), run=RunConfig(seed=3))
+
+
+def test_a_dict_changes_fields_of_the_presets_stage():
+    plain = nanoquant_config()
+    config = nanoquant_config(bits=0.8, budget={"low": 0.7}, model={"optimizer": {"beta2": 0.9}})
+    assert config.budget == dataclasses.replace(plain.budget, bits=0.8, low=0.7)
+    optimizer = dataclasses.replace(plain.model.optimizer, beta2=0.9)
+    assert config.model == dataclasses.replace(plain.model, optimizer=optimizer)
+    with pytest.raises(TypeError, match="rank"):
+        nanoquant_config(budget={"rank": 64})
+    for wrong in (None, 1.0, RunConfig()):
+        with pytest.raises(TypeError, match="budget must be a BudgetConfig or a dict"):
+            nanoquant_config(budget=wrong)
+    with pytest.raises(ValueError, match="low must lie in"):
+        nanoquant_config(budget={"low": 2})
 
 
 def test_a_configuration_is_plain_for_json():
@@ -84,9 +99,9 @@ def test_blocks_that_choose_nothing_are_refused(count):
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    for build in (lambda: nanoquant_config(preset="best"), lambda: NanoQuantConfig(preset="best")):
-        with pytest.raises(ValueError, match="fast, balanced, paper, got 'best'"):
-            build()
+    for build in (nanoquant_config, NanoQuantConfig):
+        with pytest.raises(ValueError, match="fast, balanced, best, long, paper, got 'turbo'"):
+            build(preset="turbo")
 
 
 def test_values_out_of_range_are_refused_by_name():

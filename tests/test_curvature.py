@@ -121,6 +121,10 @@ def test_the_matrix_has_the_clipped_moments_on_its_diagonal():
         pairs.update(z)
     torch.testing.assert_close(pairs.value(), single.value(), rtol=1e-5, atol=0)
     assert torch.equal(pairs.matrix(), pairs.matrix().T)
+    before = pairs.value().clone()
+    pairs.release()
+    pairs.release()
+    assert torch.equal(pairs.value(), before) and pairs._sum.numel() == 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -164,7 +164,7 @@ def test_measured_storages_are_kept_for_a_run_that_goes_on(tmp_path, caplog):
     rest = fixed(tiny_llama())
     config = quick(kilobytes(rest + 6000), None, "measured")
     first = quantize(tiny_llama(), TOKENS, config, sensitivity_file=tmp_path / "s.json")
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="nanoquant"):
         again = quantize(tiny_llama(), TOKENS, config, sensitivity_file=tmp_path / "s.json")
     assert "has 10 measured groups; they are kept" in caplog.text
     assert again.ranks == first.ranks

@@ -7,11 +7,12 @@ import torch
 from tiny_models import FAMILIES, random_windows, tiny_llama, tiny_mixtral, tiny_tokenizer
 
 import nanoquant
-from nanoquant.admm import ADMMConfig
+from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, NanoQuantConfig
 from nanoquant.embedding import EmbeddingConfig
+from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.progress import Progress
@@ -139,8 +140,6 @@ def test_the_same_seed_gives_bit_equal_packed_tensors_and_another_seed_does_not(
 
 
 def test_another_initializer_can_be_passed_in():
-    from nanoquant.admm import ADMMInitializer
-
     ranks = []
 
     def spy(W, importance, rank, generator):
@@ -151,10 +150,28 @@ def test_another_initializer_can_be_passed_in():
     assert ranks
 
 
-def test_losses_are_not_measured_with_one_initializer_for_a_run_with_another():
-    config = nanoquant.nanoquant_config(budget=BudgetConfig(allocation="measured"))
-    with pytest.raises(ValueError, match="initializer and budget.allocation=measured exclude"):
-        quantize(tiny_llama(), TOKENS, config, initializer=lambda *_: None)
+@pytest.mark.parametrize("place", ["work", "sensitivity_file"])
+def test_files_that_can_not_tell_an_own_initializer_are_refused(place, tmp_path):
+    with pytest.raises(ValueError, match=f"{place} and an own initializer exclude each other"):
+        quantize(tiny_llama(), TOKENS, QUICK, initializer=print, **{place: tmp_path})
+
+
+def test_losses_are_measured_with_the_initializer_that_is_passed_in():
+    calls = []
+
+    def spy(W, importance, rank, generator):
+        calls.append((len(W), importance.correlation is not None))
+        return ADMMInitializer(ADMMConfig(iterations=2))(W, importance, rank, generator)
+
+    config = dataclasses.replace(
+        QUICK,
+        budget=dataclasses.replace(QUICK.budget, allocation="measured"),
+        importance=ImportanceConfig(curvature="inputs"),
+    )
+    report = quantize(tiny_llama(), TOKENS, config, initializer=spy)
+    linears = len(report.ranks)
+    assert calls[:linears] == [(1, True)] * linears  # measured one by one, then all again
+    assert sum(count for count, _ in calls) == 2 * linears
 
 
 def test_text_is_tokenized_with_the_models_tokenizer(tmp_path):

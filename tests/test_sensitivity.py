@@ -279,9 +279,18 @@ def test_a_folder_keeps_a_file_for_each_fingerprint(tmp_path):
     assert SensitivityFile(tmp_path / "new" / "folder", "b").groups == {"b": group}
 
 
-def test_more_windows_than_calibration_has_are_refused():
-    with pytest.raises(ValueError, match=r"sensitivity\.windows=5.*calibration\.windows is 4"):
-        dataclasses.replace(MEASURED, sensitivity=SensitivityConfig(windows=5))
+def test_losses_are_measured_on_as_many_windows_as_there_are(tmp_path):
+    found = []
+    for windows in (1, 5):
+        config = dataclasses.replace(
+            MEASURED,
+            calibration=dataclasses.replace(MEASURED.calibration, windows=1),
+            sensitivity=dataclasses.replace(MEASURED.sensitivity, windows=windows),
+        )
+        file = tmp_path / f"{windows}.json"
+        quantize(tiny_llama(), TOKENS, config, sensitivity_file=file)
+        found.append(json.loads(file.read_text())["groups"])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import nanoquant
 from nanoquant.admm import ADMMConfig
 from nanoquant.binary import relative_error
 from nanoquant.budget import BudgetConfig
-from nanoquant.config import NanoQuantConfig
+from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.importance import collect_importances
+from nanoquant.importance import ImportanceConfig, collect_importances
 from nanoquant.packed_tensor import PackedBinaryTensor
 from nanoquant.training import RunConfig
 from nanoquant.transform import ObservedLinear
@@ -139,12 +139,15 @@ def test_conv1d_chosen_by_a_filter_becomes_a_packed_linear():
         assert model(input_ids=WINDOWS).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("curvature", ["diagonal", "inputs"])
 @pytest.mark.parametrize("convert_as", ["given", "copied"])
-def test_two_steps_use_the_importances_of_the_collector(convert_as):
+def test_two_steps_use_the_importances_of_the_collector(convert_as, curvature):
+    importance = ImportanceConfig(curvature=curvature)
+    prepare, convert = (dataclasses.replace(c, importance=importance) for c in (PREPARE, CONVERT))
     model = tiny_llama()
     names = {n: m for n, m in model.named_modules() if only_decoder(m, n)}
-    expected = collect_importances(model, names, WINDOWS, CONFIG.importance)
-    quantize_(model, PREPARE, filter_fn=only_decoder)
+    expected = collect_importances(model, names, WINDOWS, importance)
+    quantize_(model, prepare, filter_fn=only_decoder)
     for window in WINDOWS.split(1):
         out = model(input_ids=window, use_cache=False).logits
         nn.functional.cross_entropy(out[0, :-1], window[0, 1:], reduction="sum").backward()
@@ -154,7 +157,8 @@ def test_two_steps_use_the_importances_of_the_collector(convert_as):
         found = model.get_submodule(name).importance()
         torch.testing.assert_close(found.input, expected[name].input, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.output, expected[name].output, rtol=1e-3, atol=1e-3)
-    quantize_(model, CONVERT, filter_fn=only_decoder)
+        assert (found.correlation is None) == (curvature == "diagonal")
+    quantize_(model, convert, filter_fn=only_decoder)
     assert all(isinstance(model.get_submodule(n).weight, PackedBinaryTensor) for n in names)
     assert not any(isinstance(m, ObservedLinear) or m._forward_hooks for m in model.modules())
 
@@ -288,8 +292,14 @@ def test_bits_of_the_embedding_are_refused_with_what_to_call_instead():
         quantize_(tiny_llama(), config)
 
 
-@pytest.mark.parametrize("allocation", ["prior", "measured"])
-def test_allocations_over_a_whole_model_belong_to_quantize(allocation):
-    config = NanoQuantConfig(budget=BudgetConfig(allocation=allocation))
-    with pytest.raises(ValueError, match=rf"allocation={allocation}.*nanoquant\.quantize on"):
+def test_a_prior_over_depth_belongs_to_quantize():
+    config = NanoQuantConfig(budget=BudgetConfig(allocation="prior"))
+    with pytest.raises(ValueError, match=r"allocation=prior.*nanoquant\.quantize on"):
         quantize_(tiny_llama(), config)
+
+
+def test_what_presets_say_of_whole_models_leaves_single_linears_as_they_are():
+    plain, preset = two_layers(), two_layers()
+    quantize_(plain, CONFIG)
+    quantize_(preset, nanoquant_config(1.5, budget={"rank_multiple": 8}, admm={"iterations": 20}))
+    assert torch.equal(plain[0].weight.dequantize(), preset[0].weight.dequantize())

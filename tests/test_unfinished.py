@@ -10,7 +10,6 @@ from tiny_models import FAMILIES, random_windows, tiny_llama
 from nanoquant import model_reconstruction, training
 from nanoquant.admm import ADMMConfig
 from nanoquant.block_reconstruction import BlockConfig
-from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.model_reconstruction import ModelConfig
@@ -24,8 +23,9 @@ from nanoquant.unfinished import discard
 
 TOKENS = random_windows(24, 16).flatten()
 QUICK = nanoquant_config(
-    budget=BudgetConfig(bits=1.4, rank_multiple=8),
+    budget={"bits": 1.4, "rank_multiple": 8},
     calibration=CalibrationConfig(windows=4, length=16),
+    sensitivity={"iterations": 2, "length": 8},
     admm=ADMMConfig(iterations=2),
     model=ModelConfig(windows=7, epochs=10, batch=2, held_out=2, evaluations=7, latent_lr=0.05),
     run=RunConfig(save_every=0),

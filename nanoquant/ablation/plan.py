@@ -51,7 +51,8 @@ class Cell:
     @property
     def key(self) -> str:
         """Name of its record: choices for the reader, and a hash over all that decides the outcome."""
-        decides = [str(Path(self.job.source).absolute()), self.flags]
+        job = {name: value for name, value in vars(self.job).items() if name not in NOT_OURS}
+        decides = [str(Path(self.job.source).absolute()), job, self.config.to_dict()]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         words = "-".join(
             f"{axis.rpartition('.')[2]}-{label}" for axis, label in self.choices.items()

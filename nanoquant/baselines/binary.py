@@ -61,8 +61,8 @@ def dual_svid_initialization(
 def nanoquant_initialization(
     target: Target, config: BaselineConfig, windows: Tensor | None
 ) -> None:
-    """Our ADMM initialization as the default preset runs it, and none of the phases after it."""
-    ours = nanoquant_config(bits=config.bits)
+    """The paper's ADMM initialization, with our iterations and refit, at uniform ranks, and no phase after it."""
+    ours = nanoquant_config(bits=config.bits, importance={"curvature": "diagonal"})
     ranks = allocate_ranks(target.shapes, ours.budget)
     importances = collect_importances(
         target.model, target.linears(), windows, ours.importance, CalibrationConfig.batch
