@@ -132,17 +132,16 @@ def _fast() -> NanoQuantConfig:
         importance=ImportanceConfig(curvature="inputs"),
         admm=ADMMConfig(iterations=40),
         block=BlockConfig(dense_epochs=0, refine_epochs=0),
-        model=ModelConfig(windows=320, batch=1),
     )
 
 
 def _balanced() -> NanoQuantConfig:
-    """As fast, on almost three times the text."""
-    return dataclasses.replace(_fast(), preset="balanced", model=ModelConfig(windows=880, batch=1))
+    """As fast, on twice the text."""
+    return dataclasses.replace(_fast(), preset="balanced", model=ModelConfig(windows=880))
 
 
 def _best() -> NanoQuantConfig:
-    """As balanced, twice over the text at a slightly lower rate."""
+    """As balanced, twice over the text, in smaller steps at a slightly lower rate."""
     model = ModelConfig(windows=880, epochs=2, batch=1, latent_lr=1e-2, evaluations=4)
     return dataclasses.replace(_fast(), preset="best", model=model)
 
