@@ -224,11 +224,10 @@ def _changed(config: Any, fields: dict[str, Any]) -> Any:  # noqa: ANN401
     deep = {}
     for name, value in fields.items():
         stage = getattr(config, name, None)
-        if dataclasses.is_dataclass(stage) and not isinstance(value, type(stage) | dict):
+        if not dataclasses.is_dataclass(stage) or isinstance(value, type(stage)):
+            deep[name] = value
+        elif isinstance(value, dict):
+            deep[name] = _changed(stage, value)
+        else:
             raise TypeError(f"{name} must be a {type(stage).__name__} or a dict, got {value!r}")
-        deep[name] = (
-            _changed(stage, value)
-            if dataclasses.is_dataclass(stage) and isinstance(value, dict)
-            else value
-        )
     return dataclasses.replace(config, **deep)

@@ -83,7 +83,7 @@ def choose_ranks(
         progress: told about measuring.
         recorder: takes the ranks and what they follow from.
         file: where measurements are kept, and from which an interrupted run resumes.
-        initializer: measured in the place of a short ADMM; nothing is kept then, as a file can't tell which one it was.
+        initializer: measured in the place of a short ADMM; without a file, as that can't tell which one it was.
 
     Raises:
         ValueError: the bits can't be met; by how much.
@@ -210,8 +210,7 @@ class Measurement:
         decisive |= {"ranks": dict(self.uniform), "step": config.budget.rank_multiple}
         decisive["seed"] = config.run.seed
         calibration = text.calibration[: config.calibration.windows]
-        file = self.file if self.initializer is None else None
-        return SensitivityFile(file, fingerprint(self.model, calibration, decisive))
+        return SensitivityFile(self.file, fingerprint(self.model, calibration, decisive))
 
     def _probe(self, windows: Tensor, short: ADMMConfig) -> SensitivityProbe:
         """Measures groups on windows (N, T)."""

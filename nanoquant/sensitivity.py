@@ -51,7 +51,8 @@ class SensitivityConfig:
     for a third of the time and, on a model of 135M, no less quality."""
     remains: float = 0.2
     """Share of the sum of all losses that reconstruction leaves, where embedding.bits null weighs the linears against
-    the embedding; on a model of 135M fast leaves 0.23 of it at 1.0 bit and 0.18 at 0.55."""
+    the embedding; on a model of 135M, with independent inputs and uniform ranks, training left 0.23 of it at 1.0 bit
+    and 0.18 at 0.55."""
 
     def __post_init__(self) -> None:
         if min(self.iterations, self.windows) < 1 or self.length < 2:
