@@ -56,6 +56,11 @@ class BlockConfig:
     """published: a round per linear; grouped: per shared input; algorithm1: one round for the whole block."""
     windows: int = 16
     """Calibration windows that the block is tuned on."""
+    held_out: int = 0
+    """The last of those windows, which no phase of the block trains on: a phase ends when their loss no longer falls,
+    in its best state, which may be the untouched one. 0: all windows train, and every epoch runs."""
+    patience: int = 1
+    """Epochs in a row without a lower loss of the held-out windows that end a phase."""
     dense_epochs: int = 8
     """Epochs of tuning the still dense weights before each round; 0 skips it."""
     joint_epochs: int = 0
@@ -85,12 +90,22 @@ class BlockConfig:
         for name in ("dense_epochs", "refine_epochs", "joint_epochs"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("windows", "dense_batch", "refine_batch"):
+        for name in ("windows", "dense_batch", "refine_batch", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dense_lr", "latent_lr", "scale_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.held_out < self.windows:
+            raise ValueError(
+                f"held_out must leave one of windows={self.windows} to train on and not be negative, "
+                f"got {self.held_out}"
+            )
+        if self.held_out and not self.tunes:
+            raise ValueError(
+                f"held_out={self.held_out} and no epochs exclude each other: no phase of the block would be stopped; "
+                "give dense_epochs, refine_epochs or joint_epochs, or leave it out"
+            )
 
     @property
     def tunes(self) -> bool:
@@ -106,10 +121,10 @@ class BlockReport:
     loss: dict[str, float] = field(default_factory=dict)
     undone: int = 0
 
-    def add(self, phase: str, result: FitResult, epochs: int) -> None:
+    def add(self, phase: str, result: FitResult) -> None:
         """Keep the first loss of the first round and the mean of the last epoch of the last one."""
         self.undone += result.undone
-        last = result.losses[-max(1, len(result.losses) // epochs) :]
+        last = result.losses[-max(1, len(result.losses) // max(1, result.epochs)) :]
         self.loss.setdefault(f"before {phase}", result.losses[0])
         self.loss[f"after {phase}"] = sum(last) / len(last)
 
@@ -175,9 +190,9 @@ class BlockReconstructor(nn.Module):
         if self.config.tunes:
             watch.keep(block, names)
             weight = importances[names[-1]].output
-            tuner = BlockTuner(
-                block, data, weight, self.config.optimizer, self.seed, name, precision, loggers
-            )
+            settings = (self.config.optimizer, self.seed, name, precision, loggers)
+            stop = (self.config.held_out, self.config.patience)
+            tuner = BlockTuner(block, data, weight, *settings, *stop)
         for round_names in SCHEDULES[self.config.schedule](groups):
             if self.config.dense_epochs:
                 result = self.tune_dense(tuner, names, round_names, report)
@@ -215,7 +230,7 @@ class BlockReconstructor(nn.Module):
         groups = [{"params": weights, "lr": self.config.dense_lr}]
         phase = f"tune dense before {', '.join(coming)}"
         result = tuner.fit(phase, groups, self.config.dense_epochs, self.config.dense_batch)
-        report.add("tune dense", result, self.config.dense_epochs)
+        report.add("tune dense", result)
         return result
 
     def refine(
@@ -229,7 +244,7 @@ class BlockReconstructor(nn.Module):
             groups += scale_groups(layer, self.config.scale_lr, self.config.relative_rates)
         phase = f"refine {', '.join(names)}"
         result = tuner.fit(phase, groups, epochs, self.config.refine_batch)
-        report.add("refine", result, epochs)
+        report.add("refine", result)
         return result
 
     def freeze(self, block: nn.Module, names: Sequence[str]) -> None:

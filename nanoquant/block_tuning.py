@@ -6,9 +6,11 @@ Shapes: N windows, T tokens a window, d hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -75,6 +77,42 @@ def vector_group(tensor: nn.Parameter, lr: float, relative: bool) -> dict[str, A
     return {"params": [tensor], "lr": lr * size}
 
 
+class EarlyStop(L.Callback):
+    """Ends a training whose measured loss no longer falls; the untouched state is a candidate for the best.
+
+    Args:
+        parameters: what trains.
+        measure: the loss, on what does not train; a value that is not finite counts as not lower.
+        patience: epochs in a row without a lower one that end the training.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], measure: Callable[[], float], patience: int
+    ) -> None:
+        self.parameters, self.measure, self.patience = parameters, measure, patience
+        self.best, self.waited = float("inf"), 0
+        self.state: list[Tensor] = []
+        self.consider()
+
+    def consider(self) -> None:
+        """Measure, and keep the state when it is the best so far."""
+        loss = self.measure()
+        self.waited = 0 if loss < self.best else self.waited + 1
+        if not self.waited:
+            self.best, self.state = loss, [p.detach().clone() for p in self.parameters]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop when it is time."""
+        self.consider()
+        trainer.should_stop = self.waited >= self.patience
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the best state back; there is none where no loss was finite."""
+        for parameter, value in zip(self.parameters, self.state, strict=bool(self.state)):
+            parameter.copy_(value)
+
+
 @dataclass(frozen=True)
 class BlockTuner:
     """Trains chosen parameters of one block; everything that stays the same between its phases."""
@@ -87,6 +125,10 @@ class BlockTuner:
     name: str
     precision: str
     loggers: list[Any] | None = None
+    held_out: int = 0
+    """Last windows of the data, which stop a phase and do not train; 0: none."""
+    patience: int = 1
+    """Epochs without a lower held-out loss that end a phase."""
 
     def __post_init__(self) -> None:
         channels = self.data.targets.shape[-1]
@@ -95,17 +137,28 @@ class BlockTuner:
                 f"{self.name}: the weight of the loss has shape {tuple(self.weight.shape)}, but the block has "
                 f"{channels} output channels"
             )
+        windows = len(self.data.inputs)
+        if self.held_out >= windows:
+            raise ValueError(
+                f"{self.name}: held_out={self.held_out} leaves none of {windows} windows to train on; give more "
+                "windows or hold out fewer"
+            )
 
     def fit(self, phase: str, groups: list[dict[str, Any]], epochs: int, batch: int) -> FitResult:
-        """Train ``groups`` for ``epochs``, ``batch`` windows a step; nothing else gets gradients."""
+        """Train ``groups`` for ``epochs`` at most, ``batch`` windows a step; nothing else gets gradients."""
         self.block.requires_grad_(False)
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
         weight = self.weight.to(self.data.targets.device)
         objective = BlockObjective(f"{self.name} {phase}", self.block, self.data, weight, groups)
+        kept = len(self.data.inputs) - self.held_out
+        stop = None
+        if self.held_out:
+            trained = [parameter for group in groups for parameter in group["params"]]
+            stop = EarlyStop(trained, lambda: self._held_out_loss(objective, batch), self.patience)
         loader = DataLoader(
-            TensorDataset(self.data.inputs, self.data.targets),
+            TensorDataset(self.data.inputs[:kept], self.data.targets[:kept]),
             batch_size=batch,
             shuffle=True,
             generator=torch.Generator().manual_seed(self.seed),
@@ -117,6 +170,19 @@ class BlockTuner:
             epochs=epochs,
             precision=self.precision,
             loggers=self.loggers,
+            callbacks=[stop] if stop else None,
         )
+        if stop:
+            stop.restore()
         self.block.requires_grad_(False)
         return result
+
+    @torch.no_grad()
+    def _held_out_loss(self, objective: BlockObjective, batch: int) -> float:
+        """Mean loss of the held-out windows, in the precision of the training."""
+        pair = (self.data.inputs[-self.held_out :], self.data.targets[-self.held_out :])
+        device = pair[0].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            parts = zip(*(x.split(batch) for x in pair), strict=True)
+            losses = [float(objective(part)) * len(part[0]) for part in parts]
+        return sum(losses) / self.held_out

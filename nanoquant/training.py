@@ -74,10 +74,11 @@ class Objective(Protocol):
 
 @dataclass
 class FitResult:
-    """Loss of each step, in order, and how many steps were undone."""
+    """Loss of each step, in order, how many steps were undone, and how many epochs ran."""
 
     losses: list[float] = field(default_factory=list)
     undone: int = 0
+    epochs: int = 0
 
 
 class Reconstruction(L.LightningModule):
@@ -234,6 +235,7 @@ def fit(
     loggers: list[Any] | None = None,
     start: Start | None = None,
     at_snapshot: Callable[[Reconstruction], None] | None = None,
+    callbacks: list[L.Callback] | None = None,
 ) -> FitResult:
     """Train ``objective`` on ``batches`` for ``epochs`` with Lightning, on the device where it is.
 
@@ -247,6 +249,7 @@ def fit(
         loggers: Lightning loggers that receive the loss under the objective's name.
         start: where an earlier run stopped; ``batches`` are those that are left.
         at_snapshot: called with the module at every 16th batch, before its step.
+        callbacks: of Lightning's trainer.
 
     Returns:
         The losses.
@@ -264,12 +267,14 @@ def fit(
             devices=1 if device.index is None else [device.index],
             precision=precision,
             logger=loggers or False,
+            callbacks=callbacks,
             log_every_n_steps=1,
             enable_progress_bar=False,
             enable_model_summary=False,
             enable_checkpointing=False,
         )
         trainer.fit(module, batches)
+        module.result.epochs = trainer.current_epoch
     objective.to(device)  # Lightning leaves it on the CPU
     return module.result
 

@@ -141,7 +141,7 @@ def test_only_the_linears_of_the_round_and_then_only_dense_ones_train(monkeypatc
         layers = {ids[key].rpartition(".")[0] for key in trained}
         parts = {ids[key].rpartition(".")[2] for key in trained}
         phases.append((objective.name, layers, parts))
-        return FitResult(losses=[1.0] * kwargs["epochs"] * len(loader))
+        return FitResult([1.0] * kwargs["epochs"] * len(loader), epochs=kwargs["epochs"])
 
     monkeypatch.setattr(block_tuning, "fit", record)
     config = dataclasses.replace(INITIALIZE_ONLY, dense_epochs=1, refine_epochs=1)
@@ -248,6 +248,7 @@ def test_objective_is_one_for_a_block_that_gives_zero():
 
 LIVE = {
     "schedule": "published",
+    "held_out": 2,
     "dense_epochs": 2,
     "dense_lr": 5e-3,
     "dense_batch": 1,
@@ -276,8 +277,8 @@ def test_every_setting_changes_the_result(field):
 
 
 def test_every_setting_is_among_those_above():
-    # windows is read by quantize, which chooses them
-    assert {f.name for f in dataclasses.fields(BlockConfig)} == {*LIVE, "windows"}
+    # windows is read by quantize, which chooses them; patience has its own test, in test_early_stop
+    assert {f.name for f in dataclasses.fields(BlockConfig)} == {*LIVE, "windows", "patience"}
 
 
 @pytest.mark.parametrize(
