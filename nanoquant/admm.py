@@ -6,8 +6,8 @@ Where paper and published code differ, this follows the code: the systems are bu
 columns, both factor updates of an iteration read the previous proxies, and duals start at factor - proxy.
 Deviations of our own: W~ is divided by its root mean square first (the penalties are absolute numbers), and the
 scales are refitted by least squares at the end (the mean-absolute ones are about 3 % too small). Where the importance
-has a correlation R of the inputs, iterations measure the error E = W~ - U V^T by it, tr(E R E^T); the refit and
-the reported errors know the diagonal only.
+has correlations L of the output gradients and R of the inputs, iterations measure the error E = W~ - U V^T by them,
+tr(L E R E^T); the refit and the reported errors know the diagonal only.
 Everything runs in float32 and is batched over leading dimensions.
 """
 
@@ -111,8 +111,10 @@ class ADMMInitializer(nn.Module):
             ValueError: shapes disagree, or a weight or importance is not finite and positive.
         """
         W, i, o = self._checked(weight, importance, rank)
-        R = importance.correlation
-        R = None if R is None else Correlation(*(part.to(W) for part in R))
+        L, R = (
+            None if known is None else Correlation(*(part.to(W) for part in known))
+            for known in (importance.output_correlation, importance.input_correlation)
+        )
         generator = generator or torch.Generator().manual_seed(0)
         D_out, D_in = o.sqrt(), i.sqrt()  # Eq. (2)
         Wt = D_out.unsqueeze(-1) * W * D_in.unsqueeze(-2)  # (..., d_out, d_in)
@@ -123,7 +125,7 @@ class ADMMInitializer(nn.Module):
         tall = (
             W.shape[-2] >= W.shape[-1]
         )  # the published code solves the transpose of wide matrices
-        sides = (Wt, rank, generator, None, R) if tall else (Wt.mT, rank, generator, R, None)
+        sides = (Wt, rank, generator, L, R) if tall else (Wt.mT, rank, generator, R, L)
         left, right = self.solve(*sides)
         factors = self.read_off(left, right, D_out if tall else D_in, D_in if tall else D_out)
         if not tall:

@@ -263,8 +263,9 @@ class BlockReconstructor(nn.Module):
         batches: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for linear in names:
             shape = block.get_submodule(linear).weight.shape
-            alone = importances[linear].correlation is None
-            batches[(*shape, alone, ranks[linear])].append(linear)
+            known = importances[linear]
+            kinds = (known.input_correlation is None, known.output_correlation is None)
+            batches[(*shape, *kinds, ranks[linear])].append(linear)
         errors = {}
         for (*_, rank), members in batches.items():
             W = torch.stack([block.get_submodule(linear).weight.detach() for linear in members])

@@ -31,7 +31,7 @@ from nanoquant.second_moment import (
 )
 
 LOSS_CHUNK = 256
-CURVATURES = ("diagonal", "inputs")
+CURVATURES = ("diagonal", "inputs", "both")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,21 +44,24 @@ class ImportanceConfig:
     """Quantile of token norms to which larger ones are clipped (paper: 0.999); 0 or None: off."""
 
     curvature: str = "diagonal"
-    """What the initializer knows of inputs: diagonal, the second moment of each channel; inputs, how channels go
-    together as well, which takes 4 d_in^2 bytes for every distinct input of a linear."""
+    """What the initializer knows: diagonal, the second moment of each channel; inputs, how channels of an input go
+    together as well, which takes 4 d_in^2 bytes for every distinct input of a linear; both, the same of the gradients
+    at its output, which takes another 4 d_out^2 bytes a linear and twice the time of the initializer."""
     temper: float = 0.5
-    """Inputs: power of the eigenvalues of their correlation; 1 trusts it fully, 0 not at all."""
+    """Inputs and both: power of the eigenvalues of the correlations; 1 trusts them fully, 0 not at all."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.curvature not in CURVATURES:
-            raise ValueError(f"curvature must be {' or '.join(CURVATURES)}, got {self.curvature!r}")
+            raise ValueError(
+                f"curvature must be {', '.join(CURVATURES[:-1])} or {CURVATURES[-1]}, got {self.curvature!r}"
+            )
         if not 0 <= self.temper <= 1:
             raise ValueError(f"temper is {self.temper}; allowed: 0 to 1")
         if self.curvature == "diagonal" and self.temper != type(self).temper:
             raise ValueError(
                 f"importance.temper={self.temper} and importance.curvature=diagonal exclude each other: nothing "
-                "would be tempered; take curvature inputs, or leave it out"
+                "would be tempered; take curvature inputs or both, or leave it out"
             )
         if not 0 <= self.shrinkage <= 1:
             raise ValueError(f"shrinkage is {self.shrinkage}; allowed: 0 to 1")
@@ -74,22 +77,28 @@ class Importance:
     """Per input channel (d_in,), the normalised ``i``."""
     output: Tensor
     """Per output channel (d_out,), the normalised ``o``."""
-    correlation: Correlation | None = None
+    input_correlation: Correlation | None = None
     """Of the input channels; None: they are taken as independent."""
+    output_correlation: Correlation | None = None
+    """Of the gradients at the output channels; None: they are taken as independent."""
     scale: float = 1.0
     """Mean ``i`` times mean ``o`` before they were normalised: errors times this compare between linears."""
 
 
 def stack(members: Sequence[Importance], like: Tensor) -> Importance:
     """Importances of equal shapes as a batch, in the dtype and on the device of ``like``; all or none correlated."""
-    i, o = (
-        torch.stack([getattr(m, side) for m in members]).to(like) for side in ("input", "output")
-    )
-    if members[0].correlation is None:
-        return Importance(input=i, output=o)
-    parts = zip(*(member.correlation for member in members), strict=True)
+
+    def batch(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack(tensors).to(like)
+
+    def batches(of: Sequence[Correlation | None]) -> Correlation | None:
+        return None if of[0] is None else Correlation(*map(batch, zip(*of, strict=True)))
+
     return Importance(
-        input=i, output=o, correlation=Correlation(*(torch.stack(part).to(like) for part in parts))
+        input=batch([m.input for m in members]),
+        output=batch([m.output for m in members]),
+        input_correlation=batches([m.input_correlation for m in members]),
+        output_correlation=batches([m.output_correlation for m in members]),
     )
 
 
@@ -109,9 +118,14 @@ class ImportanceCollector:
     def __init__(self, linears: dict[str, nn.Module], config: ImportanceConfig) -> None:
         self.linears = linears
         self.config = config
-        kind = SecondMoment if config.curvature == "diagonal" else SecondMomentMatrix
-        self.inputs = {name: kind(config.clip_quantile) for name in linears}
-        self.gradients = {name: SecondMoment(config.clip_quantile) for name in linears}
+        shared, own = config.curvature != "diagonal", config.curvature == "both"
+        self.inputs, self.gradients = (
+            {
+                name: (SecondMomentMatrix if pairs else SecondMoment)(config.clip_quantile)
+                for name in linears
+            }
+            for pairs in (shared, own)
+        )
         self._readers = WeakTensorKeyDictionary()  # who added a tensor first, while it lives
         self._handles: list[RemovableHandle] = []
 
@@ -138,10 +152,16 @@ class ImportanceCollector:
             ValueError: A linear has no statistics, or all of its inputs or gradients are zero.
         """
         found: dict[int, Correlation | None] = {}
-        for name, moment in self.inputs.items():
-            if isinstance(moment, SecondMomentMatrix) and moment.tokens and id(moment) not in found:
+        for what, moments in (("inputs", self.inputs), ("output gradients", self.gradients)):
+            for name, moment in moments.items():
+                if (
+                    not isinstance(moment, SecondMomentMatrix)
+                    or id(moment) in found
+                    or not moment.tokens
+                ):
+                    continue
                 found[id(moment)] = correlation_of(
-                    moment.matrix(), self.config.shrinkage, self.config.temper, name
+                    moment.matrix(), self.config.shrinkage, self.config.temper, f"{what} of {name}"
                 )
                 if release:
                     moment.release()
@@ -151,15 +171,15 @@ class ImportanceCollector:
         """Of one linear."""
         i, mean_i = self._finish(self.inputs[name], name, "input activations")
         o, mean_o = self._finish(self.gradients[name], name, "output gradients")
-        correlation = found.get(id(self.inputs[name]))
-        return Importance(input=i, output=o, correlation=correlation, scale=mean_i * mean_o)
+        correlations = (found.get(id(m[name])) for m in (self.inputs, self.gradients))
+        return Importance(i, o, *correlations, scale=mean_i * mean_o)
 
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> None:
         """Add the input of a linear, and wait for the gradient of its output."""
         x = args[0] if args else kwargs["input"]
-        first = self._readers.setdefault(x, name) if self.config.curvature == "inputs" else name
+        first = name if self.config.curvature == "diagonal" else self._readers.setdefault(x, name)
         if first == name:
             self._add(self.inputs[name], x.detach(), name, "input activations")
         else:

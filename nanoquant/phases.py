@@ -74,9 +74,8 @@ def initialize(
         loggers,
         recorder,
     )
-    plain = {
-        name: replace(importance, correlation=None) for name, importance in importances.items()
-    }
+    nothing = {"input_correlation": None, "output_correlation": None}
+    plain = {name: replace(importance, **nothing) for name, importance in importances.items()}
     return Initialized(options.index(choice.config), choice.ranks, reports, plain)
 
 

@@ -38,7 +38,7 @@ def shrink(moment: Tensor, gamma: float) -> Tensor:
 
 
 class Correlation(NamedTuple):
-    """Tempered correlation of the channels of an input, R = Q diag(spread) Q^T, by its eigenvectors."""
+    """Tempered correlation of channels, R = Q diag(spread) Q^T, by its eigenvectors."""
 
     Q: Tensor
     """(d, d), orthogonal."""
@@ -50,10 +50,10 @@ def correlation_of(moment: Tensor, gamma: float, power: float, name: str) -> Cor
     """Shrink a second moment (d, d), divide it by the roots of its diagonal, and temper its eigenvalues.
 
     Args:
-        moment: of the inputs.
+        moment: of inputs or gradients.
         gamma: shrinkage.
         power: of the eigenvalues.
-        name: of the linear, for the warning.
+        name: of what it is, for the warning.
 
     Returns:
         None, with a warning, where the moment or its eigenvalues are not finite: the diagonal has to do.
@@ -71,7 +71,7 @@ def correlation_of(moment: Tensor, gamma: float, power: float, name: str) -> Cor
     spread = spread * (len(R) / spread.sum())
     if not (spread.isfinite().all() and Q.isfinite().all()):
         logger.warning(
-            "the correlation of the inputs of %s is not finite; its initializer takes the diagonal",
+            "the correlation of the %s is not finite; the initializer takes the diagonal",
             name,
         )
         return None

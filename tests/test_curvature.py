@@ -1,4 +1,4 @@
-"""Correlated inputs in the initializer: gathered once, tempered, solved for, and worth it."""
+"""Correlated inputs and gradients in the initializer: gathered once, tempered, solved for, and worth it."""
 
 import dataclasses
 import logging
@@ -16,7 +16,7 @@ from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.quantize import quantize
 from nanoquant.second_moment import Correlation, SecondMoment, SecondMomentMatrix, correlation_of
 
-INPUTS = ImportanceConfig(curvature="inputs")
+INPUTS, BOTH = (ImportanceConfig(curvature=curvature) for curvature in ("inputs", "both"))
 SHORT = ADMMConfig(iterations=40)
 
 
@@ -62,26 +62,31 @@ def test_an_identity_changes_nothing_but_rounding(shape):
     plain = Importance(input=i, output=o)
     identity = Correlation(torch.linalg.qr(randn(d_in, d_in, seed=3)).Q, torch.ones(d_in))
     a = solver(W, plain, 8)
-    b = solver(W, dataclasses.replace(plain, correlation=identity), 8)
+    b = solver(W, dataclasses.replace(plain, input_correlation=identity), 8)
     torch.testing.assert_close(a.dense(), b.dense(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("side", ["inputs", "outputs"])
 @pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
-def test_errors_of_correlated_inputs_are_smaller_than_with_the_diagonal(shape):
-    d_out, d_in = shape
-    W, moment, solver = randn(*shape), correlated(d_in), ADMMInitializer(SHORT)
-    root = moment.diagonal().sqrt()
-    R = moment / (root[:, None] * root)
-    known = correlation_of(moment.clone(), 0.0, 1.0, "x")
-    plain = Importance(input=moment.diagonal() / moment.diagonal().mean(), output=torch.ones(d_out))
+def test_errors_are_smaller_than_with_the_diagonal_where_the_correlation_is_known(shape, side):
+    W, solver = randn(*shape), ADMMInitializer(SHORT)
+    moments = [
+        correlated(d) if which == side else torch.eye(d)
+        for d, which in zip(shape, ("outputs", "inputs"), strict=True)
+    ]
+    o, i = (moment.diagonal() / moment.diagonal().mean() for moment in moments)
+    plain = Importance(input=i, output=o)
+    known = dataclasses.replace(
+        plain,
+        output_correlation=correlation_of(moments[0].clone(), 0.0, 1.0, "x"),
+        input_correlation=correlation_of(moments[1].clone(), 0.0, 1.0, "x"),
+    )
 
     def error(factors):
-        E = (W - factors.dense()) * root
-        return float((E @ R * E).sum() / ((W * root) @ R * (W * root)).sum())
+        E = W - factors.dense()
+        return float((moments[0] @ E @ moments[1] * E).sum())
 
-    a = error(solver(W, plain, 24))
-    b = error(solver(W, dataclasses.replace(plain, correlation=known), 24))
-    assert b < 0.7 * a
+    assert error(solver(W, known, 24)) < 0.7 * error(solver(W, plain, 24))
 
 
 def test_a_batch_has_a_correlation_for_each_member():
@@ -90,7 +95,8 @@ def test_a_batch_has_a_correlation_for_each_member():
         Importance(
             input=torch.ones(16),
             output=torch.ones(24),
-            correlation=correlation_of(correlated(16, seed=k), 0.2, 0.5, "x"),
+            input_correlation=correlation_of(correlated(16, seed=k), 0.2, 0.5, "x"),
+            output_correlation=correlation_of(correlated(24, seed=k), 0.2, 0.5, "x"),
         )
         for k in range(3)
     ]
@@ -133,58 +139,71 @@ def test_linears_that_read_one_tensor_share_its_correlation_and_keep_their_diago
     decoder, windows = find_decoder(model), random_windows(6, 16)
     linears = decoder.linear_modules()
     plain = collect_importances(model, linears, windows, ImportanceConfig(), batch_size=2)
-    found = collect_importances(model, linears, windows, INPUTS, batch_size=2)
+    found = collect_importances(model, linears, windows, BOTH, batch_size=2)
+    alone = collect_importances(model, linears, windows, INPUTS, batch_size=2)
     for name in linears:
         torch.testing.assert_close(found[name].input, plain[name].input, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found[name].output, plain[name].output, rtol=1e-5, atol=0)
-        assert plain[name].correlation is None
-        assert found[name].correlation.Q.shape[0] == len(plain[name].input)
+        torch.testing.assert_close(found[name].output, plain[name].output, rtol=1e-4, atol=1e-5)
+        assert plain[name].input_correlation is None
+        assert found[name].input_correlation.Q.shape[0] == len(plain[name].input)
+        assert found[name].output_correlation.Q.shape[0] == len(plain[name].output)
+        assert torch.equal(found[name].input_correlation.Q, alone[name].input_correlation.Q)
+        assert alone[name].output_correlation is None
     for b, groups in enumerate(decoder.groups):
         for group in groups:
-            first, *others = (found[decoder.full_name(b, name)].correlation for name in group)
+            first, *others = (found[decoder.full_name(b, name)].input_correlation for name in group)
             assert all(other is first for other in others)
 
 
-def test_a_correlation_that_is_not_finite_falls_back_to_the_diagonal_and_names_the_layer(caplog):
+@pytest.mark.parametrize(("side", "what"), [(0, "inputs"), (1, "output gradients")])
+def test_a_correlation_that_is_not_finite_falls_back_to_the_diagonal_and_names_the_layer(
+    caplog, side, what
+):
     model, windows = tiny_llama(), random_windows(6, 16)
     linears = find_decoder(model).linear_modules()
     name = "model.layers.1.mlp.down_proj"
     eigh = torch.linalg.eigh
 
     def failing(R):
-        if R.shape[-1] == 96 and not failing.calls:
-            failing.calls += 1
+        failing.calls += 1
+        if failing.calls == side + 1:
             raise torch.linalg.LinAlgError("did not converge")
         return eigh(R)
 
     failing.calls = 0
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(torch.linalg, "eigh", failing)
-        found = collect_importances(model, {name: linears[name]}, windows, INPUTS)
-    assert found[name].correlation is None and (found[name].input > 0).all()
-    assert f"inputs of {name} is not finite" in caplog.text
+        found = collect_importances(model, {name: linears[name]}, windows, BOTH)[name]
+    correlations = (found.input_correlation, found.output_correlation)
+    assert correlations[side] is None and correlations[1 - side] is not None
+    assert (found.input > 0).all() and (found.output > 0).all()
+    assert f"{what} of {name} is not finite" in caplog.text
+    W, factors = linears[name].weight.detach(), ADMMInitializer(ADMMConfig(iterations=3))
+    assert factors(W, found, 8).dense().isfinite().all()
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "measured"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_quantized_with_correlated_inputs(family, allocation):
+def test_every_family_is_quantized_with_correlations(family, allocation):
     config = nanoquant_config(
         budget=BudgetConfig(bits=1.2, rank_multiple=8, allocation=allocation),
         calibration=CalibrationConfig(windows=4, length=16),
-        importance=INPUTS,
+        importance=BOTH,
         admm=ADMMConfig(iterations=3),
         model=ModelConfig(train="none"),
     )
     tokens = random_windows(8, 16).flatten()
-    plain = dataclasses.replace(config, importance=ImportanceConfig())
-    models = [FAMILIES[family]() for _ in range(2)]
-    reports = [quantize(m, tokens, c) for m, c in zip(models, (config, plain), strict=True)]
-    assert reports[0].blocks != reports[1].blocks
+    configs = [
+        dataclasses.replace(config, importance=x) for x in (BOTH, INPUTS, ImportanceConfig())
+    ]
+    models = [FAMILIES[family]() for _ in configs]
+    reports = [quantize(m, tokens, c) for m, c in zip(models, configs, strict=True)]
+    assert reports[0].blocks != reports[1].blocks != reports[2].blocks
     assert all(p.isfinite().all() for p in models[0].parameters() if p.is_floating_point())
 
 
 def test_settings_of_the_curvature_are_checked():
-    with pytest.raises(ValueError, match="curvature must be diagonal or inputs, got 'dense'"):
+    with pytest.raises(ValueError, match="curvature must be diagonal, inputs or both, got 'dense'"):
         ImportanceConfig(curvature="dense")
     with pytest.raises(ValueError, match="temper is 2"):
         ImportanceConfig(curvature="inputs", temper=2)

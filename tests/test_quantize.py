@@ -160,7 +160,7 @@ def test_losses_are_measured_with_the_initializer_that_is_passed_in():
     calls = []
 
     def spy(W, importance, rank, generator):
-        calls.append((len(W), importance.correlation is not None))
+        calls.append((len(W), importance.input_correlation is not None))
         return ADMMInitializer(ADMMConfig(iterations=2))(W, importance, rank, generator)
 
     config = dataclasses.replace(

@@ -139,7 +139,7 @@ def test_conv1d_chosen_by_a_filter_becomes_a_packed_linear():
         assert model(input_ids=WINDOWS).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("curvature", ["diagonal", "inputs"])
+@pytest.mark.parametrize("curvature", ["diagonal", "inputs", "both"])
 @pytest.mark.parametrize("convert_as", ["given", "copied"])
 def test_two_steps_use_the_importances_of_the_collector(convert_as, curvature):
     importance = ImportanceConfig(curvature=curvature)
@@ -157,7 +157,8 @@ def test_two_steps_use_the_importances_of_the_collector(convert_as, curvature):
         found = model.get_submodule(name).importance()
         torch.testing.assert_close(found.input, expected[name].input, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(found.output, expected[name].output, rtol=1e-3, atol=1e-3)
-        assert (found.correlation is None) == (curvature == "diagonal")
+        assert (found.input_correlation is None) == (curvature == "diagonal")
+        assert (found.output_correlation is None) == (curvature != "both")
     quantize_(model, convert, filter_fn=only_decoder)
     assert all(isinstance(model.get_submodule(n).weight, PackedBinaryTensor) for n in names)
     assert not any(isinstance(m, ObservedLinear) or m._forward_hooks for m in model.modules())
