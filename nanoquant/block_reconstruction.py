@@ -216,9 +216,11 @@ class BlockReconstructor(nn.Module):
         return report
 
     def _prepare(self, block: nn.Module, names: list[str]) -> None:
-        """Conv1D to Linear, and float32 for everything while the block is worked on."""
+        """Conv1D to Linear, and copies in float32 of everything while the block is worked on."""
         for linear in names:
             block.set_submodule(linear, as_linear(block.get_submodule(linear)))
+        for parameter in block.parameters():
+            parameter.data = parameter.data.to(torch.float32, copy=True)  # others may share it
         block.float().requires_grad_(False)
 
     def tune_dense(

@@ -6,16 +6,15 @@ Shapes: N windows, T tokens a window, d hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from nanoquant.decoder import BlockCall, run_block
+from nanoquant.early_stop import EarlyStop
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.training import FitResult, fit
 
@@ -75,42 +74,6 @@ def vector_group(tensor: nn.Parameter, lr: float, relative: bool) -> dict[str, A
     """Optimizer group of one vector; ``relative`` makes ``lr`` a share of its mean magnitude, at least 1e-3."""
     size = max(float(tensor.detach().abs().mean()), 1e-3) if relative else 1.0
     return {"params": [tensor], "lr": lr * size}
-
-
-class EarlyStop(L.Callback):
-    """Ends a training whose measured loss no longer falls; the untouched state is a candidate for the best.
-
-    Args:
-        parameters: what trains.
-        measure: the loss, on what does not train; a value that is not finite counts as not lower.
-        patience: epochs in a row without a lower one that end the training.
-    """
-
-    def __init__(
-        self, parameters: list[nn.Parameter], measure: Callable[[], float], patience: int
-    ) -> None:
-        self.parameters, self.measure, self.patience = parameters, measure, patience
-        self.best, self.waited = float("inf"), 0
-        self.state: list[Tensor] = []
-        self.consider()
-
-    def consider(self) -> None:
-        """Measure, and keep the state when it is the best so far."""
-        loss = self.measure()
-        self.waited = 0 if loss < self.best else self.waited + 1
-        if not self.waited:
-            self.best, self.state = loss, [p.detach().clone() for p in self.parameters]
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop when it is time."""
-        self.consider()
-        trainer.should_stop = self.waited >= self.patience
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the best state back; there is none where no loss was finite."""
-        for parameter, value in zip(self.parameters, self.state, strict=bool(self.state)):
-            parameter.copy_(value)
 
 
 @dataclass(frozen=True)

@@ -107,10 +107,10 @@ def embedding_tables(model: PreTrainedModel, config: EmbeddingConfig) -> dict[st
 
 @torch.no_grad()
 def round_embeddings(model: PreTrainedModel, tables: dict[str, Table]) -> None:
-    """Give embedding and head, which stay dense, the values of their tables."""
+    """Give embedding and head, which stay dense, the values of their tables, in memory of their own."""
     for name, table in tables.items():
         weight = model.get_submodule(name).weight
-        weight.copy_(dense_rows(*table))
+        weight.data = dense_rows(*table).to(weight)
 
 
 def put_tables(model: PreTrainedModel, tables: dict[str, Table]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -37,6 +36,7 @@ from nanoquant.self_text import SelfText
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import split_text
 from nanoquant.text_plan import TextPlan, plan_text
+from nanoquant.twin import twin
 from nanoquant.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def quantize(
     text = split_text(plan, tokenizer, config, write)
     unfinished = Unfinished(work, model, text, config)
     model.requires_grad_(False)
-    teacher = copy.deepcopy(model) if config.model.train != "none" else None
+    teacher = twin(model) if config.model.train != "none" else None
     with evaluation_mode(model):
         initial = initializer or ADMMInitializer(config.admm)
         reconstructor = BlockReconstructor(config.block, initial, config.run.seed)

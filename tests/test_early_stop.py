@@ -10,7 +10,8 @@ from torch import nn
 
 from nanoquant import block_tuning
 from nanoquant.block_reconstruction import BlockConfig
-from nanoquant.block_tuning import BlockData, EarlyStop
+from nanoquant.block_tuning import BlockData
+from nanoquant.early_stop import EarlyStop
 
 NAN = float("nan")
 

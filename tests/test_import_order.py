@@ -20,6 +20,7 @@ ORDER = (
     "architectures",
     "roles",
     "digest",
+    "twin",
     "chat",
     "data",
     "mixture",
@@ -36,6 +37,7 @@ ORDER = (
     "optimizer",
     "resuming",
     "training",
+    "early_stop",
     "block_tuning",
     "activations",
     "block_reconstruction",
@@ -169,6 +171,7 @@ MAY_IMPORT = {
     "transform": {"torchao"},
     "baselines.packed_integers": {"torchao"},
     "training": {"lightning"},
+    "early_stop": {"lightning"},
     "parsers": {"jsonargparse"},
 }
 """Files that import heavy libraries at their top; others do it where they use them."""

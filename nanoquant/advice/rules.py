@@ -245,7 +245,7 @@ def dense_model_needed(case: Case) -> Applied | None:
     return Applied(
         "making it takes the dense model",
         f"nanoquant quantize holds the {amount(case.table.model.dense_bytes)} of the dense "
-        "model in memory twice, and more, on the machine that quantizes (importance.curvature inputs alone "
+        "model in memory, and more, on the machine that quantizes (importance.curvature inputs alone "
         "4 bytes for every pair of a linear's inputs); the published 70B run took 13 "
         "hours of one H100",
         f"{PAPER}, cost of compression; nanoquant/quantize.py",
