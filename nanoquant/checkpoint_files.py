@@ -26,12 +26,13 @@ WEIGHT_SUFFIXES = (
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a safetensors file; dtype as safetensors spells it, "BF16"."""
+    """One tensor of a safetensors file; dtype as safetensors spells it, "BF16", and where in the file it begins."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    begin: int
 
 
 def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -61,6 +62,7 @@ def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
                     entry["dtype"],
                     tuple(entry["shape"]),
                     entry["data_offsets"][1] - entry["data_offsets"][0],
+                    8 + length + entry["data_offsets"][0],
                 )
                 for name, entry in header.items()
             }

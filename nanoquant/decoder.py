@@ -124,7 +124,7 @@ def capture_block_inputs(
     hidden: list[Tensor] = []
 
     def stop(_: int, args: tuple, kwargs: dict) -> None:
-        hidden.append(_split_call(args, kwargs)[0])
+        hidden.append(split_call(args, kwargs)[0])
         raise _StopForwardError
 
     with evaluation_mode(model), observe_calls({0: decoder.blocks[0]}, stop):
@@ -158,14 +158,14 @@ def _block_calls(model: nn.Module, decoder: Decoder, window: Tensor) -> list[Blo
     calls: dict[int, BlockCall] = {}
 
     def note(index: int, args: tuple, kwargs: dict) -> None:
-        calls[index] = _split_call(args, kwargs)[1]
+        calls[index] = split_call(args, kwargs)[1]
 
     with evaluation_mode(model), observe_calls(dict(enumerate(decoder.blocks)), note):
         model(input_ids=window, use_cache=False)
     return [calls[index] for index in range(len(decoder.blocks))]
 
 
-def _split_call(args: tuple, kwargs: dict) -> tuple[Tensor, BlockCall]:
+def split_call(args: tuple, kwargs: dict) -> tuple[Tensor, BlockCall]:
     """Separate the hidden states from the other arguments of a block."""
     if args:
         return args[0], BlockCall(args[1:], dict(kwargs), None)

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from nanoquant.decoder import evaluation_mode, input_device
+from nanoquant.recompute import recomputed
 from nanoquant.second_moment import (
     Correlation,
     SecondMoment,
@@ -177,7 +178,9 @@ class ImportanceCollector:
     def _after_forward(
         self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: Tensor
     ) -> None:
-        """Add the input of a linear, and wait for the gradient of its output."""
+        """Add the input of a linear, and wait for the gradient of its output; not in a pass without gradients."""
+        if not torch.is_grad_enabled():
+            return
         x = args[0] if args else kwargs["input"]
         first = name if self.config.curvature == "diagonal" else self._readers.setdefault(x, name)
         if first == name:
@@ -220,6 +223,7 @@ def collect_importances(
     config: ImportanceConfig,
     batch_size: int = 1,
     progress: Callable[[int, int], None] | None = None,
+    blocks: Sequence[nn.Module] = (),
 ) -> dict[str, Importance]:
     """Run one forward and backward pass over the text and return the importances.
 
@@ -232,6 +236,7 @@ def collect_importances(
         config: Clipping and shrinkage.
         batch_size: Windows a pass; also the unit over which the clipping quantile is taken.
         progress: Called with (windows done, windows in all) after every pass.
+        blocks: Decoder blocks that run again in the backward pass instead of keeping activations.
 
     Raises:
         ValueError: Activations or gradients are not finite or all zero; names the linear.
@@ -243,7 +248,7 @@ def collect_importances(
     windows = windows.to(input_device(model))
     try:
         model.requires_grad_(False)
-        with evaluation_mode(model), torch.enable_grad(), collector:
+        with evaluation_mode(model), torch.enable_grad(), recomputed(blocks), collector:
             for first in range(0, len(windows), batch_size):
                 batch = windows[first : first + batch_size]
                 logits = model(input_ids=batch, use_cache=False).logits

@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -31,6 +32,7 @@ from nanoquant.evaluation.perplexity import check_length, perplexity
 from nanoquant.figures import Figures, JobResult, result_table, versions
 from nanoquant.generate import SAMPLE_TOKENS, check_sample, greedy_sample
 from nanoquant.json_files import write_json
+from nanoquant.lock import exclusive
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
 from nanoquant.ranks import check_budget
 from nanoquant.self_text import check_kept, check_place
@@ -123,9 +125,11 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     begun, progress = time.perf_counter(), TrackedProgress(job_phases(job, config, plan))
     with progress.phase("load", 1):
         model = load_checked(folder, device, job, config, plan, windows)
-    tracker = start_record(job, config, begun)
-    progress.follow(tracker)
-    with tracker.following():
+    with ExitStack() as held:
+        held.enter_context(exclusive(run_folder(job.output)))
+        tracker = start_record(job, config, begun)
+        progress.follow(tracker)
+        held.enter_context(tracker.following())
         dense = measure(model, tokenizer, windows, job, progress, weight_bytes(folder))
         record_figures(tracker, dense, "dense")
         report = quantize(

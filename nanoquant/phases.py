@@ -23,7 +23,7 @@ from nanoquant.progress import Progress
 from nanoquant.ranks import choose_ranks
 from nanoquant.recorder import BlockRecorder, Recorder
 from nanoquant.text import Text
-from nanoquant.unfinished import Initialized
+from nanoquant.unfinished import Initialized, Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,15 @@ def initialize(
     progress: Progress,
     loggers: list[Any] | None,
     recorder: Recorder,
+    unfinished: Unfinished,
     sensitivity_file: str | Path | None,
     initializer: Initializer | None = None,
 ) -> Initialized:
     """All that comes before the whole-model phase: importances, ranks, binary blocks."""
-    importances = calibrate(model, decoder, chosen, text, options[0], progress)
+    importances = unfinished.importances()
+    if importances is None:
+        importances = calibrate(model, decoder, chosen, text, options[0], progress)
+        unfinished.keep_importances(importances)
     choice = choose_ranks(
         model,
         decoder,
@@ -61,6 +65,7 @@ def initialize(
         sensitivity_file,
         initializer,
     )
+    option = options.index(choice.config)
     reports = reconstruct_blocks(
         model,
         decoder,
@@ -73,10 +78,13 @@ def initialize(
         progress,
         loggers,
         recorder,
+        unfinished,
+        option,
     )
     nothing = {"input_correlation": None, "output_correlation": None}
     plain = {name: replace(importance, **nothing) for name, importance in importances.items()}
-    return Initialized(options.index(choice.config), choice.ranks, reports, plain)
+    unfinished.keep_importances(plain)
+    return Initialized(option, choice.ranks, reports, plain)
 
 
 def calibrate(
@@ -99,6 +107,7 @@ def calibrate(
             config.importance,
             config.calibration.batch,
             progress=lambda done, total: progress.advance(config.calibration.batch),
+            blocks=decoder.blocks,
         )
 
 
@@ -114,8 +123,13 @@ def reconstruct_blocks(
     progress: Progress,
     loggers: list[Any] | None,
     recorder: Recorder,
+    unfinished: Unfinished,
+    option: int,
 ) -> dict[int, BlockReport]:
-    """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix."""
+    """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix.
+
+    A block that an earlier run has finished is taken from there; ``option`` is what the ranks belong to.
+    """
     reports = {}
     activations = (
         Activations(model, decoder, text.calibration[: config.block.windows])
@@ -125,7 +139,11 @@ def reconstruct_blocks(
     with progress.phase("blocks", len(chosen)):
         for b, block in enumerate(decoder.blocks[: chosen.stop]):
             data = None if activations is None else activations.targets_of(b, block)
-            if b in chosen:
+            kept = unfinished.take_block(decoder, b) if b in chosen else None
+            if kept is not None:
+                reports[b] = kept
+                progress.advance(1, note="as it was kept")
+            elif b in chosen:
                 full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
                 begun = time.perf_counter()
                 reports[b] = reconstructor(
@@ -140,6 +158,7 @@ def reconstruct_blocks(
                     loggers=loggers,
                     recorder=BlockRecorder(recorder, b, full),
                 )
+                unfinished.keep_block(decoder, b, ranks, option, reports[b])
                 recorder.record("block", block=b, seconds=time.perf_counter() - begun)
                 worst = _worst(reports[b])
                 logger.info("block %d: %s", b, worst)

@@ -19,6 +19,7 @@ from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
+from nanoquant.lock import exclusive
 from nanoquant.mixture import Data
 from nanoquant.model_embeddings import (
     check_embeddings,
@@ -98,7 +99,8 @@ def quantize(
             ``nanoquant.unfinished.discard(work)``.
 
     Raises:
-        ValueError: the model, the text or the budget does not allow it; says what to change.
+        ValueError: the model, the text or the budget does not allow it, or another process is at work in ``work``;
+            says what to change.
     """
     config, progress = config or nanoquant_config(), progress or Progress()
     for name, place in {"work": work, "sensitivity_file": sensitivity_file}.items():
@@ -117,17 +119,16 @@ def quantize(
     unfinished = Unfinished(work, model, text, config)
     model.requires_grad_(False)
     teacher = twin(model) if config.model.train != "none" else None
-    with evaluation_mode(model):
+    with exclusive(work), evaluation_mode(model):
         initial = initializer or ADMMInitializer(config.admm)
         reconstructor = BlockReconstructor(config.block, initial, config.run.seed)
         run = (progress, loggers, recorder)
-        found = unfinished.read(decoder)
+        found = unfinished.read(decoder, chosen)
         if found is None:
             found = initialize(
                 *(model, decoder, chosen, text, options, reconstructor, *run),
-                *(sensitivity_file, initializer),
+                *(unfinished, sensitivity_file, initializer),
             )
-            unfinished.write(model, found)
         config = options[found.option]
         report = QuantizationReport(config.to_dict(), found.ranks, text=text.origin)
         report.bits, report.blocks = body_bits(shapes, found.ranks), found.blocks

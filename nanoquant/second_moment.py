@@ -75,7 +75,9 @@ def correlation_of(moment: Tensor, gamma: float, power: float, name: str) -> Cor
             name,
         )
         return None
-    return Correlation(Q, spread)
+    return Correlation(
+        Q.contiguous(), spread
+    )  # as a file gives it back: products depend on the layout
 
 
 class SecondMoment:

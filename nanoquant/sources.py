@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from nanoquant.checkpoint import load
 from nanoquant.checkpoint_files import (
     QUANT_METHOD,
+    read_headers,
     read_json,
     resolve_folder,
     shard_files,
 )
+from nanoquant.mapped import map_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -78,13 +84,8 @@ def load_model(folder: Path, device: torch.device, trainable: bool = False) -> P
     """
     if quantization_method(folder) == QUANT_METHOD:
         return load(folder).to(device).eval()
-    model, found = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.bfloat16 if trainable and _is_float16(folder) else "auto",
-        trust_remote_code=False,
-        use_safetensors=True,
-        local_files_only=True,
-        output_loading_info=True,
+    model, found = _load_mapped(
+        folder, torch.bfloat16 if trainable and _is_float16(folder) else None
     )
     lacking = sorted({*found["missing_keys"], *(key for key, *_ in found["mismatched_keys"])})
     if lacking:
@@ -93,6 +94,33 @@ def load_model(folder: Path, device: torch.device, trainable: bool = False) -> P
             f"another shape: {', '.join(lacking[:5])}; it is incomplete or of another model"
         )
     return model.to(device).eval()
+
+
+def _load_mapped(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A dense model whose weights are mapped, and what transformers tells about its tensors.
+
+    Weights that transformers converts, to another dtype or layout, are in memory instead.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    try:
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    except KeyError:
+        raise ValueError(
+            f"{folder} holds a {config.model_type}, which is no causal language model to transformers"
+        ) from None
+    tensors = map_tensors(read_headers(shard_files(folder), None))
+    stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    model, found = kind.from_pretrained(
+        None,
+        config=config,
+        state_dict=tensors,
+        dtype=dtype or config.dtype or stored,
+        output_loading_info=True,
+    )
+    model.name_or_path = model.config.name_or_path = str(folder)
+    if (folder / GENERATION_CONFIG_NAME).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model, found
 
 
 def _is_float16(folder: Path) -> bool:

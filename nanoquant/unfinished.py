@@ -1,7 +1,7 @@
-"""Unfinished work of :func:`quantize` in a folder: blocks once they are binary, then the whole-model phase.
+"""Unfinished work of :func:`quantize` in a folder: importances, each block once it is binary, the whole-model phase.
 
 The same call with the same model, text, settings and version goes on there and ends with the same result; another one
-is refused with the difference named.
+is refused with the difference named. Every file is whole or absent, so a run can be killed at any moment.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nanoquant.digest import model_digest
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_state import ModelState
+from nanoquant.second_moment import Correlation
 from nanoquant.tensor_file import TensorFile
 from nanoquant.text import Text
 
@@ -61,13 +62,11 @@ class Unfinished:
         self, folder: str | Path | None, model: nn.Module, text: Text, config: NanoQuantConfig
     ) -> None:
         every = config.run.save_every
-        keeps = folder is not None and every is not None and config.model.train != "none"
-        settings = _settings(model, text, config) if keeps else {}
-        self.blocks, state = (
-            TensorFile(Path(folder) / PATTERN.replace("*", name) if keeps else None, settings, what)
-            for name, what in (("blocks", "binary blocks"), ("model", "training of the model"))
-        )
-        if keeps and config.model.optimizer.state_bits != 32:
+        self.folder = None if folder is None or every is None else Path(folder)
+        self.settings = {} if self.folder is None else _settings(model, text, config)
+        self.calibration = self._file("calibration", "importances")
+        state = self._file("model", "training of the model")
+        if self.folder is not None and config.model.optimizer.state_bits != 32:
             logger.warning(
                 "moments of %d bits are not kept on the disk: a killed run begins the whole-model phase anew",
                 config.model.optimizer.state_bits,
@@ -75,53 +74,102 @@ class Unfinished:
             state.path = None
         self.model = ModelState(state, every or 0.0)
 
-    def read(self, decoder: Decoder) -> Initialized | None:
-        """Put kept binary layers into the dense model; None where none are kept.
+    def _file(self, name: str, what: str) -> TensorFile:
+        path = None if self.folder is None else self.folder / PATTERN.replace("*", name)
+        return TensorFile(path, self.settings, what)
+
+    def _block(self, b: int) -> TensorFile:
+        return self._file(f"block-{b:03}", f"block {b}")
+
+    def read(self, decoder: Decoder, chosen: range) -> Initialized | None:
+        """Put kept binary layers into the dense model when all blocks have them; None where some do not.
 
         Raises:
-            ValueError: they belong to another run.
+            ValueError: what is kept belongs to another run.
         """
-        refusals = []
-        for file in (self.blocks, self.model.file):
+        files, refusals = {b: self._block(b) for b in chosen}, []
+        for file in (self.calibration, *files.values(), self.model.file):
             try:
                 file.values()
             except ValueError as error:
                 refusals.append(str(error))
         if refusals:
-            raise ValueError("; ".join(refusals))
-        content = self.blocks.read()
+            more = f"; so do {len(refusals) - 1} other {PATTERN} files" if len(refusals) > 1 else ""
+            raise ValueError(refusals[0] + more)
+        importances = self.importances()
+        if importances is None or not all(file.values() for file in files.values()):
+            return None
+        found = {b: self.take_block(decoder, b) for b in chosen}
+        values = files[chosen[0]].values()
+        ranks = {
+            full: rank for file in files.values() for full, rank in file.values()["ranks"].items()
+        }
+        return Initialized(values["option"], ranks, found, importances)
+
+    def importances(self) -> dict[str, Importance] | None:
+        """Kept importances by full name; None where there are none."""
+        content = self.calibration.read()
         if content is None:
             return None
         tensors, values = content
-        for b, block in enumerate(decoder.blocks):
-            for name in decoder.linears[b]:
-                full = decoder.full_name(b, name)
-                if full in values["ranks"]:
-                    parts = {p: tensors[f"{full}.{p}"] for p in PARTS if f"{full}.{p}" in tensors}
-                    block.set_submodule(name, _layer(block.get_submodule(name), parts))
-        importances = {
-            full: Importance(tensors[f"{full}.input"], tensors[f"{full}.output"], scale)
-            for full, scale in values["scales"].items()
+        known = [
+            Correlation(tensors[f"{n}.Q"], tensors[f"{n}.spread"])
+            for n in range(values["correlations"])
+        ]
+        return {
+            full: Importance(
+                tensors[f"{full}.input"],
+                tensors[f"{full}.output"],
+                *(None if number is None else known[number] for number in numbers),
+                scale=scale,
+            )
+            for full, (scale, *numbers) in values["linears"].items()
         }
-        blocks = {int(b): BlockReport(**report) for b, report in values["blocks"].items()}
-        return Initialized(values["option"], values["ranks"], blocks, importances)
 
-    def write(self, model: nn.Module, found: Initialized) -> None:
-        """Keep binary layers and what belongs to them."""
+    def keep_importances(self, importances: Mapping[str, Importance]) -> None:
+        """Keep what calibration gave; a correlation that linears share is kept once."""
+        tensors, linears, numbers = {}, {}, {}
+        for full, found in importances.items():
+            tensors |= {f"{full}.input": found.input, f"{full}.output": found.output}
+            both = (found.input_correlation, found.output_correlation)
+            for known in both:
+                if known is not None and id(known) not in numbers:
+                    n = numbers[id(known)] = len(numbers)
+                    tensors |= {f"{n}.Q": known.Q, f"{n}.spread": known.spread}
+            linears[full] = (found.scale, *(numbers.get(id(known)) for known in both))
+        self._write(self.calibration, tensors, {"linears": linears, "correlations": len(numbers)})
+
+    def take_block(self, decoder: Decoder, b: int) -> BlockReport | None:
+        """Put the kept binary layers of a block into the model; None where none are kept."""
+        content = self._block(b).read()
+        if content is None:
+            return None
+        tensors, values = content
+        for name in decoder.linears[b]:
+            full = decoder.full_name(b, name)
+            parts = {p: tensors[f"{full}.{p}"] for p in PARTS if f"{full}.{p}" in tensors}
+            dense = decoder.blocks[b].get_submodule(name)
+            decoder.blocks[b].set_submodule(name, _layer(dense, parts))
+        return BlockReport(**values["report"])
+
+    def keep_block(
+        self, decoder: Decoder, b: int, ranks: Mapping[str, int], option: int, report: BlockReport
+    ) -> None:
+        """Keep the binary layers of a finished block."""
         tensors = {}
-        for full in found.ranks:
-            layer = model.get_submodule(full)
-            parts = {name: getattr(layer, name) for name in PARTS}
-            tensors |= {f"{full}.{name}": t for name, t in parts.items() if t is not None}
-        for full, importance in found.importances.items():
-            tensors |= {f"{full}.input": importance.input, f"{full}.output": importance.output}
-        values = {
-            "option": found.option,
-            "ranks": found.ranks,
-            "blocks": {b: asdict(report) for b, report in found.blocks.items()},
-            "scales": {full: importance.scale for full, importance in found.importances.items()},
-        }
-        self.blocks.write(tensors, values)
+        names = {decoder.full_name(b, name): name for name in decoder.linears[b]}
+        for full, name in names.items():
+            layer = decoder.blocks[b].get_submodule(name)
+            parts = {part: getattr(layer, part) for part in PARTS}
+            tensors |= {f"{full}.{part}": t for part, t in parts.items() if t is not None}
+        values = {"option": option, "ranks": {full: ranks[full] for full in names}}
+        self._write(self._block(b), tensors, values | {"report": asdict(report)})
+
+    def _write(self, file: TensorFile, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Write a file; when the disk refuses one, which is said, no other is tried."""
+        file.write(tensors, values)
+        if file.path is None:
+            self.folder = self.calibration.path = None
 
 
 def discard(folder: str | Path) -> None:

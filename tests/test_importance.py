@@ -172,10 +172,11 @@ def test_a_layer_without_statistics_is_named():
     linears = find_decoder(model).linear_modules() | {"never.run": nn.Linear(2, 2)}
     with pytest.raises(ValueError, match=r"never\.run has no statistics of its input activations"):
         collect_importances(model, linears, random_windows(1, 8), PLAIN)
-    with ImportanceCollector({"head": model.lm_head}, PLAIN) as collector, torch.no_grad():
-        model(input_ids=random_windows(1, 8))
-    with pytest.raises(ValueError, match="head has no statistics of its output gradients"):
-        collector.importances()
+    for passes, what in ((torch.no_grad, "input activations"), (torch.enable_grad, "output grad")):
+        with ImportanceCollector({"head": model.lm_head}, PLAIN) as collector, passes():
+            model(input_ids=random_windows(1, 8))  # no backward pass
+        with pytest.raises(ValueError, match=f"head has no statistics of its {what}"):
+            collector.importances()
 
 
 def test_collector_serves_a_loop_of_the_caller():

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import FAMILIES, random_windows, tiny_llama
 
 from nanoquant import model_reconstruction, training
@@ -12,6 +13,7 @@ from nanoquant.admm import ADMMConfig
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
+from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.progress import Progress
@@ -37,27 +39,36 @@ class Kill(BaseException):
 
 
 class Killed(Progress):
-    """Dies at a step of the model phase, and counts what each phase has done."""
+    """Dies at a step of a phase, and counts what each phase has done, without what was kept."""
 
-    def __init__(self, at=None):
+    def __init__(self, at=None, phase="model"):
         super().__init__()
-        self.at, self.counts, self.current = at, {}, None
+        self.at, self.phase_to_die, self.counts, self.current = at, phase, {}, None
 
     def begin(self, name, total):
         self.current = name
         self.counts[name] = [0, total]
 
     def advance(self, done, note=""):
-        if self.current == "model" and self.counts["model"][0] == self.at:
+        if self.current == self.phase_to_die and self.counts[self.current][0] == self.at:
             raise Kill
-        self.counts[self.current][0] += done
+        self.counts[self.current][0] += done * (note != "as it was kept")
 
 
-def run(work, config=QUICK, kill=None, model=None, tokens=TOKENS):
-    """Packed tensors, report and counts of a run; it may be killed at a step of the model phase."""
-    model, progress = model or tiny_llama(), Killed(kill)
+def run(work, config=QUICK, kill=None, model=None, tokens=TOKENS, phase="model"):
+    """Packed tensors, report and counts of a run; it may be killed at a step of a phase."""
+    model, progress = model or tiny_llama(), Killed(kill, phase)
     report = quantize(model, tokens, config, progress=progress, work=work)
     return model.state_dict(), report, progress.counts
+
+
+BEFORE_MODEL = [
+    f"unfinished-{name}.safetensors" for name in ("block-000", "block-001", "calibration")
+]
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
 
 
 def killed(work, step, **settings):
@@ -66,6 +77,40 @@ def killed(work, step, **settings):
 
 
 STEPS = 40
+TUNED = dataclasses.replace(
+    QUICK,
+    importance=ImportanceConfig(curvature="both"),
+    block=BlockConfig(dense_epochs=1, refine_epochs=1, windows=4, latent_lr=1e-2, scale_lr=1e-2),
+)
+
+
+@pytest.mark.parametrize("train", ["signs", "scales", "none"])
+@pytest.mark.parametrize(
+    ("phase", "at", "left"),
+    [("calibrate", 0, [4, 4]), ("ranks", 3, [0, 4]), ("blocks", 0, [0, 3]), ("blocks", 2, [0, 1])],
+)
+def test_a_run_that_is_killed_before_the_model_phase_loses_the_block_at_work(
+    phase, at, left, train, tmp_path
+):
+    """``left``: windows calibrated and blocks made after the kill, which comes when its block is kept."""
+    config = dataclasses.replace(TUNED, model=dataclasses.replace(QUICK.model, train=train))
+    expected, whole, _ = run(None, config, model=tiny_llama(layers=4))
+    killed(tmp_path, at, phase=phase, config=config, model=tiny_llama(layers=4))
+    found, report, counts = run(tmp_path, config, model=tiny_llama(layers=4))
+    assert [counts.get(name, [0])[0] for name in ("calibrate", "blocks")] == left
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert report.blocks == whole.blocks and report.ranks == whole.ranks
+
+
+def test_what_linears_share_is_kept_once(tmp_path):
+    killed(tmp_path, 0, phase="blocks", config=TUNED)
+    tensors = load_file(tmp_path / "unfinished-calibration.safetensors")
+    # two blocks: 4 inputs of a block, and gradients at 7 linears
+    assert sum(name.endswith(".Q") for name in tensors) == 2 * (4 + 7)
+    run(tmp_path, TUNED)
+    tensors = load_file(tmp_path / "unfinished-calibration.safetensors")
+    assert not any(name.endswith(".Q") for name in tensors)  # of no use once all blocks are made
 
 
 @pytest.mark.parametrize("step", [0, 1, 15, 16, 17, 34])
@@ -143,7 +188,7 @@ def test_narrow_moments_are_not_kept_and_that_is_said(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(tmp_path, dataclasses.replace(QUICK, model=model))
     assert "moments of 8 bits are not kept" in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["unfinished-blocks.safetensors"]
+    assert names(tmp_path) == BEFORE_MODEL
 
 
 def test_an_own_initializer_is_refused_with_work(tmp_path):
@@ -157,11 +202,9 @@ def test_how_often_copies_are_made_may_change(tmp_path):
     assert counts["model"] == [24, 24]
 
 
-def test_both_files_of_another_run_are_named_at_once(tmp_path):
+def test_files_of_another_run_are_counted(tmp_path):
     killed(tmp_path, 2)
-    with pytest.raises(
-        ValueError, match="blocks.*run.seed '0', not '1'.*model.*run.seed '0', not '1'"
-    ):
+    with pytest.raises(ValueError, match="calibration.*run.seed '0', not '1'.*so do 3 other"):
         run(tmp_path, dataclasses.replace(QUICK, run=RunConfig(save_every=0, seed=1)))
 
 
@@ -196,21 +239,20 @@ def test_frozen_signs_go_on_too(tmp_path):
 def test_unfinished_work_of_another_run_is_refused_with_the_difference(change, named, tmp_path):
     killed(tmp_path, 2)
     with pytest.raises(
-        ValueError, match=rf"unfinished-blocks.* holds binary blocks of .*{named}.*delete it"
+        ValueError, match=rf"unfinished-calibration.* holds importances of .*{named}.*delete it"
     ):
         run(tmp_path, **change)
 
 
 def test_work_without_need_is_not_kept(tmp_path):
     run(tmp_path, dataclasses.replace(QUICK, run=RunConfig(save_every=None)))
-    run(tmp_path, dataclasses.replace(QUICK, model=ModelConfig(train="none")))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_copies_come_no_more_often_than_asked(tmp_path):
     config = dataclasses.replace(QUICK, run=RunConfig(save_every=3600))
     run(tmp_path, config)
-    assert [path.name for path in tmp_path.iterdir()] == ["unfinished-blocks.safetensors"]
+    assert names(tmp_path) == BEFORE_MODEL
     discard(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
@@ -235,7 +277,8 @@ def test_a_disk_that_refuses_is_named_once_and_the_run_goes_on(tmp_path, caplog)
     expected, _, _ = run(None)
     with caplog.at_level(logging.WARNING):
         found, _, _ = run(tmp_path / "file")
-    assert caplog.text.count("unfinished-blocks.safetensors can't be written") == 1
+    assert caplog.text.count("unfinished-calibration.safetensors can't be written") == 1
+    assert "unfinished-block-000" not in caplog.text
     assert caplog.text.count("unfinished-model.safetensors can't be written") == 1
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 

@@ -1,0 +1,56 @@
+"""One process at a time on a folder."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_held: set[Path] = set()
+"""Folders that this process holds."""
+
+
+@contextlib.contextmanager
+def exclusive(folder: str | Path | None) -> Iterator[None]:
+    """Keep other processes off a folder, which is made where it is absent; within one process calls may be nested.
+
+    The system lets go when the process ends, however it ends; no file stays behind. None keeps nobody off, nor does a
+    folder that can't be locked, which is said.
+
+    Raises:
+        ValueError: another process is at work there.
+    """
+    path = None if folder is None else Path(folder).absolute()
+    if path is None or path in _held:
+        yield
+        return
+    handle = _lock(path)
+    try:
+        _held.add(path)
+        yield
+    finally:
+        _held.discard(path)
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    """Handle of the folder, locked; None, with a warning, where the system can't lock it."""
+    handle = None
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise ValueError(
+            f"another process is at work in {path}; wait for it, or give another output"
+        ) from None
+    except OSError as error:
+        logger.warning("%s can't be locked (%s): start no second run there", path, error)
+    return handle

@@ -1,0 +1,95 @@
+"""Weights that stay in their files: mapped into memory, read when they are used, forgotten when they are not needed.
+
+The memory of a mapped tensor belongs to the system, which may take it back at any time, since the file has it all. A
+write goes to a private copy of the page, which :func:`forget` would undo, so nobody writes into a mapped tensor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanoquant.checkpoint_files import StoredTensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""Types of safetensors files that are mapped."""
+
+_maps: dict[int, weakref.ref[mmap.mmap]] = {}
+"""First address of every file that is mapped now."""
+
+
+def map_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """Tensors of safetensors files, without reading them.
+
+    Args:
+        stored: what the headers of the files say, see ``checkpoint_files.read_headers``.
+
+    Raises:
+        ValueError: a tensor has a type that is not mapped, or its file can't be.
+    """
+    files = {tensor.file: None for tensor in stored.values()}
+    buffers = {file: _map_file(file) for file in files}
+    return {name: _view(name, tensor, buffers[tensor.file]) for name, tensor in stored.items()}
+
+
+def forget(tensors: Iterable[Tensor]) -> int:
+    """Give the memory of mapped tensors back, whole pages only; they are read again when they are used.
+
+    Returns:
+        Bytes given back; tensors that are not mapped count for nothing.
+    """
+    freed = 0
+    for tensor in tensors:
+        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        for base, reference in list(_maps.items()):
+            file = reference()
+            if file is None or not base <= begin < base + len(file):
+                continue
+            first = -(-(begin - base) // mmap.PAGESIZE) * mmap.PAGESIZE
+            count = (end - base) // mmap.PAGESIZE * mmap.PAGESIZE - first
+            if count > 0 and hasattr(mmap, "MADV_DONTNEED"):
+                file.madvise(mmap.MADV_DONTNEED, first, count)
+                freed += count
+    return freed
+
+
+def _map_file(file: Path) -> Tensor:
+    """All bytes of a file."""
+    try:
+        with file.open("rb") as stream:
+            content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} can't be mapped into memory: {error}") from error
+    data = torch.frombuffer(content, dtype=torch.uint8)
+    base = data.data_ptr()
+    _maps[base] = weakref.ref(content, lambda _: _maps.pop(base, None))
+    return data
+
+
+def _view(name: str, stored: StoredTensor, buffer: Tensor) -> Tensor:
+    """One tensor of a mapped file; a copy where it does not lie as its type needs."""
+    if stored.dtype not in DTYPES:
+        raise ValueError(
+            f"{name} in {stored.file} has the type {stored.dtype}; allowed: {', '.join(DTYPES)}"
+        )
+    dtype = DTYPES[stored.dtype]
+    raw = buffer[stored.begin : stored.begin + stored.bytes]
+    if stored.begin % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(stored.shape)

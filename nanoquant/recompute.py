@@ -1,0 +1,51 @@
+"""Blocks that keep nothing of a forward pass: the backward pass runs each again when its turn comes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nanoquant.decoder import split_call
+
+
+@contextlib.contextmanager
+def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """While active, each block first runs without gradients, and again, with them, in the backward pass.
+
+    Between the two only its hidden states are kept, so that activations of one block at a time are in memory, for a
+    third of the time of forward and backward more. Gradients reach the block's hidden states, which must want them,
+    and no other argument.
+
+    Args:
+        blocks: decoder blocks of a model in evaluation mode, whose ``forward`` is not an instance attribute.
+    """
+    for block in blocks:
+        block.forward = _again(block.forward)
+    try:
+        yield
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a block, run anew in the backward pass."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        hidden, call = split_call(args, kwargs)
+
+        def inner(hidden: Tensor) -> Any:  # noqa: ANN401
+            if call.hidden_key is None:
+                return forward(hidden, *call.args, **call.kwargs)
+            return forward(**{call.hidden_key: hidden}, **call.kwargs)
+
+        if not torch.is_grad_enabled():
+            return inner(hidden)
+        return checkpoint(inner, hidden, use_reentrant=True, preserve_rng_state=False)
+
+    return run

@@ -1,0 +1,59 @@
+"""Blocks that run again in the backward pass give the same statistics and keep almost nothing."""
+
+import pytest
+import torch
+from tiny_models import FAMILIES, random_windows, tiny_llama
+
+from nanoquant.architectures import find_decoder
+from nanoquant.importance import ImportanceConfig, collect_importances
+from nanoquant.recompute import recomputed
+
+BOTH = ImportanceConfig(curvature="both")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_importances_are_the_same(family):
+    model, windows = FAMILIES[family](), random_windows(4, 16)
+    decoder = find_decoder(model)
+    linears = decoder.linear_modules()
+    plain, again = (
+        collect_importances(model, linears, windows, BOTH, 2, blocks=blocks)
+        for blocks in ((), decoder.blocks)
+    )
+    for name in linears:
+        for part in ("input", "output", "scale"):
+            one, two = (torch.as_tensor(getattr(found[name], part)) for found in (plain, again))
+            torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6, msg=f"{name} {part}")
+        assert plain[name].input_correlation.Q.shape == again[name].input_correlation.Q.shape
+    assert not any("forward" in vars(block) for block in decoder.blocks)
+
+
+def test_between_the_passes_only_hidden_states_are_kept():
+    model, ids = tiny_llama().eval(), random_windows(2, 64)
+    decoder = find_decoder(model)
+    start = lambda _, args, output: output.requires_grad_()  # noqa: E731
+    model.requires_grad_(False).get_input_embeddings().register_forward_hook(start)
+
+    def kept():
+        """Bytes that autograd keeps of a forward pass through the blocks, each tensor once."""
+        found = {}
+
+        def note(tensor):
+            found[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            model.model(input_ids=ids, use_cache=False)
+        return sum(found.values())
+
+    everything = kept()
+    with recomputed(decoder.blocks):
+        little = kept()
+    assert little < everything / 4
+
+
+def test_a_pass_without_gradients_is_an_ordinary_one():
+    model, ids = tiny_llama().eval(), random_windows(2, 8)
+    expected = model(ids).logits
+    with torch.no_grad(), recomputed(find_decoder(model).blocks):
+        assert torch.equal(model(ids).logits, expected)
