@@ -21,7 +21,7 @@ from nanoquant.benchmark.config import BenchConfig
 from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
 from nanoquant.evaluation.command import EvaluationJob
 from nanoquant.evaluation.request import EvaluationRequest
-from nanoquant.job import JobConfig
+from nanoquant.job_config import JobConfig
 from nanoquant.report.config import ReportConfig
 
 SHORT = {"--bits": "--budget.bits"}

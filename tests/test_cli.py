@@ -72,7 +72,7 @@ BAD_FLAGS = {
 def test_quantize_refuses_bad_flags_before_any_work(flags, message, place, capsys, monkeypatch):
     monkeypatch.chdir(place)
     monkeypatch.setattr("nanoquant.job.quantize", None)
-    monkeypatch.setattr("nanoquant.job.perplexity", None)
+    monkeypatch.setattr("nanoquant.measuring.perplexity", None)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert message in refused(
         capsys, "quantize", "dense", "new", "--text", "text.txt", *SMALL, *flags

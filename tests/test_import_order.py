@@ -88,6 +88,8 @@ ORDER = (
     "tracking.dashboard",
     "tracking.loggers",
     "tracking.tracker",
+    "job_config",
+    "measuring",
     "job",
     "evaluation.tasks",
     "evaluation.local_data",

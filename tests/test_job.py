@@ -15,6 +15,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant import job
 from nanoquant.checkpoint import load
+from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.recorder import PHASES
 from nanoquant.sensitivity import SensitivityProbe
 
@@ -76,6 +77,33 @@ def test_an_interrupted_run_leaves_no_checkpoint(step, place, tmp_path, capsys, 
     if step != "find_model":  # before which there is no run
         run = json.loads((tmp_path / "new.run" / "run.json").read_text())
         assert (run["status"], run["error"]) == ("failed", "interrupted")
+
+
+def test_figures_of_the_dense_model_are_measured_once_for_a_killed_run_and_what_goes_on(
+    place, tmp_path, capsys, monkeypatch
+):
+    calls = []
+
+    def counting(*arguments, **flags):
+        calls.append(arguments)
+        return perplexity(*arguments, **flags)
+
+    def interrupt(*arguments, **flags):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanoquant.measuring.perplexity", counting)
+    command = ["quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt", *SMALL]
+    command += ["--eval-text", place / "text.txt", "--eval-length", 16, "--sample", "the river"]
+    for windows, measured in ((2, 1), (2, 1), (3, 2)):  # other windows are measured anew
+        with monkeypatch.context() as patch:
+            patch.setattr("nanoquant.job.save_pretrained", interrupt)
+            assert call(capsys, *command, "--eval-windows", windows)[0] == 130
+        assert len(calls) == measured
+    figures = tmp_path / "figures.json"
+    assert call(capsys, *command, "--eval-windows", 3, "--json", figures)[0] == 0
+    dense = json.loads(figures.read_text())["dense"]
+    assert len(calls) == 2 and dense["perplexity"] > 1 and dense["sample"]
+    assert not list((tmp_path / "new.run").glob("unfinished-*"))
 
 
 def test_a_failed_measurement_loses_no_figures_and_had_the_memory(

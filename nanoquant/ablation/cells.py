@@ -17,8 +17,8 @@ from nanoquant.ablation.plan import Cell, Plan
 from nanoquant.console import ConsoleProgress, note
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.figures import versions
-from nanoquant.job import evaluation_windows, free_memory
 from nanoquant.json_files import write_json
+from nanoquant.measuring import evaluation_windows, free_memory
 from nanoquant.mixture import Source, read_sources
 from nanoquant.quantize import phase_names, quantize
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer

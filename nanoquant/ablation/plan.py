@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from nanoquant.config import NanoQuantConfig
-from nanoquant.job import JobConfig
+from nanoquant.job_config import JobConfig
 from nanoquant.parsers import parse_quantize
 
 MODES = ("grid", "each")
