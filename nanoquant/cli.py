@@ -1,4 +1,4 @@
-"""The command line: ``nanoquant quantize | evaluate | generate | inspect | bench | advise | report``.
+"""The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | report``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """
@@ -20,6 +20,7 @@ Language models at one bit per weight and below: binary low-rank factors of ever
 
 commands:
   quantize MODEL OUT --text FILE    quantize a model, save a checkpoint, measure it in a fresh process
+  resume OUT                        go on with a quantization that was killed
   evaluate MODEL --text FILE        perplexity, KL from the dense model, zero-shot tasks; --compare A B
   generate MODEL --prompt TEXT      continue a text
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
@@ -113,6 +114,15 @@ def _quantize(arguments: list[str]) -> None:
     run_job(job, config)
 
 
+def _resume(arguments: list[str]) -> None:
+    from nanoquant.parsers import parse_resume
+
+    output = parse_resume(arguments)
+    from nanoquant.resume import resume_command
+
+    resume_command(output)
+
+
 def _evaluate(arguments: list[str]) -> None:
     from nanoquant.parsers import parse_evaluate
 
@@ -154,6 +164,7 @@ def _other(name: str, what: str, module: str = "nanoquant.commands") -> Callable
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quantize": _quantize,
+    "resume": _resume,
     "evaluate": _evaluate,
     "generate": _other("generate", "Continue a text with a dense or quantized model."),
     "inspect": _other(

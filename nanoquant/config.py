@@ -108,6 +108,16 @@ class NanoQuantConfig(AOBaseConfig):
             raise ValueError(f"blocks={self.blocks} chooses none of the {count} decoder blocks")
         return chosen
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> NanoQuantConfig:
+        """What :meth:`to_dict` gave; fields that are left out have the defaults of their dataclasses.
+
+        Raises:
+            TypeError: a field is unknown.
+            ValueError: a value is out of its range.
+        """
+        return _filled(cls(), values)
+
     def _slice(self) -> slice:
         """What ``blocks`` says, as a slice."""
         parts = self.blocks.split(":") if self.blocks else ["", ""]
@@ -122,6 +132,18 @@ class NanoQuantConfig(AOBaseConfig):
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
         return dataclasses.asdict(self)
+
+
+def _filled(stage: Any, values: dict[str, Any]) -> Any:  # noqa: ANN401
+    """A dataclass with some fields from nested plain values."""
+    given = {name: getattr(stage, name, None) for name in values}
+    return dataclasses.replace(
+        stage,
+        **{
+            name: _filled(given[name], value) if dataclasses.is_dataclass(given[name]) else value
+            for name, value in values.items()
+        },
+    )
 
 
 def _fast() -> NanoQuantConfig:

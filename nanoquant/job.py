@@ -6,6 +6,7 @@ fresh process that knows nothing but its folder.
 
 from __future__ import annotations
 
+import os
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -146,6 +147,7 @@ def start_record(job: JobConfig, config: NanoQuantConfig, begun: float) -> RunTr
         "error": None,
         "source": job.source,
         "output": job.output,
+        "directory": os.getcwd(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "config": config.to_dict(),
         "job": asdict(job),

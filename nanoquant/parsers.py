@@ -109,6 +109,20 @@ def parse_report(arguments: list[str]) -> ReportConfig:
     return _pick(ReportConfig, parse(parser, arguments))
 
 
+def parse_resume(arguments: list[str]) -> str:
+    """The output folder of ``resume``.
+
+    Raises:
+        ValueError: it is missing, or there is a flag.
+    """
+    parser = _empty(
+        "resume", "OUT", "Go on with a quantization that was killed, as it was started."
+    )
+    what = "Folder that the checkpoint was to be written to; OUT.run beside it has the rest."
+    parser.add_argument("output", metavar="OUT", help=what)
+    return parse(parser, arguments).output
+
+
 def evaluate_parser() -> ArgumentParser:
     """Parser of ``evaluate``."""
     what = "Measure a dense or quantized model by frozen protocols, or compare what was measured."

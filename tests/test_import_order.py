@@ -91,6 +91,7 @@ ORDER = (
     "job_config",
     "measuring",
     "job",
+    "resume",
     "evaluation.tasks",
     "evaluation.local_data",
     "evaluation.protocols",
