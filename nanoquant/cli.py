@@ -1,4 +1,4 @@
-"""The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | report``.
+"""The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | doctor | report``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """
@@ -26,6 +26,7 @@ commands:
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
   bench                             speed and memory of packed layers and models on this machine
   advise MODEL --memory 8GB         what to use for a memory and a task, before anything is computed
+  doctor MODEL                      what would stop a quantization on this machine
   report OUT                        one page of plots from what a run recorded
 
 "nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
@@ -175,6 +176,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "advise",
         "Say what to use for a memory and a task; MODEL may also be a published name, as llama-2-7b.",
         "nanoquant.advice.command",
+    ),
+    "doctor": _other(
+        "doctor",
+        "Look for what would stop a quantization of MODEL on this machine, before anything is computed.",
+        "nanoquant.doctor.command",
     ),
     "report": _report,
 }

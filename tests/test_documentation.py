@@ -84,6 +84,7 @@ def test_readme_commands_parse():
         "evaluate",
         "generate",
         "inspect",
+        "doctor",
         "bench",
         "advise",
         "report",
@@ -98,7 +99,8 @@ def test_readme_commands_parse():
         if command in own:
             own[command](shlex.split(arguments))
         else:
-            module = "nanoquant.advice.command" if command == "advise" else "nanoquant.commands"
+            own_files = {"advise": "advice.command", "doctor": "doctor.command"}
+            module = f"nanoquant.{own_files.get(command, 'commands')}"
             function = getattr(importlib.import_module(module), f"{command}_command")
             parsers.parse(parsers.command_parser(command, function, ""), shlex.split(arguments))
 

@@ -1,0 +1,1 @@
+"""nanoquant doctor: what would stop a quantization, found before it begins."""

@@ -1,0 +1,191 @@
+"""What has to be right before a model is quantized; each check says what it found, or raises what is wrong.
+
+Shapes: a linear is (d_out, d_in). Nothing here reads all weights: a value that is not finite is found by ``quantize``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from nanoquant.admm import ADMMConfig, ADMMInitializer
+from nanoquant.benchmark.shapes import linear_shapes, skeleton
+from nanoquant.budget import allocate_ranks, body_bits, layer_bits, rank_limits
+from nanoquant.checkpoint_files import StoredTensor, check_writable, read_headers, shard_files
+from nanoquant.compiling import compiler_obstacle
+from nanoquant.config import NanoQuantConfig
+from nanoquant.hf_quantizer import PARTS
+from nanoquant.importance import Importance
+from nanoquant.mapped import map_tensors
+from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.sizes import tensor_bytes
+from nanoquant.sources import check_dense, find_model
+from nanoquant.units import amount
+
+TRAINABLE = ("BF16", "F32")
+CONVERTED = ("F16",)
+STATE_BYTES = 20
+"""Bytes a latent of unfinished work: itself twice, its moments, the best state."""
+
+
+def check_files(name: str) -> tuple[Path, str]:
+    """The folder of a dense model, complete as far as its headers tell."""
+    folder = find_model(name)
+    check_dense(folder)
+    files = shard_files(folder)
+    return folder, f"{len(files)} weight files, {amount(sum(f.stat().st_size for f in files))}"
+
+
+def check_parts(folder: Path) -> tuple[PreTrainedModel, dict[str, tuple[int, int]], str]:
+    """The model without its weights, and the linears that would be quantized."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    model = skeleton(config)
+    shapes = linear_shapes(model)
+    kinds = len(set(shapes.values()))
+    return model, shapes, f"{type(model).__name__}: {len(shapes)} linears of {kinds} shapes"
+
+
+def check_tensors(folder: Path, model: PreTrainedModel) -> tuple[dict[str, StoredTensor], str]:
+    """Stored tensors, which must be those of the model and of a type that can be trained.
+
+    Names that transformers translates while it loads are not compared.
+    """
+    stored = read_headers(shard_files(folder), None)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    other = [n for n in stored.keys() & wanted.keys() if stored[n].shape != wanted[n]]
+    if other:
+        first = min(other)
+        raise ValueError(
+            f"{len(other)} tensors have another shape than the config says, {first} is {stored[first].shape} and not "
+            f"{wanted[first]}; the weights belong to another config"
+        )
+    kinds = Counter(tensor.dtype for tensor in stored.values())
+    strange = sorted(kinds.keys() - {*TRAINABLE, *CONVERTED, "I64", "BOOL"})
+    if strange:
+        raise ValueError(
+            f"tensors are stored as {', '.join(strange)}; allowed: {', '.join((*TRAINABLE, *CONVERTED))}; "
+            "convert the model to bfloat16"
+        )
+    missing = len(wanted.keys() - stored.keys())
+    text = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
+    text += " (float16 is going to be bfloat16)" if kinds["F16"] else ""
+    return stored, text + (f"; {missing} under other names" if missing else "")
+
+
+def check_ranks(
+    shapes: dict[str, tuple[int, int]], config: NanoQuantConfig
+) -> tuple[dict[str, int], str]:
+    """Ranks that meet the bits."""
+    rank_limits(shapes, config.budget)
+    ranks = allocate_ranks(shapes, config.budget)
+    low, high = min(ranks.values()), max(ranks.values())
+    return ranks, f"{body_bits(shapes, ranks):.4f} bits a weight, ranks {low} to {high}"
+
+
+def check_disk(
+    output: str,
+    model: PreTrainedModel,
+    shapes: dict[str, tuple[int, int]],
+    ranks: dict[str, int],
+    config: NanoQuantConfig,
+) -> str:
+    """Room for the checkpoint and for the unfinished work that a killed run goes on with."""
+    place = Path(output).absolute()
+    while not place.exists():
+        place = place.parent
+    check_writable(place, "the checkpoint")
+    body = sum(d_out * d_in for d_out, d_in in shapes.values())
+    kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * body
+    packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
+    latents = sum((d_out + d_in) * ranks[name] for name, (d_out, d_in) in shapes.items())
+    state = latents * (STATE_BYTES if config.model.train == "signs" else 1)
+    statistics = _statistics_bytes(shapes, config.importance.curvature)
+    needed, free = kept + packed + state + statistics, shutil.disk_usage(place).free
+    text = (
+        f"{amount(kept + packed)} checkpoint and up to {amount(state + statistics)} of unfinished work, "
+        f"{amount(free)} free in {place}"
+    )
+    if needed > free:
+        raise ValueError(
+            f"{text}: {amount(needed - free)} too little; make room or take another output"
+        )
+    return text
+
+
+def _statistics_bytes(shapes: dict[str, tuple[int, int]], curvature: str) -> int:
+    """Most bytes of the importances: correlations of inputs that no two linears share, and of outputs."""
+    inputs = sum(d_in**2 for _, d_in in shapes.values()) * (curvature != "diagonal")
+    outputs = sum(d_out**2 for d_out, _ in shapes.values()) * (curvature == "both")
+    return 4 * (inputs + outputs + sum(d_out + d_in for d_out, d_in in shapes.values()))
+
+
+def check_save(
+    stored: dict[str, StoredTensor],
+    shapes: dict[str, tuple[int, int]],
+    ranks: dict[str, int],
+) -> str:
+    """Factorize the smallest linear for two iterations, pack it, write it, and read it back."""
+    names = [n for n in shapes if f"{n}.weight" in stored]
+    if not names:
+        raise ValueError(
+            "no weight of a linear is stored under its own name; load the model with transformers and save it again"
+        )
+    name = min(names, key=lambda n: shapes[n][0] * shapes[n][1])
+    weight = map_tensors({name: stored[f"{name}.weight"]})[name].float()
+    weight = weight if tuple(weight.shape) == shapes[name] else weight.T  # Conv1D
+    even = Importance(torch.ones(weight.shape[1]), torch.ones(weight.shape[0]))
+    layer = PackedBinaryLinear.from_factors(
+        ADMMInitializer(ADMMConfig(iterations=2))(weight, even, ranks[name])
+    )
+    parts: dict[str, Tensor] = {p: getattr(layer, p).detach().contiguous() for p in PARTS}
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "layer.safetensors")
+        save_file(parts, file)
+        found = load_file(file)
+    if not all(torch.equal(found[part], tensor) for part, tensor in parts.items()):
+        raise ValueError(
+            f"{name} is not what was written when it is read back; the disk is damaged"
+        )
+    return f"{name} {tuple(weight.shape)} as {amount(tensor_bytes(parts.values()))}, read back the same"
+
+
+def check_extension() -> str:
+    """The C++ loops of packed layers on this CPU."""
+    from nanoquant_kernels.cpu_build import available_paths
+
+    paths = available_paths()
+    if not paths:
+        raise ValueError(
+            "there is no C++ extension, so packed layers run through plain PyTorch, slower; install c++, g++ or clang++"
+        )
+    return f"C++ loops for {paths[-1]}"
+
+
+def check_compiler() -> str:
+    """torch.compile for this machine."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    obstacle = compiler_obstacle(device)
+    if obstacle:
+        raise ValueError(f"{obstacle}; training runs uncompiled, slower")
+    return f"torch {torch.__version__} compiles for {device.type}"
+
+
+def check_gpu() -> str:
+    """A GPU, and Triton for it."""
+    if not torch.cuda.is_available():
+        raise ValueError("torch finds no GPU; everything runs on the CPU")
+    from nanoquant_kernels.cards import unavailable
+
+    device = torch.device("cuda")
+    name = torch.cuda.get_device_name(device)
+    reason = unavailable(device)
+    if reason:
+        raise ValueError(f"{name}, but nothing runs through Triton: {reason}")
+    return f"{name}, {amount(torch.cuda.get_device_properties(device).total_memory)}"
