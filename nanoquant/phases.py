@@ -16,6 +16,7 @@ from nanoquant.admm import Initializer
 from nanoquant.architectures import Decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.config import NanoQuantConfig
+from nanoquant.heap import give_back
 from nanoquant.importance import Importance, collect_importances
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.model_state import ModelState
@@ -165,6 +166,7 @@ def reconstruct_blocks(
                 progress.advance(1, note=worst)
             if data is not None:
                 activations.advance(block, data, f"block {b}")
+            give_back()
     return reports
 
 

@@ -16,6 +16,7 @@ ORDER = (
     "json_files",
     "tensor_file",
     "lock",
+    "heap",
     "recorder",
     "decoder",
     "architectures",
