@@ -9,8 +9,7 @@ import ctypes
 def give_back() -> None:
     """Return free pages of the heap to the system; does nothing where the C library is not glibc.
 
-    Tensors that live long among many that do not keep glibc from returning the pages between them: 200 MB for each
-    block of a 1.1B model whose packed signs take 44 MB.
+    Tensors that live long among many that do not keep glibc from returning the pages between them.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
