@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.checkpoint_files import (
+    PARTIAL,
     QUANT_METHOD,
     check_output_folder,
     copy_other_files,
@@ -154,7 +155,7 @@ def save_pretrained(
         recipe = getattr(getattr(model.config, "quantization_config", None), "recipe", None)
     mark_quantized(model, recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".partial-", dir=folder) as partial:
+    with TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial:
         model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)

@@ -18,6 +18,8 @@ FORMAT_VERSION = 2
 CHECKPOINT_KEY = "nanoquant_checkpoint"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+PARTIAL = ".partial-"
+"""Beginning of the name of a folder, inside a checkpoint's, that has the files which are not complete yet."""
 WEIGHT_SUFFIXES = (
     ".safetensors .bin .pt .pth .ckpt .pkl .pickle .gguf .ggml .h5 .msgpack .onnx .onnx_data .ot "
     ".npz .tflite .mlmodel"
@@ -255,6 +257,15 @@ def copy_other_files(source: Path, target: Path) -> None:
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / relative)
+
+
+def torn_checkpoint(folder: str | Path) -> bool:
+    """Whether a folder holds only what a process that was killed while saving has left there.
+
+    It was empty before, ``config.json`` comes last, and a folder :data:`PARTIAL` is there as long as files are missing.
+    """
+    folder = Path(folder)
+    return not (folder / "config.json").exists() and any(folder.glob(f"{PARTIAL}*"))
 
 
 def check_output_folder(folder: str | Path) -> Path:

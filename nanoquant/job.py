@@ -7,6 +7,7 @@ fresh process that knows nothing but its folder.
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from transformers import PreTrainedModel
 
 from nanoquant.architectures import find_decoder
 from nanoquant.checkpoint import read_sizes, save_pretrained
-from nanoquant.checkpoint_files import check_output_folder
+from nanoquant.checkpoint_files import check_output_folder, torn_checkpoint
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import check_json_path, say, show_logs
 from nanoquant.evaluation.perplexity import check_length
@@ -49,7 +50,7 @@ from nanoquant.text_plan import TextPlan, plan_text
 from nanoquant.tracking.folder import RunFolder, run_folder
 from nanoquant.tracking.loggers import make_sinks
 from nanoquant.tracking.tracker import RunTracker, TrackedProgress
-from nanoquant.unfinished import discard
+from nanoquant.unfinished import check_settings, discard
 
 
 def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
@@ -60,7 +61,8 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             written, but measuring it failed. Then the table and the JSON hold all other figures.
     """
     show_logs(job.verbose)
-    check_output_folder(job.output)
+    if not torn_checkpoint(job.output):
+        check_output_folder(job.output)
     check_json_path(job.json)
     device = device_of(config.run.accelerator)
     folder = find_model(job.source)
@@ -73,6 +75,10 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
         model = load_checked(folder, device, job, config, plan, windows)
     with ExitStack() as held:
         held.enter_context(exclusive(run_folder(job.output)))
+        if torn_checkpoint(job.output):  # of a run that was killed while it saved
+            shutil.rmtree(job.output)
+        check_output_folder(job.output)  # another process may have ended meanwhile
+        check_settings(run_folder(job.output), model, config)
         tracker = start_record(job, config, begun)
         progress.follow(tracker)
         held.enter_context(tracker.following())

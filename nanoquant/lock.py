@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ def exclusive(folder: str | Path | None) -> Iterator[None]:
     Raises:
         ValueError: another process is at work there.
     """
-    path = None if folder is None else Path(folder).absolute()
+    path = None if folder is None else Path(folder).resolve()
     if path is None or path in _held:
         yield
         return
@@ -45,12 +44,14 @@ def _lock(path: Path) -> int | None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDONLY)
+        import fcntl  # there is none on Windows
+
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise ValueError(
             f"another process is at work in {path}; wait for it, or give another output"
         ) from None
-    except OSError as error:
+    except (OSError, ImportError) as error:
         logger.warning("%s can't be locked (%s): start no second run there", path, error)
     return handle

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from nanoquant.checkpoint_files import StoredTensor
@@ -40,8 +41,11 @@ def map_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
     Args:
         stored: what the headers of the files say, see ``checkpoint_files.read_headers``.
 
+    Returns:
+        Tensors by name; one of a type that is not mapped, see :data:`DTYPES`, is read.
+
     Raises:
-        ValueError: a tensor has a type that is not mapped, or its file can't be.
+        ValueError: a file can't be mapped or read.
     """
     files = {tensor.file: None for tensor in stored.values()}
     buffers = {file: _map_file(file) for file in files}
@@ -83,11 +87,10 @@ def _map_file(file: Path) -> Tensor:
 
 
 def _view(name: str, stored: StoredTensor, buffer: Tensor) -> Tensor:
-    """One tensor of a mapped file; a copy where it does not lie as its type needs."""
+    """One tensor of a mapped file; a copy where it does not lie as its type needs, or is of another type."""
     if stored.dtype not in DTYPES:
-        raise ValueError(
-            f"{name} in {stored.file} has the type {stored.dtype}; allowed: {', '.join(DTYPES)}"
-        )
+        with safe_open(stored.file, "pt") as file:
+            return file.get_tensor(name)
     dtype = DTYPES[stored.dtype]
     raw = buffer[stored.begin : stored.begin + stored.bytes]
     if stored.begin % dtype.itemsize:

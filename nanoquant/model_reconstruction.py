@@ -259,9 +259,7 @@ class ModelReconstructor(nn.Module):
                     latents.append(latent)
             groups.append({"params": latents, "lr": config.latent_lr})
             for norm in norm_parameters(student):
-                norm.data = norm.data.to(
-                    torch.float32, copy=True
-                )  # its dtype comes back at the end
+                norm.data = norm.data.to(torch.float32, copy=True)  # until forward ends
                 groups.append(vector_group(norm, config.scale_lr, config.relative_rates))
         for group in groups:
             for parameter in group["params"]:

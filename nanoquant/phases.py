@@ -18,6 +18,7 @@ from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.config import NanoQuantConfig
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance, collect_importances
+from nanoquant.mapped import forget
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.model_state import ModelState
 from nanoquant.progress import Progress
@@ -84,7 +85,6 @@ def initialize(
     )
     nothing = {"input_correlation": None, "output_correlation": None}
     plain = {name: replace(importance, **nothing) for name, importance in importances.items()}
-    unfinished.keep_importances(plain)
     return Initialized(option, choice.ranks, reports, plain)
 
 
@@ -140,7 +140,8 @@ def reconstruct_blocks(
     with progress.phase("blocks", len(chosen)):
         for b, block in enumerate(decoder.blocks[: chosen.stop]):
             data = None if activations is None else activations.targets_of(b, block)
-            kept = unfinished.take_block(decoder, b) if b in chosen else None
+            dense = list(block.parameters())
+            kept = unfinished.take_block(decoder, b, ranks, option) if b in chosen else None
             if kept is not None:
                 reports[b] = kept
                 progress.advance(1, note="as it was kept")
@@ -166,6 +167,7 @@ def reconstruct_blocks(
                 progress.advance(1, note=worst)
             if data is not None:
                 activations.advance(block, data, f"block {b}")
+            forget(dense)
             give_back()
     return reports
 

@@ -22,15 +22,18 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     and no other argument.
 
     Args:
-        blocks: decoder blocks of a model in evaluation mode, whose ``forward`` is not an instance attribute.
+        blocks: decoder blocks of a model in evaluation mode.
     """
+    before = [vars(block).get("forward") for block in blocks]
     for block in blocks:
         block.forward = _again(block.forward)
     try:
         yield
     finally:
-        for block in blocks:
+        for block, forward in zip(blocks, before, strict=True):
             del block.forward
+            if forward is not None:
+                block.forward = forward
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -39,6 +39,15 @@ def resume_command(output: str) -> None:
         raise ValueError(
             f"{folder / RUN_FILE} is not of this version ({error}); give the quantize command again"
         ) from None
+    if run_folder(directory / job.output) != folder:
+        raise ValueError(
+            f"{folder / RUN_FILE} is of the run of {directory / job.output}, so the folder was moved or copied; resume "
+            "that one, or give the quantize command again"
+        )
+    if (Path(output) / "config.json").is_file():
+        raise ValueError(
+            f"the checkpoint {output} is complete, and only its figures were cut short: nanoquant evaluate {output}"
+        )
     if not directory.is_dir():
         raise ValueError(f"the run was started in {directory}, which is gone; make it again")
     os.chdir(directory)

@@ -108,6 +108,8 @@ def _load_mapped(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
         raise ValueError(
             f"{folder} holds a {config.model_type}, which is no causal language model to transformers"
         ) from None
+    if getattr(kind, "config_class", None) is config.sub_configs.get("text_config", config):
+        config = config.get_text_config()  # the language model of one that sees as well
     tensors = map_tensors(read_headers(shard_files(folder), None))
     stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     model, found = kind.from_pretrained(

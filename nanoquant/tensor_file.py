@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,8 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 VALUES = "values"
+TORN = ".partial"
+"""Folder, beside a file, of what is being written; what a killed process leaves there is of no use."""
 
 
 class Content(NamedTuple):
@@ -81,16 +84,20 @@ class TensorFile:
         """Replace the file; a disk that refuses is named once, and nothing is kept from then on."""
         if self.path is None:
             return
-        partial = self.path.with_name(self.path.name + ".partial")
+        partial = (
+            self.path.parent / TORN / self.path.name
+        )  # safetensors writes files of its own beside it
         metadata = self.settings | ({VALUES: json.dumps(values)} if values else {})
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial.parent.mkdir(parents=True, exist_ok=True)
             save_file(
                 {name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata
             )
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             partial.replace(self.path)
+            with suppress(OSError):  # another file may be on its way there
+                partial.parent.rmdir()
         except (SafetensorError, OSError) as error:
             with suppress(OSError):
                 partial.unlink()
@@ -104,3 +111,8 @@ class TensorFile:
     def age(self) -> float:
         """Seconds since the last write, or since this object was made."""
         return time.monotonic() - self.written
+
+
+def forget_torn(folder: Path) -> None:
+    """Delete what killed processes were writing in a folder; nobody else may be writing there."""
+    shutil.rmtree(folder / TORN, ignore_errors=True)

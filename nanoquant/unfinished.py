@@ -26,7 +26,7 @@ from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_state import ModelState
 from nanoquant.second_moment import Correlation
-from nanoquant.tensor_file import TensorFile
+from nanoquant.tensor_file import TensorFile, forget_torn
 from nanoquant.text import Text
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Unfinished:
     ) -> None:
         every = config.run.save_every
         self.folder = None if folder is None or every is None else Path(folder)
-        self.settings = {} if self.folder is None else _settings(model, text, config)
+        self.settings = {} if self.folder is None else _settings(model, config) | _text(text)
         self.calibration = self._file("calibration", "importances")
         state = self._file("model", "training of the model")
         if self.folder is not None and config.model.optimizer.state_bits != 32:
@@ -96,8 +96,10 @@ class Unfinished:
         if refusals:
             more = f"; so do {len(refusals) - 1} other {PATTERN} files" if len(refusals) > 1 else ""
             raise ValueError(refusals[0] + more)
-        importances = self.importances()
-        if importances is None or not all(file.values() for file in files.values()):
+        importances = None
+        if all(file.values() for file in files.values()):
+            importances = self.importances(correlated=False)
+        if importances is None:
             return None
         found = {b: self.take_block(decoder, b) for b in chosen}
         values = files[chosen[0]].values()
@@ -106,8 +108,8 @@ class Unfinished:
         }
         return Initialized(values["option"], ranks, found, importances)
 
-    def importances(self) -> dict[str, Importance] | None:
-        """Kept importances by full name; None where there are none."""
+    def importances(self, correlated: bool = True) -> dict[str, Importance] | None:
+        """Kept importances by full name, with or without correlations; None where there are none."""
         content = self.calibration.read()
         if content is None:
             return None
@@ -120,7 +122,7 @@ class Unfinished:
             full: Importance(
                 tensors[f"{full}.input"],
                 tensors[f"{full}.output"],
-                *(None if number is None else known[number] for number in numbers),
+                *(known[n] if correlated and n is not None else None for n in numbers),
                 scale=scale,
             )
             for full, (scale, *numbers) in values["linears"].items()
@@ -139,12 +141,32 @@ class Unfinished:
             linears[full] = (found.scale, *(numbers.get(id(known)) for known in both))
         self._write(self.calibration, tensors, {"linears": linears, "correlations": len(numbers)})
 
-    def take_block(self, decoder: Decoder, b: int) -> BlockReport | None:
-        """Put the kept binary layers of a block into the model; None where none are kept."""
-        content = self._block(b).read()
+    def take_block(
+        self, decoder: Decoder, b: int, ranks: Mapping[str, int] | None = None, option: int = 0
+    ) -> BlockReport | None:
+        """Put the kept binary layers of a block into the model; None where none are kept.
+
+        Args:
+            decoder: blocks of the dense model.
+            b: which.
+            ranks: those that are chosen now, which must be its own; None takes its own.
+            option: what they belong to.
+
+        Raises:
+            ValueError: it was made with other ranks.
+        """
+        file = self._block(b)
+        content = file.read()
         if content is None:
             return None
         tensors, values = content
+        own = values["ranks"]
+        chosen = own if ranks is None else {full: ranks[full] for full in own}
+        if ranks is not None and (chosen, option) != (own, values["option"]):
+            raise ValueError(
+                f"{file.path} was made with other ranks than losses give now, so they were measured elsewhere or lost: "
+                f"put back the sensitivity file of that run, or delete the {PATTERN} files beside it"
+            )
         for name in decoder.linears[b]:
             full = decoder.full_name(b, name)
             parts = {p: tensors[f"{full}.{p}"] for p in PARTS if f"{full}.{p}" in tensors}
@@ -174,7 +196,8 @@ class Unfinished:
 
 def discard(folder: str | Path) -> None:
     """Delete the unfinished work of a folder: its run has ended."""
-    for path in (*Path(folder).glob(PATTERN), *Path(folder).glob(f"{PATTERN}.partial")):
+    forget_torn(Path(folder))
+    for path in Path(folder).glob(PATTERN):
         try:
             path.unlink(missing_ok=True)
         except OSError as error:
@@ -194,17 +217,33 @@ def _layer(dense: nn.Module, parts: Mapping[str, Tensor]) -> BinaryLowRankLinear
     return layer
 
 
-def _settings(model: nn.Module, text: Text, config: NanoQuantConfig) -> dict[str, str]:
-    """What decides a run, as text."""
+def check_settings(folder: str | Path, model: nn.Module, config: NanoQuantConfig) -> None:
+    """Refuse a folder that keeps another run's work, as far as its model and settings tell: the text is not looked at.
+
+    Raises:
+        ValueError: names the difference.
+    """
+    for name in ("calibration", "model") if config.run.save_every is not None else ():
+        path = Path(folder) / PATTERN.replace("*", name)
+        if path.is_file():
+            TensorFile(path, _settings(model, config), "unfinished work").values()
+
+
+def _settings(model: nn.Module, config: NanoQuantConfig) -> dict[str, str]:
+    """What decides a run besides its text, as text."""
+    found = {"model weights": model_digest(model)[:16], "version": nanoquant.__version__}
+    return found | {
+        name: json.dumps(value) for name, value in _flat(config.to_dict()) if name not in IDLE
+    }
+
+
+def _text(text: Text) -> dict[str, str]:
+    """What tells the windows of a run from others."""
     tokens = hashlib.sha256()
     for windows in (text.calibration, text.training, text.held_out):
         tokens.update(f"{tuple(windows.shape)}".encode())
         tokens.update(windows.cpu().contiguous().numpy().tobytes())
-    found = {"model weights": model_digest(model)[:16], "text": tokens.hexdigest()[:16]}
-    fields = {
-        name: json.dumps(value) for name, value in _flat(config.to_dict()) if name not in IDLE
-    }
-    return found | {"version": nanoquant.__version__} | fields
+    return {"text": tokens.hexdigest()[:16]}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

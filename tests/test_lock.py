@@ -1,5 +1,6 @@
 """Two processes never work in one folder, and a dead one holds nothing."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -67,6 +68,6 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(lock.fcntl, "flock", refuse)
+    monkeypatch.setattr(fcntl, "flock", refuse)
     with exclusive(tmp_path):
         assert "can't be locked ([Errno 37] No locks available)" in caplog.text

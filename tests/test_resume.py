@@ -2,10 +2,12 @@
 
 import json
 import re
+import shutil
 
 import pytest
 from command_line import SMALL, call, refused
 
+from nanoquant.checkpoint import load
 from nanoquant.config import PRESETS, NanoQuantConfig
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
@@ -67,3 +69,34 @@ def test_what_can_not_go_on_is_refused(place, tmp_path, capsys, monkeypatch):
         assert re.search(words, message), message
     file.write_text("{")
     assert "absent or damaged" in refused(capsys, "resume", "new")
+
+
+def test_a_checkpoint_whose_saving_was_killed_is_made_anew(place, tmp_path, capsys, monkeypatch):
+    interrupted(place, tmp_path, capsys, monkeypatch)
+    torn = tmp_path / "new"
+    (torn / ".partial-abc").mkdir(parents=True)
+    (torn / ".partial-abc" / "config.json").write_text("{}")
+    (torn / "model.safetensors").write_bytes(b"moved already")
+    assert call(capsys, "resume", torn)[0] == 0
+    assert sorted(path.name for path in torn.iterdir() if path.name.startswith(".")) == []
+    assert load(torn) is not None
+
+
+def test_a_refused_command_leaves_the_record_of_the_run(place, tmp_path, capsys, monkeypatch):
+    interrupted(place, tmp_path, capsys, monkeypatch)
+    monkeypatch.chdir(place)
+    command = ["quantize", "dense", tmp_path / "new", "--text", "text.txt", *SMALL]
+    assert "run.seed '0', not '3'" in refused(capsys, *command, "--run.seed", 3)
+    assert not (tmp_path / "new.run-1").exists()
+    assert call(capsys, "resume", tmp_path / "new")[0] == 0
+
+
+def test_a_copied_record_and_a_complete_checkpoint_are_refused(
+    place, tmp_path, capsys, monkeypatch
+):
+    interrupted(place, tmp_path, capsys, monkeypatch)
+    shutil.copytree(tmp_path / "new.run", tmp_path / "other.run")
+    assert f"is of the run of {tmp_path / 'new'}" in refused(capsys, "resume", "other")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "config.json").write_text("{}")
+    assert "nanoquant evaluate new" in refused(capsys, "resume", "new")

@@ -5,7 +5,6 @@ import logging
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from tiny_models import FAMILIES, random_windows, tiny_llama
 
 from nanoquant import model_reconstruction, training
@@ -13,15 +12,14 @@ from nanoquant.admm import ADMMConfig
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.progress import Progress
 from nanoquant.quantize import quantize
 from nanoquant.resuming import Order
-from nanoquant.tensor_file import TensorFile
+from nanoquant.tensor_file import TORN, TensorFile
 from nanoquant.training import RunConfig
-from nanoquant.unfinished import discard
+from nanoquant.unfinished import check_settings, discard
 
 TOKENS = random_windows(24, 16).flatten()
 QUICK = nanoquant_config(
@@ -77,40 +75,6 @@ def killed(work, step, **settings):
 
 
 STEPS = 40
-TUNED = dataclasses.replace(
-    QUICK,
-    importance=ImportanceConfig(curvature="both"),
-    block=BlockConfig(dense_epochs=1, refine_epochs=1, windows=4, latent_lr=1e-2, scale_lr=1e-2),
-)
-
-
-@pytest.mark.parametrize("train", ["signs", "scales", "none"])
-@pytest.mark.parametrize(
-    ("phase", "at", "left"),
-    [("calibrate", 0, [4, 4]), ("ranks", 3, [0, 4]), ("blocks", 0, [0, 3]), ("blocks", 2, [0, 1])],
-)
-def test_a_run_that_is_killed_before_the_model_phase_loses_the_block_at_work(
-    phase, at, left, train, tmp_path
-):
-    """``left``: windows calibrated and blocks made after the kill, which comes when its block is kept."""
-    config = dataclasses.replace(TUNED, model=dataclasses.replace(QUICK.model, train=train))
-    expected, whole, _ = run(None, config, model=tiny_llama(layers=4))
-    killed(tmp_path, at, phase=phase, config=config, model=tiny_llama(layers=4))
-    found, report, counts = run(tmp_path, config, model=tiny_llama(layers=4))
-    assert [counts.get(name, [0])[0] for name in ("calibrate", "blocks")] == left
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
-    assert report.blocks == whole.blocks and report.ranks == whole.ranks
-
-
-def test_what_linears_share_is_kept_once(tmp_path):
-    killed(tmp_path, 0, phase="blocks", config=TUNED)
-    tensors = load_file(tmp_path / "unfinished-calibration.safetensors")
-    # two blocks: 4 inputs of a block, and gradients at 7 linears
-    assert sum(name.endswith(".Q") for name in tensors) == 2 * (4 + 7)
-    run(tmp_path, TUNED)
-    tensors = load_file(tmp_path / "unfinished-calibration.safetensors")
-    assert not any(name.endswith(".Q") for name in tensors)  # of no use once all blocks are made
 
 
 @pytest.mark.parametrize("step", [0, 1, 15, 16, 17, 34])
@@ -259,10 +223,27 @@ def test_copies_come_no_more_often_than_asked(tmp_path):
 
 def test_what_cannot_be_deleted_is_said(tmp_path, caplog):
     (tmp_path / "unfinished-old.safetensors").mkdir()
-    (tmp_path / "unfinished-model.safetensors.partial").write_bytes(b"torn")
+    (tmp_path / TORN).mkdir()
+    (tmp_path / TORN / ".tmpUachCM").write_bytes(b"torn")
     discard(tmp_path)
     assert "unfinished-old.safetensors can't be deleted" in caplog.text
-    assert not (tmp_path / "unfinished-model.safetensors.partial").exists()
+    assert not (tmp_path / TORN).exists()
+
+
+def test_settings_can_be_checked_before_anything_is_done(tmp_path):
+    killed(tmp_path, 2)
+    check_settings(tmp_path, tiny_llama(), QUICK)
+    check_settings(tmp_path / "none", tiny_llama(), QUICK)
+    for model, config, named in (
+        (tiny_llama(layers=3), QUICK, "model weights"),
+        (
+            tiny_llama(),
+            dataclasses.replace(QUICK, admm=ADMMConfig(iterations=3)),
+            "admm.iterations",
+        ),
+    ):
+        with pytest.raises(ValueError, match=named):
+            check_settings(tmp_path, model, config)
 
 
 def test_a_damaged_file_is_named(tmp_path):

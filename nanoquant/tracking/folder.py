@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from nanoquant.json_files import finite, write_json
+from nanoquant.tensor_file import forget_torn
 from nanoquant.unfinished import PATTERN
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def make_way(folder: Path) -> dict[str, Any]:
         number += 1
     for partial in folder.glob("*.partial"):
         partial.unlink()
+    forget_torn(folder)
     free.mkdir()
     moved = [path for path in folder.iterdir() if not any(path.match(kept) for kept in KEPT)]
     for path in sorted(

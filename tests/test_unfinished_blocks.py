@@ -1,0 +1,73 @@
+"""What comes before the whole-model phase is kept piece by piece: a kill loses the block at work, nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_unfinished import QUICK, killed, run
+from tiny_models import tiny_llama
+
+from nanoquant import phases
+from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.importance import ImportanceConfig
+
+TUNED = dataclasses.replace(
+    QUICK,
+    importance=ImportanceConfig(curvature="both"),
+    block=BlockConfig(dense_epochs=1, refine_epochs=1, windows=4, latent_lr=1e-2, scale_lr=1e-2),
+)
+
+
+@pytest.mark.parametrize("train", ["signs", "scales", "none"])
+@pytest.mark.parametrize(
+    ("phase", "at", "left"),
+    [("calibrate", 0, [4, 4]), ("ranks", 3, [0, 4]), ("blocks", 0, [0, 3]), ("blocks", 2, [0, 1])],
+)
+def test_a_run_that_is_killed_before_the_model_phase_loses_the_block_at_work(
+    phase, at, left, train, tmp_path
+):
+    """``left``: windows calibrated and blocks made after the kill, which comes when its block is kept."""
+    config = dataclasses.replace(TUNED, model=dataclasses.replace(QUICK.model, train=train))
+    expected, whole, _ = run(None, config, model=tiny_llama(layers=4))
+    killed(tmp_path, at, phase=phase, config=config, model=tiny_llama(layers=4))
+    found, report, counts = run(tmp_path, config, model=tiny_llama(layers=4))
+    assert [counts.get(name, [0])[0] for name in ("calibrate", "blocks")] == left
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+    assert report.blocks == whole.blocks and report.ranks == whole.ranks
+
+
+def test_what_linears_share_is_kept_once(tmp_path):
+    killed(tmp_path, 0, phase="blocks", config=TUNED)
+    tensors = load_file(tmp_path / "unfinished-calibration.safetensors")
+    # two blocks: 4 inputs of a block, and gradients at 7 linears
+    assert sum(name.endswith(".Q") for name in tensors) == 2 * (4 + 7)
+
+
+@pytest.mark.parametrize("step", [0, 20])
+def test_a_block_that_is_lost_is_made_again_as_it_was(step, tmp_path):
+    expected, _, _ = run(None, TUNED)
+    killed(tmp_path, step, config=TUNED)
+    block = tmp_path / "unfinished-block-000.safetensors"
+    block.write_bytes(block.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="delete it, and block 0 will be made anew"):
+        run(tmp_path, TUNED)
+    block.unlink()
+    found, _, _ = run(tmp_path, TUNED)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_block_of_other_ranks_than_are_chosen_now_is_refused(tmp_path, monkeypatch):
+    killed(tmp_path, 0, phase="blocks", config=TUNED)
+    choose = phases.choose_ranks
+
+    def other(*arguments):
+        choice = choose(*arguments)
+        return dataclasses.replace(choice, ranks={n: r + 8 for n, r in choice.ranks.items()})
+
+    monkeypatch.setattr(phases, "choose_ranks", other)
+    with pytest.raises(
+        ValueError, match="block-000.* was made with other ranks than losses give now"
+    ):
+        run(tmp_path, TUNED)
