@@ -6,8 +6,9 @@ import struct
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES, random_windows
+from tiny_models import FAMILIES, GATED, random_windows
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from nanoquant import mapped
@@ -53,6 +54,25 @@ def test_the_model_is_that_of_transformers_and_lies_in_its_files(family, shards,
     assert torch.equal(ours(ids).logits, theirs.eval()(ids).logits)
     assert all(is_mapped(p) for p in ours.parameters())
     assert not any(is_mapped(p) for p in theirs.parameters())
+
+
+def test_the_language_model_of_one_that_sees_is_loaded_as_transformers_loads_it(tmp_path):
+    kinds = {"layer_types": ["full_attention"] * 2}
+    kinds |= {f"linear_{name}_head_dim": 16 for name in ("key", "value")}
+    kinds |= {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "head_dim": 16}
+    sees = {
+        "depth": 1,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+    }
+    text = GATED | {"num_hidden_layers": 2} | kinds
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=sees)
+    transformers.Qwen3_5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    ours, theirs = load_model(tmp_path, CPU), AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = random_windows(1, 8)
+    assert type(ours) is type(theirs) and torch.equal(ours(ids).logits, theirs(ids).logits)
 
 
 def test_a_converted_model_is_in_memory(tmp_path):
