@@ -56,6 +56,7 @@ def test_the_model_is_that_of_transformers_and_lies_in_its_files(family, shards,
     assert not any(is_mapped(p) for p in theirs.parameters())
 
 
+@pytest.mark.skipif(not hasattr(transformers, "Qwen3_5Config"), reason="too old a transformers")
 def test_the_language_model_of_one_that_sees_is_loaded_as_transformers_loads_it(tmp_path):
     kinds = {"layer_types": ["full_attention"] * 2}
     kinds |= {f"linear_{name}_head_dim": 16 for name in ("key", "value")}
