@@ -24,7 +24,7 @@ def test_help_and_mistakes_come_before_heavy_imports():
     begun = time.monotonic()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "light"
-    assert "quantize, evaluate, generate, inspect, bench" in done.stderr
+    assert "quantize, resume, evaluate, generate, inspect, bench" in done.stderr
     assert time.monotonic() - begun < 3
 
 

@@ -32,7 +32,9 @@ from nanoquant.units import amount
 TRAINABLE = ("BF16", "F32")
 CONVERTED = ("F16",)
 STATE_BYTES = 20
-"""Bytes a latent of unfinished work: itself twice, its moments, the best state."""
+"""Bytes a latent, or a scale, of unfinished work: itself twice, its moments, the best state."""
+HEADERS = 4096
+"""Bytes a linear that names and shapes take in those files, and what is recorded of it."""
 
 
 def check_files(name: str) -> tuple[Path, str]:
@@ -104,8 +106,8 @@ def check_disk(
     body = sum(d_out * d_in for d_out, d_in in shapes.values())
     kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * body
     packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
-    latents = sum((d_out + d_in) * ranks[name] for name, (d_out, d_in) in shapes.items())
-    state = latents * (STATE_BYTES if config.model.train == "signs" else 1)
+    latents = sum((d_out + d_in) * (ranks[name] + 1) for name, (d_out, d_in) in shapes.items())
+    state = latents * (STATE_BYTES if config.model.train == "signs" else 1) + HEADERS * len(shapes)
     statistics = _statistics_bytes(shapes, config.importance.curvature)
     needed, free = kept + packed + state + statistics, shutil.disk_usage(place).free
     text = (
