@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from nanoquant.checkpoint_files import (
     resolve_folder,
     verify_folder,
 )
+from nanoquant.commit import commit, sync, sync_tree
 from nanoquant.hf_quantizer import (
     PARTS,
     NanoQuantHfConfig,
@@ -147,6 +149,7 @@ def save_pretrained(
     Raises:
         ValueError: the folder is not empty, the model is not packed, a value is not finite (named),
             a tensor is of another dtype than the model, or the source can't be found.
+        OSError: the disk refuses it; nothing is left there.
     """
     folder = check_output_folder(folder)
     check_model(model)
@@ -155,16 +158,34 @@ def save_pretrained(
         recipe = getattr(getattr(model.config, "quantization_config", None), "recipe", None)
     mark_quantized(model, recipe)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial:
-        model.save_pretrained(partial, max_shard_size=max_shard_size, save_original_format=False)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        if source_folder is not None:
-            copy_other_files(source_folder, Path(partial))
-        for file in sorted(Path(partial).iterdir(), key=lambda file: file.name == "config.json"):
-            file.rename(folder / file.name)
+    try:
+        with TemporaryDirectory(prefix=PARTIAL, dir=folder) as partial:
+            model.save_pretrained(
+                partial, max_shard_size=max_shard_size, save_original_format=False
+            )
+            if tokenizer is not None:
+                tokenizer.save_pretrained(partial)
+            if source_folder is not None:
+                copy_other_files(source_folder, Path(partial))
+            _move_in(Path(partial), folder)
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"the checkpoint {folder} can't be written ({error}); make room and save again, or give the same quantize "
+            "command, which goes on with what it has kept"
+        ) from error
     logger.info("wrote %s", folder)
     return folder
+
+
+def _move_in(partial: Path, folder: Path) -> None:
+    """Give files their place once the disk has them, ``config.json`` when it has all others there."""
+    sync_tree(partial)
+    for file in partial.iterdir():
+        if file.name != "config.json":
+            file.rename(folder / file.name)
+    sync(folder)
+    commit(partial / "config.json", folder / "config.json")
+    sync(folder.parent)
 
 
 def load(

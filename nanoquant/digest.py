@@ -1,8 +1,9 @@
-"""What tells one model from another, without reading all of it."""
+"""What tells one model from another, without reading all of it, and one code from another."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 from torch import nn
 
@@ -17,4 +18,15 @@ def model_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_WEIGHTS)]
         digest.update(values.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def code_digest() -> str:
+    """Digest of the source files of the library, which an editable install changes without a new version.
+
+    Packages inside, which measure and report, don't count.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

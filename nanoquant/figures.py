@@ -13,6 +13,7 @@ import transformers
 import nanoquant
 from nanoquant.console import table
 from nanoquant.sizes import Sizes
+from nanoquant.verification import Verification
 
 
 @dataclass
@@ -35,6 +36,8 @@ class JobResult:
     report: dict[str, Any]
     seconds: dict[str, float]
     versions: dict[str, str] = field(default_factory=dict)
+    verification: list[dict[str, Any]] | None = None
+    """Checks of the checkpoint; None where none were asked for."""
 
     @property
     def excess(self) -> float | None:
@@ -81,6 +84,8 @@ def result_table(result: JobResult) -> str:
         ["seconds, all", "", f"{sum(result.seconds.values()):.1f}"],
     ]
     text = table(rows, header=[result.job["output"], "dense", "quantized"])
+    if result.verification is not None:
+        text += f"\n\n{Verification(result.verification).line()}"
     if result.job["sample"] is None:
         return text
     samples = (

@@ -115,9 +115,16 @@ def generate(
 def greedy_sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
 ) -> str:
+    """The most probable continuation of one prompt."""
+    return continue_greedily(model, tokenizer, prompt, max_new_tokens).texts[0]
+
+
+def continue_greedily(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int
+) -> Generation:
     """The most probable continuation of one prompt, uncompiled: too short to compile for."""
     settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0, compile=False)
-    return generate(model, tokenizer, prompt, settings).texts[0]
+    return generate(model, tokenizer, prompt, settings)
 
 
 def check_prompts(prompts: Sequence[str]) -> None:

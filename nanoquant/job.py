@@ -20,23 +20,28 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from nanoquant.architectures import find_decoder
-from nanoquant.checkpoint import read_sizes, save_pretrained
-from nanoquant.checkpoint_files import check_output_folder, torn_checkpoint
+from nanoquant.budget import allocate_ranks
+from nanoquant.checkpoint import save_pretrained
+from nanoquant.checkpoint_files import check_can_be_made, check_output_folder, torn_checkpoint
 from nanoquant.config import NanoQuantConfig
-from nanoquant.console import check_json_path, say, show_logs
+from nanoquant.console import check_json_path, show_logs
+from nanoquant.disk import check_room, room_of
 from nanoquant.evaluation.perplexity import check_length
-from nanoquant.figures import Figures, JobResult, result_table, versions
-from nanoquant.job_config import JobConfig
-from nanoquant.json_files import write_json
-from nanoquant.lock import exclusive
-from nanoquant.measuring import (
-    evaluation_windows,
-    free_memory,
-    measure_dense,
-    measure_in_fresh_process,
+from nanoquant.figures import JobResult, versions
+from nanoquant.finish import (
+    PHASE,
+    UNMEASURED,
+    Ending,
+    finish,
+    finish_left,
+    left_unmeasured,
+    record_figures,
 )
+from nanoquant.job_config import JobConfig
+from nanoquant.lock import exclusive
+from nanoquant.measuring import evaluation_windows, free_memory, measure_dense
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
-from nanoquant.ranks import check_budget
+from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.self_text import check_kept
 from nanoquant.sources import (
     check_dense,
@@ -61,10 +66,14 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             written, but measuring it failed. Then the table and the JSON hold all other figures.
     """
     show_logs(job.verbose)
+    device = device_of(config.run.accelerator)
+    if left_unmeasured(job, config):
+        check_json_path(job.json)
+        return finish_left(job, device)
     if not torn_checkpoint(job.output):
         check_output_folder(job.output)
+    check_can_be_made(run_folder(job.output), "the record of the run")
     check_json_path(job.json)
-    device = device_of(config.run.accelerator)
     folder = find_model(job.source)
     check_dense(folder)
     tokenizer = load_tokenizer(folder)
@@ -78,7 +87,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
         if torn_checkpoint(job.output):  # of a run that was killed while it saved
             shutil.rmtree(job.output)
         check_output_folder(job.output)  # another process may have ended meanwhile
-        check_settings(run_folder(job.output), model, config)
+        check_settings(run_folder(job.output), model, plan, config)
         tracker = start_record(job, config, begun)
         progress.follow(tracker)
         held.enter_context(tracker.following())
@@ -97,24 +106,15 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             sensitivity_file=run_folder(job.output),
             work=run_folder(job.output),
         )
+        ending = Ending.of(job, model, dense, report)
+        tracker.folder.update(**{UNMEASURED: asdict(ending)})
         with progress.phase("save", 1):
             recipe = recipe_of(job, report)
             save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
             discard(run_folder(job.output))
-        quantized = Figures(weight_bytes(Path(job.output)), read_sizes(job.output).to_dict())
         del model
         free_memory()
-        try:
-            with progress.phase("measure in a fresh process", 0):
-                measure_in_fresh_process(job, device, quantized)
-        finally:  # what is known is never lost
-            seconds = dict(progress.seconds)
-            result = JobResult(asdict(job), dense, quantized, report.to_dict(), seconds, versions())
-            record_figures(tracker, quantized, "quantized")
-            tracker.folder.update(figures=result.to_dict())
-            say(result_table(result))
-            write_json(job.json, result.to_dict())
-    return result
+        return finish(job, device, tracker, progress, ending)
 
 
 def load_checked(
@@ -128,7 +128,7 @@ def load_checked(
     """The dense model.
 
     Raises:
-        ValueError: the budget, the texts or the file for written text do not fit it.
+        ValueError: the budget, the texts, the file for written text or the room on the disk do not fit it.
     """
     if job.self_text_file is not None and not plan.written:
         raise ValueError(
@@ -140,7 +140,13 @@ def load_checked(
     if plan.written:
         check_kept(job.self_text_file, model, config.self_text, config.run.seed, plan.own)
     decoder = find_decoder(model)
-    check_budget(model, decoder, config.block_range(len(decoder.blocks)), config)
+    chosen = config.block_range(len(decoder.blocks))
+    option, shapes = (
+        check_budget(model, decoder, chosen, config)[0],
+        decoder_shapes(decoder, chosen),
+    )
+    room = room_of(model, shapes, allocate_ranks(shapes, option.budget), option)
+    check_room(job.output, room, run_folder(job.output))
     if windows is not None:
         check_length(model, windows.shape[1])
     return model
@@ -165,18 +171,11 @@ def start_record(job: JobConfig, config: NanoQuantConfig, begun: float) -> RunTr
     return RunTracker(folder, make_sinks(job.logger, folder), begun)
 
 
-def record_figures(tracker: RunTracker, figures: Figures, whose: str) -> None:
-    """Sizes and perplexity of the dense or the quantized model as a record."""
-    found = {"perplexity": figures.perplexity, "file_bytes": figures.file_bytes, **figures.sizes}
-    known = {name: value for name, value in found.items() if value is not None}
-    tracker.record("evaluate", model=whose, **known)
-
-
 def job_phases(job: JobConfig, config: NanoQuantConfig, plan: TextPlan) -> list[str]:
     """The phases to come, in order."""
     dense = ["measure dense"] if job.measures else []
     names = phase_names(config, bool(plan.written))
-    return ["load", *dense, *names, "save", "measure in a fresh process"]
+    return ["load", *dense, *names, "save", PHASE]
 
 
 def recipe_of(job: JobConfig, report: QuantizationReport) -> dict[str, Any]:

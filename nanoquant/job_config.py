@@ -30,6 +30,11 @@ class JobConfig:
     """Windows of the held-out text."""
     eval_length: int = DataConfig.length
     """Tokens of such a window."""
+    eval_guard: float | None = 1.0
+    """Perplexity up to which the checkpoint passes its verification, in multiples of the vocabulary's size, which is
+    guessing evenly, or of the dense model's perplexity where that is more; null: any."""
+    verify: bool = True
+    """Verify the checkpoint in a fresh process, without held-out text too: tensors, coverage, a short generation."""
     sample: str | None = None
     """Prompt that both models continue; null: no sample."""
     sample_tokens: int = SAMPLE_TOKENS
@@ -47,6 +52,8 @@ class JobConfig:
         if self.self_text_file is not None:
             check_place(self.self_text_file)
         check_logger(self.logger)
+        if self.eval_guard is not None and not self.eval_guard > 0:
+            raise ValueError(f"eval_guard must be above 0 or null, got {self.eval_guard}")
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
         if self.json is not None and Path(self.json).absolute() == Path(self.output).absolute():

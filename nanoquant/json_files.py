@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from nanoquant.commit import commit
 
 
 def write_json(file: str | None, figures: dict[str, Any]) -> None:
@@ -13,8 +16,13 @@ def write_json(file: str | None, figures: dict[str, Any]) -> None:
     if file is None:
         return
     partial = Path(f"{file}.partial")
-    partial.write_text(json.dumps(finite(figures), indent=2) + "\n", encoding="utf-8")
-    partial.replace(file)
+    try:
+        partial.write_text(json.dumps(finite(figures), indent=2) + "\n", encoding="utf-8")
+        commit(partial, Path(file))
+    except OSError:
+        with suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def finite(value: Any) -> Any:  # noqa: ANN401

@@ -10,8 +10,8 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_held: set[Path] = set()
-"""Folders that this process holds."""
+_held: dict[Path, int | None] = {}
+"""Folders that this process holds, and the handle by which; None where the system can't lock."""
 
 
 @contextlib.contextmanager
@@ -28,14 +28,40 @@ def exclusive(folder: str | Path | None) -> Iterator[None]:
     if path is None or path in _held:
         yield
         return
-    handle = _lock(path)
+    _held[path] = _lock(path)
     try:
-        _held.add(path)
         yield
     finally:
-        _held.discard(path)
-        if handle is not None:
-            os.close(handle)
+        _let_go(_held.pop(path))
+
+
+def hold_again(folder: str | Path) -> None:
+    """Make and lock a held folder anew where somebody removed or replaced it; nothing where it is not held.
+
+    Raises:
+        ValueError: another process is at work there now.
+    """
+    path = Path(folder).resolve()
+    handle = _held.get(path)
+    if handle is None or _is_at(handle, path):
+        return
+    logger.warning("%s was removed while a run was at work there; what it kept there is lost", path)
+    new = _lock(path)
+    _let_go(handle)
+    _held[path] = new
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether a path is still the folder of a handle."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except OSError:
+        return False
+
+
+def _let_go(handle: int | None) -> None:
+    if handle is not None:
+        os.close(handle)
 
 
 def _lock(path: Path) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nanoquant.checkpoint_files import read_json
 from nanoquant.console import ConsoleProgress
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
 from nanoquant.digest import model_digest
@@ -26,6 +28,7 @@ from nanoquant.job_config import JobConfig
 from nanoquant.sizes import measure_sizes
 from nanoquant.tensor_file import TensorFile
 from nanoquant.unfinished import PATTERN
+from nanoquant.verification import Verification
 
 
 def evaluation_windows(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Tensor:
@@ -83,14 +86,26 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def measure_in_fresh_process(job: JobConfig, device: torch.device, figures: Figures) -> None:
-    """Fill in the figures of the checkpoint, by ``nanoquant evaluate`` in a process of its own.
+def measure_in_fresh_process(
+    job: JobConfig,
+    device: torch.device,
+    figures: Figures,
+    most_perplexity: float | None,
+    verification: Verification,
+) -> None:
+    """Fill in the figures of the checkpoint and its checks, by ``nanoquant evaluate`` in a process of its own.
+
+    Args:
+        job: what is measured.
+        device: where.
+        figures: of the checkpoint.
+        most_perplexity: up to which it passes; None: any.
+        verification: takes the checks, those that failed too.
 
     Raises:
         ValueError: that process failed; it has said why.
     """
-    folder = Path(job.output)
-    flags = []
+    flags = ["--verify", "--most-perplexity", str(most_perplexity or math.inf)] * job.verify
     if job.evaluation is not None:
         data = job.evaluation
         flags += ["--text", data.text, "--windows", str(data.windows), "--length", str(data.length)]
@@ -100,14 +115,17 @@ def measure_in_fresh_process(job: JobConfig, device: torch.device, figures: Figu
         return
     with TemporaryDirectory() as temporary:
         file = Path(temporary, "figures.json")
-        command = [sys.executable, "-m", "nanoquant", "evaluate", str(folder), *flags]
+        command = [sys.executable, "-m", "nanoquant", "evaluate", job.output, *flags]
         command += ["--dense", "none", "--device", device.type, "--json", str(file)]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        if done.returncode:
-            raise ValueError(
-                f"the checkpoint {folder} is written, but measuring it in a fresh process failed "
-                f"with exit code {done.returncode}"
-            )
-        found = json.loads(file.read_text(encoding="utf-8"))
-    figures.perplexity = found["results"].get("text", {}).get("perplexity")
-    figures.sample = found["sample"]
+        found = read_json(file) if file.is_file() else {}
+    verification.checks = Verification(found.get("verification")).checks
+    figures.perplexity = found.get("results", {}).get("text", {}).get("perplexity")
+    figures.sample = found.get("sample")
+    if done.returncode:
+        error = ValueError(
+            f"the checkpoint {job.output} is written, but verifying and measuring it in a fresh process failed with "
+            f"exit code {done.returncode}: see above; nanoquant resume {job.output} does that again"
+        )
+        verification.fail("process", error)
+        raise error

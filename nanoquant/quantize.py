@@ -101,6 +101,7 @@ def quantize(
     Raises:
         ValueError: the model, the text or the budget does not allow it, or another process is at work in ``work``;
             says what to change.
+        OSError: the disk refuses unfinished work; what was kept until then is whole.
     """
     config, progress = config or nanoquant_config(), progress or Progress()
     for name, place in {"work": work, "sensitivity_file": sensitivity_file}.items():

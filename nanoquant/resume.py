@@ -6,13 +6,14 @@ import os
 from pathlib import Path
 
 from nanoquant.config import NanoQuantConfig
+from nanoquant.finish import UNMEASURED
 from nanoquant.job import run_job
 from nanoquant.job_config import JobConfig
 from nanoquant.tracking.folder import RUN_FILE, read_run, run_folder
 
 
 def resume_command(output: str) -> None:
-    """Run the ``quantize`` of a record again, which goes on with what it has left.
+    """Run the ``quantize`` of a record again, which goes on with what it has left, be it only to measure.
 
     Paths mean what they meant then: the command works in the directory in which the run was started.
 
@@ -44,9 +45,9 @@ def resume_command(output: str) -> None:
             f"{folder / RUN_FILE} is of the run of {directory / job.output}, so the folder was moved or copied; resume "
             "that one, or give the quantize command again"
         )
-    if (Path(output) / "config.json").is_file():
+    if (Path(output) / "config.json").is_file() and not record.get(UNMEASURED):
         raise ValueError(
-            f"the checkpoint {output} is complete, and only its figures were cut short: nanoquant evaluate {output}"
+            f"the checkpoint {output} is complete, but not of this run, which has written none; give another output"
         )
     if not directory.is_dir():
         raise ValueError(f"the run was started in {directory}, which is gone; make it again")

@@ -25,6 +25,7 @@ from nanoquant.admm import Initializer
 from nanoquant.allocation import Response, fit_response
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.budget import largest_rank
+from nanoquant.commit import refused
 from nanoquant.dense_prefix import DensePrefix
 from nanoquant.digest import model_digest
 from nanoquant.divergence import ForwardKL
@@ -101,7 +102,11 @@ class SensitivityFile:
         self.groups: dict[str, GroupLoss] = self._read()
 
     def add(self, key: str, group: GroupLoss) -> None:
-        """Keep a group; the file is whole before and after, and a disk that refuses is named once."""
+        """Keep a group; the file is whole before and after.
+
+        Raises:
+            OSError: the disk refuses it.
+        """
         self.groups[key] = group
         groups = {key: asdict(group) for key, group in self.groups.items()}
         content = {"format": FORMAT, "fingerprint": self.fingerprint, "groups": groups}
@@ -111,12 +116,7 @@ class SensitivityFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_json(str(self.path), content)
         except OSError as error:
-            logger.warning(
-                "%s can't be written (%s); the run goes on, but could not resume from here",
-                self.path,
-                error.strerror or error,
-            )
-            self.path = None
+            raise refused(self.path, error) from error
 
     def _read(self) -> dict[str, GroupLoss]:
         if self.path is None or not self.path.is_file():

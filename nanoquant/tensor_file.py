@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -16,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from nanoquant.commit import commit, refused
+from nanoquant.lock import hold_again
 
 VALUES = "values"
 TORN = ".partial"
@@ -81,9 +80,15 @@ class TensorFile:
         return Content(tensors, values)
 
     def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
-        """Replace the file; a disk that refuses is named once, and nothing is kept from then on."""
+        """Replace the file.
+
+        Raises:
+            OSError: the disk refuses it; what was there before is whole.
+            ValueError: somebody removed the folder, and another process is at work there now.
+        """
         if self.path is None:
             return
+        hold_again(self.path.parent)
         partial = (
             self.path.parent / TORN / self.path.name
         )  # safetensors writes files of its own beside it
@@ -93,19 +98,13 @@ class TensorFile:
             save_file(
                 {name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata
             )
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(self.path)
-            with suppress(OSError):  # another file may be on its way there
-                partial.parent.rmdir()
+            commit(partial, self.path)
         except (SafetensorError, OSError) as error:
             with suppress(OSError):
                 partial.unlink()
-            logger.warning(
-                "%s can't be written (%s); the run goes on, but could not resume from here",
-                *(self.path, error),
-            )
-            self.path = None
+            raise refused(self.path, error) from error
+        with suppress(OSError):  # another file may be on its way there
+            partial.parent.rmdir()
         self.written = time.monotonic()
 
     def age(self) -> float:

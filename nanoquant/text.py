@@ -28,6 +28,8 @@ class Text:
     held_out: Tensor
     origin: list[dict[str, Any]] = field(default_factory=list)
     """Of each source: its name, what it holds, and its windows in each use, numbered as they come in it."""
+    digest: str = ""
+    """Of the whole plan, see :class:`TextPlan`."""
 
 
 def split_text(
@@ -68,7 +70,8 @@ def split_text(
         pool = _beginnings(_mixed(spare), config.self_text.prompt)
         training = torch.cat([training, write(config.self_text.windows, plan.own, pool)])
     parts = (rows[: uses[0]], training, torch.cat(held_out))
-    return Text(*(_with_bos(part, plan.bos) for part in parts), _origin(plan, numbers, uses))
+    origin = _origin(plan, numbers, uses)
+    return Text(*(_with_bos(part, plan.bos) for part in parts), origin, plan.digest)
 
 
 def _mixed(parts: list[Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: N windows of T tokens, n tokens of a source.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -68,6 +69,15 @@ class TextPlan:
     def largest(self) -> int:
         """Largest token id of the texts; -1 where the model writes all."""
         return max((int(s.tokens.max()) for s in self.sources if s.tokens is not None), default=-1)
+
+    @property
+    def digest(self) -> str:
+        """Digest of all texts, before the model writes any."""
+        found = hashlib.sha256(f"{self.bos}".encode())
+        for source in self.sources:
+            own = SELF.encode() if source.tokens is None else source.tokens.cpu().numpy().tobytes()
+            found.update(f" {source.weight} {len(own)} ".encode() + own)
+        return found.hexdigest()
 
     @property
     def written(self) -> int:

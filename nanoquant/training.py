@@ -47,9 +47,9 @@ class RunConfig:
     takes 16 bytes a latent. null: none, and a killed run begins anew."""
 
     def __post_init__(self) -> None:
-        if self.save_every is not None and not self.save_every >= 0:
+        if self.save_every is not None and not 0 <= self.save_every < math.inf:
             raise ValueError(
-                f"save_every must be at least 0 seconds or null, got {self.save_every}"
+                f"save_every must be a finite number of seconds from 0 or null, got {self.save_every}"
             )
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(

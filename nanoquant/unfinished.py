@@ -20,14 +20,16 @@ from torch import Tensor, nn
 import nanoquant
 from nanoquant.architectures import Decoder, linear_shape
 from nanoquant.block_reconstruction import BlockReport
+from nanoquant.checkpoint_files import check_can_be_made
 from nanoquant.config import NanoQuantConfig
-from nanoquant.digest import model_digest
+from nanoquant.digest import code_digest, model_digest
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_state import ModelState
 from nanoquant.second_moment import Correlation
 from nanoquant.tensor_file import TensorFile, forget_torn
 from nanoquant.text import Text
+from nanoquant.text_plan import TextPlan
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,10 @@ class Unfinished:
         model: dense.
         text: all windows.
         config: as asked.
+
+    Raises:
+        ValueError: nothing can be written to the folder. Later a disk that refuses a file ends the run: its checkpoint
+            would lie on the same one, and what was kept until then is not lost.
     """
 
     def __init__(
@@ -63,7 +69,10 @@ class Unfinished:
     ) -> None:
         every = config.run.save_every
         self.folder = None if folder is None or every is None else Path(folder)
-        self.settings = {} if self.folder is None else _settings(model, config) | _text(text)
+        self.settings = {}
+        if self.folder is not None:
+            check_can_be_made(self.folder, f"unfinished work in {self.folder}")
+            self.settings = _settings(model, config) | _text(text)
         self.calibration = self._file("calibration", "importances")
         state = self._file("model", "training of the model")
         if self.folder is not None and config.model.optimizer.state_bits != 32:
@@ -139,7 +148,7 @@ class Unfinished:
                     n = numbers[id(known)] = len(numbers)
                     tensors |= {f"{n}.Q": known.Q, f"{n}.spread": known.spread}
             linears[full] = (found.scale, *(numbers.get(id(known)) for known in both))
-        self._write(self.calibration, tensors, {"linears": linears, "correlations": len(numbers)})
+        self.calibration.write(tensors, {"linears": linears, "correlations": len(numbers)})
 
     def take_block(
         self, decoder: Decoder, b: int, ranks: Mapping[str, int] | None = None, option: int = 0
@@ -185,13 +194,7 @@ class Unfinished:
             parts = {part: getattr(layer, part) for part in PARTS}
             tensors |= {f"{full}.{part}": t for part, t in parts.items() if t is not None}
         values = {"option": option, "ranks": {full: ranks[full] for full in names}}
-        self._write(self._block(b), tensors, values | {"report": asdict(report)})
-
-    def _write(self, file: TensorFile, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Write a file; when the disk refuses one, which is said, no other is tried."""
-        file.write(tensors, values)
-        if file.path is None:
-            self.folder = self.calibration.path = None
+        self._block(b).write(tensors, values | {"report": asdict(report)})
 
 
 def discard(folder: str | Path) -> None:
@@ -217,33 +220,38 @@ def _layer(dense: nn.Module, parts: Mapping[str, Tensor]) -> BinaryLowRankLinear
     return layer
 
 
-def check_settings(folder: str | Path, model: nn.Module, config: NanoQuantConfig) -> None:
-    """Refuse a folder that keeps another run's work, as far as its model and settings tell: the text is not looked at.
+def check_settings(
+    folder: str | Path, model: nn.Module, plan: TextPlan, config: NanoQuantConfig
+) -> None:
+    """Refuse a folder that keeps another run's work, before this one writes anything, text included.
 
     Raises:
         ValueError: names the difference.
     """
+    settings = _settings(model, config) | {"text": plan.digest[:16]}
     for name in ("calibration", "model") if config.run.save_every is not None else ():
-        path = Path(folder) / PATTERN.replace("*", name)
-        if path.is_file():
-            TensorFile(path, _settings(model, config), "unfinished work").values()
+        TensorFile(Path(folder) / PATTERN.replace("*", name), settings, "unfinished work").values()
 
 
 def _settings(model: nn.Module, config: NanoQuantConfig) -> dict[str, str]:
     """What decides a run besides its text, as text."""
-    found = {"model weights": model_digest(model)[:16], "version": nanoquant.__version__}
+    found = {
+        "model weights": model_digest(model)[:16],
+        "version": nanoquant.__version__,
+        "nanoquant's source code": code_digest()[:16],
+    }
     return found | {
         name: json.dumps(value) for name, value in _flat(config.to_dict()) if name not in IDLE
     }
 
 
 def _text(text: Text) -> dict[str, str]:
-    """What tells the windows of a run from others."""
+    """What tells the text of a run, and the windows that it gave, from others."""
     tokens = hashlib.sha256()
     for windows in (text.calibration, text.training, text.held_out):
         tokens.update(f"{tuple(windows.shape)}".encode())
         tokens.update(windows.cpu().contiguous().numpy().tobytes())
-    return {"text": tokens.hexdigest()[:16]}
+    return {"text": text.digest[:16], "windows": tokens.hexdigest()[:16]}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

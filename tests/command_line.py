@@ -6,7 +6,7 @@ WORDS = "the river runs over stone and light falls on an old town where people s
 SMALL = (
     "--budget.rank_multiple 8 --admm.iterations 20 --calibration.windows 4 --calibration.length 32 "
     "--block.windows 4 --block.dense_epochs 0 --block.refine_epochs 0 "
-    "--model.windows 8 --model.epochs 1 --model.held_out 2"
+    "--model.windows 8 --model.epochs 1 --model.held_out 2 --verify false"
 ).split()
 
 

@@ -42,7 +42,7 @@ def finished(place):
     command = [sys.executable, "-m", "nanoquant", "quantize", "dense", "out", *SMALL]
     command += ["--text", "text.txt", "--eval-text", "text.txt", "--eval-windows", "4"]
     command += ["--eval-length", "32", "--sample", "the river", "--sample-tokens", "5"]
-    command += ["--json", "figures.json"]
+    command += ["--verify", "--json", "figures.json"]
     done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     return done

@@ -9,6 +9,7 @@ from command_line import call
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_llama, tiny_tokenizer
 
+from nanoquant import disk
 from nanoquant.doctor import checks
 from nanoquant.doctor.command import Findings
 
@@ -90,7 +91,7 @@ def test_a_quantized_model_and_bits_that_can_not_be_met_are_errors(model, finish
 
 def test_too_little_room_is_said_with_how_much(model, capsys, monkeypatch):
     usage = shutil.disk_usage(model)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=10_000))
     code, found, _ = doctor(capsys, model, "--bits", 2, "--output", model.parent / "not" / "there")
     assert code == 2 and found["disk"][0] == "error"
     assert f"10.0 kB free in {model.parent}" in found["disk"][1]

@@ -10,10 +10,10 @@ import weakref
 
 import pytest
 import torch
-from command_line import SMALL, call
+from command_line import SMALL, call, refused
 from tiny_models import tiny_llama, tiny_tokenizer
 
-from nanoquant import job
+from nanoquant import finish, job
 from nanoquant.checkpoint import load
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.recorder import PHASES
@@ -110,7 +110,7 @@ def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
     place, tmp_path, capsys, monkeypatch
 ):
     models, alive = [], []
-    load_model, measure = job.load_model, job.measure_in_fresh_process
+    load_model, measure = job.load_model, finish.measure_in_fresh_process
 
     def loading(*arguments, **flags):
         model = load_model(*arguments, **flags)
@@ -122,12 +122,13 @@ def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
         measure(*arguments)
 
     monkeypatch.setattr(job, "load_model", loading)
-    monkeypatch.setattr(job, "measure_in_fresh_process", measuring)
+    monkeypatch.setattr(finish, "measure_in_fresh_process", measuring)
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     flags = ["--text", place / "text.txt", "--sample", "the river", "--sample-tokens", 5, *SMALL]
     flags += ["--json", tmp_path / "figures.json"]
     code, out, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
     assert code == 2 and "measuring it in a fresh process failed with exit code 1" in err
+    assert "nanoquant resume" in err
     assert "bits per weight, body" in out and out.splitlines()[-1] == "quantized: -"
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["quantized"]["perplexity"] is None and figures["dense"]["sample"]
@@ -137,6 +138,7 @@ def test_a_failed_measurement_loses_no_figures_and_had_the_memory(
 
 class FakeReport:
     bits, config, seconds = 1.0, {}, {}
+    to_dict = dict
 
 
 def test_a_float16_model_is_loaded_and_saved_in_bfloat16_and_says_so(place, tmp_path, capsys):
@@ -168,12 +170,12 @@ def test_the_run_is_on_record_beside_the_checkpoint(place, finished, figures):
     assert "model/loss" in (place / "out.run" / "csv" / "metrics.csv").read_text()
 
 
-def test_a_run_whose_record_can_not_be_written_goes_on(place, tmp_path, capsys):
+def test_a_run_whose_record_can_not_be_written_is_refused(place, tmp_path, capsys):
     (tmp_path / "new.run").write_text("in the way")
     flags = ["--text", place / "text.txt", *SMALL]
-    code, _, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
-    assert code == 0 and err.count("is incomplete") == 1
-    assert (tmp_path / "new" / "config.json").exists()
+    message = refused(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    assert "the record of the run can't be made" in message and "new.run' is a file" in message
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_interrupted_while_it_measures_ranks_goes_on_from_its_record(

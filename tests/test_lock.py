@@ -9,7 +9,7 @@ import time
 import pytest
 
 from nanoquant import lock
-from nanoquant.lock import exclusive
+from nanoquant.lock import exclusive, hold_again
 
 HOLD = """
 import sys, time
@@ -41,13 +41,37 @@ def test_another_process_is_kept_off_until_it_is_dead(holder, tmp_path):
     holder.wait()
     time.sleep(0.1)
     with exclusive(tmp_path / "run"):
-        assert lock._held == {tmp_path / "run"}
+        assert set(lock._held) == {tmp_path / "run"}
     assert not lock._held and os.listdir(tmp_path / "run") == []
+
+
+def test_a_folder_that_somebody_removes_is_held_again(tmp_path, caplog):
+    folder = tmp_path / "run"
+    with exclusive(folder):
+        hold_again(folder)
+        assert not caplog.text
+        folder.rmdir()
+        hold_again(folder)
+        assert "run was removed while a run was at work there" in caplog.text
+        command = [sys.executable, "-c", HOLD, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert "another process is at work in" in done.stderr
+    assert not lock._held
+    hold_again(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_that_another_process_made_anew_is_its_own(tmp_path, request):
+    with exclusive(tmp_path / "run"):
+        (tmp_path / "run").rmdir()
+        request.getfixturevalue("holder")
+        with pytest.raises(ValueError, match="another process is at work"):
+            hold_again(tmp_path / "run")
 
 
 def test_calls_of_one_process_may_be_nested(tmp_path):
     with exclusive(tmp_path), exclusive(str(tmp_path)), exclusive(None):
-        assert lock._held == {tmp_path}
+        assert set(lock._held) == {tmp_path}
     assert not lock._held
 
 

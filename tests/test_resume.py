@@ -1,14 +1,17 @@
 """``nanoquant resume OUT`` goes on with what was killed, from anywhere, and refuses what it can't go on with."""
 
 import json
+import math
 import re
 import shutil
+import time
 
 import pytest
 from command_line import SMALL, call, refused
 
 from nanoquant.checkpoint import load
 from nanoquant.config import PRESETS, NanoQuantConfig
+from nanoquant.training import RunConfig
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -99,4 +102,68 @@ def test_a_copied_record_and_a_complete_checkpoint_are_refused(
     assert f"is of the run of {tmp_path / 'new'}" in refused(capsys, "resume", "other")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.json").write_text("{}")
-    assert "nanoquant evaluate new" in refused(capsys, "resume", "new")
+    assert "is complete, but not of this run" in refused(capsys, "resume", "new")
+
+
+@pytest.mark.parametrize("how", ["resume", "the same command"])
+def test_a_run_that_is_killed_while_it_measures_does_only_that(
+    how, place, tmp_path, capsys, monkeypatch
+):
+    def interrupt(*arguments, **flags):
+        raise KeyboardInterrupt
+
+    figures = tmp_path / "figures.json"
+    command = ["quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt", *SMALL]
+    command += ["--verify", "--json", figures]
+    with monkeypatch.context() as patch:
+        patch.setattr("nanoquant.finish.measure_in_fresh_process", interrupt)
+        assert call(capsys, *command)[0] == 130
+    record = json.loads((tmp_path / "new.run" / "run.json").read_text())
+    assert record["status"] == "failed" and record["unmeasured"]["report"]["ranks"]
+    written = (tmp_path / "new" / "model.safetensors").stat()
+    lines = (tmp_path / "new.run" / "metrics.jsonl").read_text()
+    other = [flag if flag != figures else tmp_path / "other.json" for flag in command]
+    assert "not empty" in refused(capsys, *other)
+    code, out, err = call(capsys, *(command if how != "resume" else ["resume", tmp_path / "new"]))
+    assert code == 0 and "verified: " in out and "bits per weight, body" in out
+    assert "phase 1 of 1: measure in a fresh process" in err
+    record = json.loads((tmp_path / "new.run" / "run.json").read_text())
+    assert record["status"] == "finished" and record["unmeasured"] is None
+    assert record["figures"] == json.loads(figures.read_text())
+    assert record["figures"]["report"]["blocks"] and record["seconds"].keys() >= {"blocks", "save"}
+    assert all(check["ok"] for check in record["figures"]["verification"])
+    assert (tmp_path / "new" / "model.safetensors").stat() == written
+    assert (tmp_path / "new.run" / "metrics.jsonl").read_text().startswith(lines)
+    assert not (tmp_path / "new.run-1").exists()
+
+
+def test_another_text_is_refused_before_the_record_is_moved_away(
+    place, tmp_path, capsys, monkeypatch
+):
+    interrupted(place, tmp_path, capsys, monkeypatch)
+    (tmp_path / "other.txt").write_text("other words and more of them, again and again\n" * 200)
+    before = sorted(path.name for path in (tmp_path / "new.run").iterdir())
+    monkeypatch.chdir(place)
+    command = ["quantize", "dense", tmp_path / "new", "--text", tmp_path / "other.txt", *SMALL]
+    assert "unfinished work of text '" in refused(capsys, *command)
+    assert sorted(path.name for path in (tmp_path / "new.run").iterdir()) == before
+    assert not (tmp_path / "new.run-1").exists()
+
+
+def test_what_was_killed_goes_on_within_ten_seconds(place, tmp_path, capsys, monkeypatch):
+    interrupted(place, tmp_path, capsys, monkeypatch)
+    reached = []
+
+    def stop(*arguments, **flags):
+        reached.append(time.monotonic())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanoquant.quantize.reconstruct_model", stop)
+    begun = time.monotonic()
+    assert call(capsys, "resume", "new")[0] == 130
+    assert reached[0] - begun < 10
+
+
+def test_a_copy_interval_without_end_is_refused_as_json_has_none():
+    with pytest.raises(ValueError, match="save_every must be a finite number"):
+        RunConfig(save_every=math.inf)

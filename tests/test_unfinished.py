@@ -18,6 +18,7 @@ from nanoquant.progress import Progress
 from nanoquant.quantize import quantize
 from nanoquant.resuming import Order
 from nanoquant.tensor_file import TORN, TensorFile
+from nanoquant.text_plan import plan_text
 from nanoquant.training import RunConfig
 from nanoquant.unfinished import check_settings, discard
 
@@ -232,18 +233,41 @@ def test_what_cannot_be_deleted_is_said(tmp_path, caplog):
 
 def test_settings_can_be_checked_before_anything_is_done(tmp_path):
     killed(tmp_path, 2)
-    check_settings(tmp_path, tiny_llama(), QUICK)
-    check_settings(tmp_path / "none", tiny_llama(), QUICK)
-    for model, config, named in (
-        (tiny_llama(layers=3), QUICK, "model weights"),
-        (
-            tiny_llama(),
-            dataclasses.replace(QUICK, admm=ADMMConfig(iterations=3)),
-            "admm.iterations",
-        ),
+    plan, other = plan_text(TOKENS, None, QUICK), plan_text(TOKENS.flip(0), None, QUICK)
+    check_settings(tmp_path, tiny_llama(), plan, QUICK)
+    check_settings(tmp_path / "none", tiny_llama(), plan, QUICK)
+    longer = dataclasses.replace(QUICK, admm=ADMMConfig(iterations=3))
+    for model, text, config, named in (
+        (tiny_llama(layers=3), plan, QUICK, "model weights"),
+        (tiny_llama(), plan, longer, "admm.iterations"),
+        (tiny_llama(), other, QUICK, "text '"),
     ):
         with pytest.raises(ValueError, match=named):
-            check_settings(tmp_path, model, config)
+            check_settings(tmp_path, model, text, config)
+
+
+@pytest.mark.parametrize(
+    ("where", "named"),
+    [
+        ("nanoquant.__version__", "version '0.1.0', not '9'"),
+        ("nanoquant.unfinished.code_digest", "nanoquant's source code '[0-9a-f]{16}', not '9'"),
+    ],
+)
+def test_work_of_other_code_is_refused(where, named, tmp_path, monkeypatch):
+    killed(tmp_path, 2)
+    monkeypatch.setattr(where, (lambda: "9") if where.endswith("digest") else "9")
+    with pytest.raises(ValueError, match=named):
+        run(tmp_path)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path, monkeypatch):
+    expected, _, _ = run(None)
+    hours = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr("time.time", lambda: next(hours))
+    killed(tmp_path, 20)
+    found, report, counts = run(tmp_path)
+    assert counts["model"] == [24, 24] and all(s >= 0 for s in report.seconds.values())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -253,15 +277,12 @@ def test_a_damaged_file_is_named(tmp_path):
         run(tmp_path)
 
 
-def test_a_disk_that_refuses_is_named_once_and_the_run_goes_on(tmp_path, caplog):
+def test_a_folder_that_can_not_be_written_is_refused_before_anything_is_done(tmp_path):
     (tmp_path / "file").write_text("")
-    expected, _, _ = run(None)
-    with caplog.at_level(logging.WARNING):
-        found, _, _ = run(tmp_path / "file")
-    assert caplog.text.count("unfinished-calibration.safetensors can't be written") == 1
-    assert "unfinished-block-000" not in caplog.text
-    assert caplog.text.count("unfinished-model.safetensors can't be written") == 1
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    progress = Killed()
+    with pytest.raises(ValueError, match="unfinished work in .* can't be made: .* is a file"):
+        quantize(tiny_llama(), TOKENS, QUICK, progress=progress, work=tmp_path / "file")
+    assert progress.counts == {}
 
 
 def test_a_write_that_is_killed_leaves_the_file_before_it(tmp_path, monkeypatch):

@@ -5,7 +5,6 @@ Shapes: a linear is (d_out, d_in). Nothing here reads all weights: a value that 
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,10 +16,11 @@ from transformers import AutoConfig, PreTrainedModel
 
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.benchmark.shapes import linear_shapes, skeleton
-from nanoquant.budget import allocate_ranks, body_bits, layer_bits, rank_limits
-from nanoquant.checkpoint_files import StoredTensor, check_writable, read_headers, shard_files
+from nanoquant.budget import allocate_ranks, body_bits, rank_limits
+from nanoquant.checkpoint_files import StoredTensor, read_headers, shard_files
 from nanoquant.compiling import compiler_obstacle
 from nanoquant.config import NanoQuantConfig
+from nanoquant.disk import check_room, room_of
 from nanoquant.hf_quantizer import PARTS
 from nanoquant.importance import Importance
 from nanoquant.mapped import map_tensors
@@ -31,10 +31,6 @@ from nanoquant.units import amount
 
 TRAINABLE = ("BF16", "F32")
 CONVERTED = ("F16",)
-STATE_BYTES = 20
-"""Bytes a latent, or a scale, of unfinished work: itself twice, its moments, the best state."""
-HEADERS = 4096
-"""Bytes a linear that names and shapes take in those files, and what is recorded of it."""
 
 
 def check_files(name: str) -> tuple[Path, str]:
@@ -99,33 +95,7 @@ def check_disk(
     config: NanoQuantConfig,
 ) -> str:
     """Room for the checkpoint and for the unfinished work that a killed run goes on with."""
-    place = Path(output).absolute()
-    while not place.exists():
-        place = place.parent
-    check_writable(place, "the checkpoint")
-    body = sum(d_out * d_in for d_out, d_in in shapes.values())
-    kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * body
-    packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
-    latents = sum((d_out + d_in) * (ranks[name] + 1) for name, (d_out, d_in) in shapes.items())
-    state = latents * (STATE_BYTES if config.model.train == "signs" else 1) + HEADERS * len(shapes)
-    statistics = _statistics_bytes(shapes, config.importance.curvature)
-    needed, free = kept + packed + state + statistics, shutil.disk_usage(place).free
-    text = (
-        f"{amount(kept + packed)} checkpoint and up to {amount(state + statistics)} of unfinished work, "
-        f"{amount(free)} free in {place}"
-    )
-    if needed > free:
-        raise ValueError(
-            f"{text}: {amount(needed - free)} too little; make room or take another output"
-        )
-    return text
-
-
-def _statistics_bytes(shapes: dict[str, tuple[int, int]], curvature: str) -> int:
-    """Most bytes of the importances: correlations of inputs that no two linears share, and of outputs."""
-    inputs = sum(d_in**2 for _, d_in in shapes.values()) * (curvature != "diagonal")
-    outputs = sum(d_out**2 for d_out, _ in shapes.values()) * (curvature == "both")
-    return 4 * (inputs + outputs + sum(d_out + d_in for d_out, d_in in shapes.values()))
+    return check_room(output, room_of(model, shapes, ranks, config))
 
 
 def check_save(

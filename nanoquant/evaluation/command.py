@@ -18,9 +18,9 @@ from nanoquant.console import ConsoleProgress, check_json_path, note, say, show_
 from nanoquant.evaluation.compare import check_comparable, compare, compare_table, read_record
 from nanoquant.evaluation.protocols import TEXT, fingerprint
 from nanoquant.evaluation.record import (
-    DENSE,
     evaluate_model,
     make_record,
+    method_of,
     phase_names,
     prepare_windows,
     result_table,
@@ -37,6 +37,7 @@ from nanoquant.sources import (
     quantization_method,
     weight_bytes,
 )
+from nanoquant.verification import Verification
 
 NO_DENSE = "none"
 
@@ -65,6 +66,11 @@ class EvaluationJob:
     """Prompt to continue, greedily."""
     sample_tokens: int = SAMPLE_TOKENS
     """Most new tokens of the sample."""
+    verify: bool = False
+    """Fail unless a quantized MODEL is whole: tensors present and finite, the linears of its recipe packed, a few
+    generated tokens, perplexity on --text below --most-perplexity."""
+    most_perplexity: float | None = None
+    """Perplexity on --text up to which --verify passes; null: the vocabulary's size, which is guessing evenly."""
     device: str = "auto"
     """auto takes a GPU if there is one; cpu or cuda."""
     json: str | None = None
@@ -87,6 +93,8 @@ class EvaluationJob:
                 raise ValueError(f"--compare needs two records or models, got {self.compare}")
             if self.sample is not None:
                 raise ValueError("--sample is about one model; leave it out with --compare")
+        if self.verify and (self.model is None or self.baselines is not None):
+            raise ValueError("--verify is about one quantized MODEL")
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
 
@@ -114,18 +122,25 @@ def evaluate_command(job: EvaluationJob, request: EvaluationRequest) -> None:
     if job.compare is not None:
         write_json(job.json, _compare(job, request))
         return
-    if request.empty and job.sample is None:
-        raise ValueError("nothing to measure: give --text, --protocol, --zero-shot or --sample")
-    record = measure_folder(job, request, job.json)
+    if request.empty and job.sample is None and not job.verify:
+        raise ValueError(
+            "nothing to measure: give --text, --protocol, --zero-shot, --sample or --verify"
+        )
+    record = (_verified if job.verify else measure_folder)(job, request, job.json)
     if record["sample"] is not None:
         say(f"sample: {job.sample}{record['sample']}")
     say(sizes_table(Sizes(**record["bits"]), record["file_bytes"]))
 
 
 def measure_folder(
-    job: EvaluationJob, request: EvaluationRequest, file: str | None
+    job: EvaluationJob,
+    request: EvaluationRequest,
+    file: str | None,
+    verification: Verification | None = None,
 ) -> dict[str, Any]:
     """The record of a model in a folder; prints its figures as they come, and keeps them in ``file``.
+
+    With ``verification`` the model has to pass it.
 
     Raises:
         ValueError: as :func:`evaluate_command`.
@@ -140,8 +155,9 @@ def measure_folder(
     model_type = read_json(folder / "config.json").get("model_type", "")
     windows = prepare_windows(request, tokenizer, model_type)
     progress = ConsoleProgress(_phases(job, request, dense_folder is not None))
+    load = load_model if verification is None else verification.load
     with progress.phase("load", 1):
-        model = load_model(folder, device)
+        model = load(folder, device)
         dense = None if dense_folder is None else load_model(dense_folder, device)
     record = partial(
         make_record,
@@ -163,15 +179,31 @@ def measure_folder(
     measured = evaluate_model(
         model, tokenizer, request, dense, progress=progress, windows=windows, keep=keep
     )
-    sample = None
-    if job.sample is not None:
+    sample, asked = None, (model, tokenizer, job.sample, job.sample_tokens)
+    if job.sample is not None or verification is not None:
         with progress.phase("sample", 1):
-            sample = greedy_sample(model, tokenizer, job.sample, job.sample_tokens)
+            sample = (greedy_sample if verification is None else verification.generate)(*asked)
     found = record(measured, seconds=progress.seconds) | {"sample": sample}
     if measured["results"]:
         say(f"\n{result_table(found)}\n")
     write_json(file, found)
     return found
+
+
+def _verified(job: EvaluationJob, request: EvaluationRequest, file: str | None) -> dict[str, Any]:
+    """The record of a model that has to pass its verification, which is in ``file`` also where it does not."""
+    verification, record = Verification(), {}
+    try:
+        record = measure_folder(job, request, file, verification)
+        verification.guard(record["results"].get(TEXT, {}).get("perplexity"), job.most_perplexity)
+    except BaseException as error:
+        verification.fail("measure", error)
+        raise
+    finally:
+        record["verification"] = verification.to_list()
+        write_json(file, record)
+        say(verification.line())
+    return record
 
 
 def find_dense(folder: Path, name: str | None) -> Path | None:
@@ -196,12 +228,6 @@ def find_dense(folder: Path, name: str | None) -> Path | None:
         return find_model(source)
     note(f"the dense model {source or ''} is not here; --dense FOLDER puts its figures beside")
     return None
-
-
-def method_of(folder: Path) -> str:
-    """What made the model of a folder, for its record."""
-    method = quantization_method(folder)
-    return DENSE if method is None else "nanoquant" if method == QUANT_METHOD else method
 
 
 def result_line(name: str, results: dict[str, Any], settings: dict[str, Any]) -> str:
@@ -263,7 +289,7 @@ def _check_folder(
 
 def _phases(job: EvaluationJob, request: EvaluationRequest, dense: bool) -> list[str]:
     """Names of the phases, in order."""
-    sample = ["sample"] if job.sample is not None else []
+    sample = ["sample"] if job.sample is not None or job.verify else []
     return ["load", *phase_names(request, dense), *sample]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nanoquant.checkpoint_files import QUANT_METHOD
 from nanoquant.console import table
 from nanoquant.evaluation.agreement import Agreement, agreement
 from nanoquant.evaluation.perplexity import Perplexity, check_length, perplexity
@@ -19,6 +21,7 @@ from nanoquant.evaluation.zero_shot import check_tasks, mean_accuracy, zero_shot
 from nanoquant.figures import versions
 from nanoquant.progress import Progress
 from nanoquant.sizes import measure_sizes
+from nanoquant.sources import quantization_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -157,6 +160,12 @@ def make_record(
         "versions": versions(),
         "seconds": seconds,
     }
+
+
+def method_of(folder: Path) -> str:
+    """What made the model of a folder, for its record."""
+    method = quantization_method(folder)
+    return DENSE if method is None else "nanoquant" if method == QUANT_METHOD else method
 
 
 def result_table(record: dict[str, Any]) -> str:

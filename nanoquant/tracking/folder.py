@@ -73,20 +73,22 @@ class RunFolder:
     """Writes the record of one run.
 
     Args:
-        path: of the folder; made here, after an earlier record has been renamed.
+        path: of the folder; made here, after an earlier record has been moved away.
         about: first content of run.json besides its format.
+        anew: False goes on with the record that is there; ``about`` is all of it.
     """
 
-    def __init__(self, path: Path, about: dict[str, Any]) -> None:
+    def __init__(self, path: Path, about: dict[str, Any], anew: bool = True) -> None:
         self.path, self.content = path, {"format": FORMAT, **about}
         self.earlier: dict[str, Any] = {}
         self.stream: TextIO | None = None
         self.said = False
         self.flushed = time.monotonic()
         with self._excused():
-            self.earlier = make_way(path)
+            if anew:
+                self.earlier = make_way(path)
             path.mkdir(parents=True, exist_ok=True)
-            self.stream = (path / METRICS_FILE).open("w", encoding="utf-8")
+            self.stream = (path / METRICS_FILE).open("w" if anew else "a", encoding="utf-8")
         self.update()
 
     def update(self, **fields: Any) -> None:  # noqa: ANN401

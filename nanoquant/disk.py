@@ -1,0 +1,100 @@
+"""Room on the disk: what a run leaves there at most, against what is free, before anything is computed.
+
+Shapes: a linear is (d_out, d_in).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from nanoquant.budget import layer_bits
+from nanoquant.checkpoint_files import check_writable
+from nanoquant.config import NanoQuantConfig
+from nanoquant.sizes import tensor_bytes
+from nanoquant.unfinished import PATTERN
+from nanoquant.units import amount
+
+KEPT_BYTES = 4
+"""Bytes of a latent, or a scale, in the file of its block; frozen signs take one."""
+STATE_BYTES = 16
+"""Bytes that the whole-model phase keeps of each: itself, two moments, the best state."""
+HEADERS = 4096
+"""Bytes a linear that names and shapes take in those files, and what is recorded of it."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Most bytes of what a run writes."""
+
+    checkpoint: int
+    unfinished: int
+
+
+def room_of(
+    model: nn.Module,
+    shapes: Mapping[str, tuple[int, int]],
+    ranks: Mapping[str, int],
+    config: NanoQuantConfig,
+) -> Room:
+    """Bytes of a run.
+
+    Args:
+        model: dense; may be on the meta device.
+        shapes: of the linears that are quantized, by full name.
+        ranks: of the same, as the bits give them.
+        config: of the run.
+    """
+    dense = sum(d_out * d_in for d_out, d_in in shapes.values())
+    kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * dense
+    packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
+    if config.run.save_every is None:
+        return Room(kept + packed, 0)
+    latents = sum((d_out + d_in) * (ranks[name] + 1) for name, (d_out, d_in) in shapes.items())
+    each = KEPT_BYTES if config.model.train == "signs" else 1
+    if config.model.train == "signs" and config.model.optimizer.state_bits == 32:
+        each += 2 * STATE_BYTES  # the old one is there until the new one is whole
+    statistics = _statistics_bytes(shapes, config.importance.curvature)
+    return Room(kept + packed, each * latents + HEADERS * len(shapes) + statistics)
+
+
+def _statistics_bytes(shapes: Mapping[str, tuple[int, int]], curvature: str) -> int:
+    """Most bytes of the importances: correlations of inputs that no two linears share, and of outputs."""
+    inputs = sum(d_in**2 for _, d_in in shapes.values()) * (curvature != "diagonal")
+    outputs = sum(d_out**2 for d_out, _ in shapes.values()) * (curvature == "both")
+    return 4 * (inputs + outputs + sum(d_out + d_in for d_out, d_in in shapes.values()))
+
+
+def check_room(output: str | Path, room: Room, work: str | Path | None = None) -> str:
+    """What is needed and what is free, as text.
+
+    Args:
+        output: where the checkpoint is to go, its unfinished work beside it.
+        room: of the run.
+        work: folder of unfinished work that an earlier try has left, which needs no room any more.
+
+    Raises:
+        ValueError: too little is free, or nothing can be written there.
+    """
+    place = Path(output).absolute()
+    while not place.exists():
+        place = place.parent
+    place = place if place.is_dir() else place.parent
+    check_writable(place, "the checkpoint")
+    there = sum(file.stat().st_size for file in Path(work).glob(PATTERN)) if work else 0
+    needed, free = room.checkpoint + max(0, room.unfinished - there), shutil.disk_usage(place).free
+    text = (
+        f"{amount(room.checkpoint)} checkpoint and up to {amount(room.unfinished)} of unfinished work, "
+        + (f"{amount(there)} of it there, " if there else "")
+        + f"{amount(free)} free in {place}"
+    )
+    if needed > free:
+        keep = ", or keep none of the work: --run.save_every null" if room.unfinished else ""
+        raise ValueError(
+            f"{text}: {amount(needed - free)} too little; make room or take another output{keep}"
+        )
+    return text
