@@ -6,15 +6,18 @@ Shapes: a linear is (d_out, d_in).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedModel
 
-from nanoquant.budget import layer_bits
+from nanoquant.architectures import find_decoder
+from nanoquant.budget import allocate_ranks, layer_bits
 from nanoquant.checkpoint_files import check_writable
 from nanoquant.config import NanoQuantConfig
+from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.sizes import tensor_bytes
 from nanoquant.unfinished import PATTERN
 from nanoquant.units import amount
@@ -40,6 +43,7 @@ def room_of(
     shapes: Mapping[str, tuple[int, int]],
     ranks: Mapping[str, int],
     config: NanoQuantConfig,
+    inputs: Sequence[int] | None = None,
 ) -> Room:
     """Bytes of a run.
 
@@ -48,7 +52,9 @@ def room_of(
         shapes: of the linears that are quantized, by full name.
         ranks: of the same, as the bits give them.
         config: of the run.
+        inputs: d_in of every tensor that linears read; None where it is not known which of them read the same one.
     """
+    inputs = [d_in for _, d_in in shapes.values()] if inputs is None else inputs
     dense = sum(d_out * d_in for d_out, d_in in shapes.values())
     kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * dense
     packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
@@ -58,15 +64,17 @@ def room_of(
     each = KEPT_BYTES if config.model.train == "signs" else 1
     if config.model.train == "signs" and config.model.optimizer.state_bits == 32:
         each += 2 * STATE_BYTES  # the old one is there until the new one is whole
-    statistics = _statistics_bytes(shapes, config.importance.curvature)
+    statistics = _statistics_bytes(shapes, inputs, config.importance.curvature)
     return Room(kept + packed, each * latents + HEADERS * len(shapes) + statistics)
 
 
-def _statistics_bytes(shapes: Mapping[str, tuple[int, int]], curvature: str) -> int:
-    """Most bytes of the importances: correlations of inputs that no two linears share, and of outputs."""
-    inputs = sum(d_in**2 for _, d_in in shapes.values()) * (curvature != "diagonal")
-    outputs = sum(d_out**2 for d_out, _ in shapes.values()) * (curvature == "both")
-    return 4 * (inputs + outputs + sum(d_out + d_in for d_out, d_in in shapes.values()))
+def _statistics_bytes(
+    shapes: Mapping[str, tuple[int, int]], inputs: Sequence[int], curvature: str
+) -> int:
+    """Most bytes of the importances: correlations of inputs and of outputs, and each channel's own."""
+    pairs = sum(d_in**2 for d_in in inputs) * (curvature != "diagonal")
+    pairs += sum(d_out**2 for d_out, _ in shapes.values()) * (curvature == "both")
+    return 4 * (pairs + sum(d_out + d_in for d_out, d_in in shapes.values()))
 
 
 def check_room(output: str | Path, room: Room, work: str | Path | None = None) -> str:
@@ -98,3 +106,21 @@ def check_room(output: str | Path, room: Room, work: str | Path | None = None) -
             f"{text}: {amount(needed - free)} too little; make room or take another output{keep}"
         )
     return text
+
+
+def check_run(
+    output: str | Path, work: str | Path, model: PreTrainedModel, config: NanoQuantConfig
+) -> str:
+    """What :func:`check_room` says of a run; arguments as there.
+
+    Raises:
+        ValueError: as there, or no ranks meet the budget.
+    """
+    decoder = find_decoder(model)
+    chosen = config.block_range(len(decoder.blocks))
+    option = check_budget(model, decoder, chosen, config)[0]
+    shapes = decoder_shapes(decoder, chosen)
+    groups = [(b, group[0]) for b in chosen for group in decoder.groups[b]]
+    inputs = [shapes[decoder.full_name(b, name)][1] for b, name in groups]
+    room = room_of(model, shapes, allocate_ranks(shapes, option.budget), option, inputs)
+    return check_room(output, room, work)

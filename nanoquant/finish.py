@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from nanoquant.checkpoint import read_sizes
+from nanoquant.checkpoint_files import read_json
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import say
 from nanoquant.figures import Figures, JobResult, result_table, versions
@@ -44,8 +45,10 @@ class Ending:
         cls, job: JobConfig, model: PreTrainedModel, dense: Figures, report: QuantizationReport
     ) -> Ending:
         """From the model that is about to be saved."""
-        even = model.get_input_embeddings().num_embeddings
-        most = None if job.eval_guard is None else job.eval_guard * max(even, dense.perplexity or 0)
+        most = None
+        if job.eval_guard is not None:
+            most = job.eval_guard * model.get_input_embeddings().num_embeddings
+            most = None if (dense.perplexity or 0) > most else most
         return cls(dense, report.to_dict(), most)
 
 
@@ -81,10 +84,12 @@ def finish(
 
 def left_unmeasured(job: JobConfig, config: NanoQuantConfig) -> bool:
     """Whether all that is left of a job is its end: a run of it was killed when the checkpoint was whole."""
-    record = read_run(run_folder(job.output))
-    same = (record.get("job"), record.get("config")) == (finite(asdict(job)), config.to_dict())
-    whole = (Path(job.output) / "config.json").is_file()
-    return same and whole and bool(record.get(UNMEASURED)) and record.get("status") != "finished"
+    record, file = read_run(run_folder(job.output)), Path(job.output) / "config.json"
+    left, same = record.get(UNMEASURED), (finite(asdict(job)), config.to_dict())
+    if not left or (record.get("job"), record.get("config")) != same or not file.is_file():
+        return False
+    recipe = (read_json(file).get("quantization_config") or {}).get("recipe") or {}
+    return recipe.get("seconds") == left["report"]["seconds"]  # of this very run
 
 
 def finish_left(job: JobConfig, device: torch.device) -> JobResult:

@@ -19,13 +19,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoquant.architectures import find_decoder
-from nanoquant.budget import allocate_ranks
 from nanoquant.checkpoint import save_pretrained
 from nanoquant.checkpoint_files import check_can_be_made, check_output_folder, torn_checkpoint
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import check_json_path, show_logs
-from nanoquant.disk import check_room, room_of
+from nanoquant.disk import check_run
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.figures import JobResult, versions
 from nanoquant.finish import (
@@ -41,7 +39,6 @@ from nanoquant.job_config import JobConfig
 from nanoquant.lock import exclusive
 from nanoquant.measuring import evaluation_windows, free_memory, measure_dense
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
-from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.self_text import check_kept
 from nanoquant.sources import (
     check_dense,
@@ -139,14 +136,7 @@ def load_checked(
     check_model(model, plan, config)
     if plan.written:
         check_kept(job.self_text_file, model, config.self_text, config.run.seed, plan.own)
-    decoder = find_decoder(model)
-    chosen = config.block_range(len(decoder.blocks))
-    option, shapes = (
-        check_budget(model, decoder, chosen, config)[0],
-        decoder_shapes(decoder, chosen),
-    )
-    room = room_of(model, shapes, allocate_ranks(shapes, option.budget), option)
-    check_room(job.output, room, run_folder(job.output))
+    check_run(job.output, run_folder(job.output), model, config)
     if windows is not None:
         check_length(model, windows.shape[1])
     return model

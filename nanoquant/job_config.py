@@ -32,7 +32,7 @@ class JobConfig:
     """Tokens of such a window."""
     eval_guard: float | None = 1.0
     """Perplexity up to which the checkpoint passes its verification, in multiples of the vocabulary's size, which is
-    guessing evenly, or of the dense model's perplexity where that is more; null: any."""
+    guessing evenly; null, or a dense model beyond it: any finite one."""
     verify: bool = True
     """Verify the checkpoint in a fresh process, without held-out text too: tensors, coverage, a short generation."""
     sample: str | None = None

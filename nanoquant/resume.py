@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from nanoquant.config import NanoQuantConfig
-from nanoquant.finish import UNMEASURED
+from nanoquant.finish import left_unmeasured
 from nanoquant.job import run_job
 from nanoquant.job_config import JobConfig
 from nanoquant.tracking.folder import RUN_FILE, read_run, run_folder
@@ -45,11 +45,11 @@ def resume_command(output: str) -> None:
             f"{folder / RUN_FILE} is of the run of {directory / job.output}, so the folder was moved or copied; resume "
             "that one, or give the quantize command again"
         )
-    if (Path(output) / "config.json").is_file() and not record.get(UNMEASURED):
-        raise ValueError(
-            f"the checkpoint {output} is complete, but not of this run, which has written none; give another output"
-        )
     if not directory.is_dir():
         raise ValueError(f"the run was started in {directory}, which is gone; make it again")
     os.chdir(directory)
+    if (Path(job.output) / "config.json").is_file() and not left_unmeasured(job, config):
+        raise ValueError(
+            f"{output} has a checkpoint, but not that of its record, which has written none; move one of them away"
+        )
     run_job(job, config)

@@ -75,7 +75,7 @@ class TensorFile:
         ]
         if other:
             raise ValueError(
-                f"{self.path} holds {self.what} of {'; '.join(other)}; delete it, or give another file or a folder"
+                f"{self.path} holds {self.what} of {'; '.join(other)}; delete it, or give another place"
             )
         return Content(tensors, values)
 
@@ -103,8 +103,9 @@ class TensorFile:
             with suppress(OSError):
                 partial.unlink()
             raise refused(self.path, error) from error
-        with suppress(OSError):  # another file may be on its way there
-            partial.parent.rmdir()
+        finally:
+            with suppress(OSError):  # another file may be on its way there
+                partial.parent.rmdir()
         self.written = time.monotonic()
 
     def age(self) -> float:

@@ -83,7 +83,7 @@ class Verification:
         Raises:
             ValueError: something is wrong.
         """
-        stored = self._check("files", verify_folder, folder)
+        stored = self._check("load", verify_folder, folder)
         model = self._check("load", load_model, folder, device)
         self._pass("load", f"{len(stored)} tensors loaded")
         self.vocabulary = model.get_input_embeddings().num_embeddings
@@ -207,4 +207,4 @@ def check_perplexity(value: float, most: float) -> str:
     """
     if not (math.isfinite(value) and value <= most):
         raise ValueError(f"perplexity is {value:.6g}, and at most {most:.6g} passes")
-    return f"perplexity {value:.6g} of at most {most:.6g}"
+    return f"perplexity {value:.6g}" + (f" of at most {most:.6g}" if most < math.inf else "")

@@ -102,7 +102,7 @@ def test_a_copied_record_and_a_complete_checkpoint_are_refused(
     assert f"is of the run of {tmp_path / 'new'}" in refused(capsys, "resume", "other")
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "config.json").write_text("{}")
-    assert "is complete, but not of this run" in refused(capsys, "resume", "new")
+    assert "has a checkpoint, but not that of its record" in refused(capsys, "resume", "new")
 
 
 @pytest.mark.parametrize("how", ["resume", "the same command"])
@@ -158,7 +158,7 @@ def test_what_was_killed_goes_on_within_ten_seconds(place, tmp_path, capsys, mon
         reached.append(time.monotonic())
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nanoquant.quantize.reconstruct_model", stop)
+    monkeypatch.setattr("nanoquant.phases.ModelReconstructor", stop)
     begun = time.monotonic()
     assert call(capsys, "resume", "new")[0] == 130
     assert reached[0] - begun < 10

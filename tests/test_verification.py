@@ -1,6 +1,7 @@
 """A checkpoint that is not whole fails its verification by name; a run verifies what it has written."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +13,15 @@ from tiny_models import tiny_gemma3, tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from nanoquant import verification
 from nanoquant.checkpoint import save_pretrained
+from nanoquant.figures import Figures
+from nanoquant.finish import Ending
 from nanoquant.generate import Generation
+from nanoquant.job_config import JobConfig
 from nanoquant.verification import Verification, check_generation, check_perplexity
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
-NAMES = ["files", "load", "finite", "coverage", "generation"]
+NAMES = ["load", "finite", "coverage", "generation"]
 RECIPE = {"config": {"blocks": ""}}
 
 
@@ -55,7 +59,7 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, capsys):
     change(folder, lambda tensors: tensors["model.norm.weight"][3].fill_(torch.nan))
     code, checks, out, err, _ = verify(capsys, folder)
     assert code == 2 and "not finite in model.norm.weight" in err
-    assert list(checks) == NAMES[:3] and not checks["finite"]["ok"]
+    assert list(checks) == NAMES[:2] and not checks["finite"]["ok"]
     assert "NOT verified: finite: values that are not finite in model.norm.weight" in out
 
 
@@ -64,7 +68,7 @@ def test_a_linear_that_was_left_dense_is_named(tmp_path, capsys):
     model.set_submodule(name, tiny_llama().get_submodule(name))
     code, checks, _, err, _ = verify(capsys, save(tmp_path / "out", model))
     assert code == 2 and f"1 linears of the chosen blocks are dense: {name}" in err
-    assert list(checks) == NAMES[:4] and not checks["coverage"]["ok"]
+    assert list(checks) == NAMES[:3] and not checks["coverage"]["ok"]
 
 
 def test_packed_linears_of_blocks_that_were_not_chosen_are_named(tmp_path, capsys):
@@ -121,12 +125,29 @@ def test_a_run_verifies_what_it_wrote(figures, finished, place):
     assert line == Verification(checks).line() and "all 14 linears of 2 blocks packed" in line
 
 
+def test_the_guard_is_that_of_guessing_unless_the_dense_model_does_no_better():
+    job = JobConfig(source="dense", output="out", text="a.txt")
+    found = [
+        Ending.of(replace(job, eval_guard=guard), tiny_llama(), Figures(0, {}, value), Report)
+        for guard, value in ((1.0, None), (1.0, 20.0), (0.5, 20.0), (1.0, 129.0), (None, 20.0))
+    ]
+    assert [ending.most_perplexity for ending in found] == [128, 128, 64, None, None]
+
+
+class Report:
+    to_dict = dict
+
+
 @pytest.mark.slow
-def test_a_run_that_fails_its_guard_leaves_checkpoint_and_record(place, tmp_path, capsys):
+def test_a_run_that_fails_its_guard_leaves_checkpoint_and_record(
+    place, tmp_path, capsys, monkeypatch
+):
+    ending = Ending.of
+    monkeypatch.setattr(Ending, "of", lambda *given: replace(ending(*given), most_perplexity=1.5))
     flags = ["--text", place / "text.txt", "--eval-text", place / "text.txt", "--eval-windows", 2]
-    flags += ["--eval-length", 16, *SMALL, "--verify", "--eval-guard", 0.001]
-    code, out, err = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
-    assert code == 2 and "at most 0." in out and "NOT verified: perplexity" in out
+    flags += ["--eval-length", 16, *SMALL, "--verify"]
+    code, out, _ = call(capsys, "quantize", place / "dense", tmp_path / "new", *flags)
+    assert code == 2 and "at most 1.5 passes" in out and "NOT verified: perplexity" in out
     assert (tmp_path / "new" / "config.json").is_file()
     run = json.loads((tmp_path / "new.run" / "run.json").read_text())
     assert run["status"] == "failed" and run["figures"]["quantized"]["perplexity"] > 1
