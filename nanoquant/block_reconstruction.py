@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.admm import Initializer
-from nanoquant.architectures import as_linear
+from nanoquant.architectures import as_linear, linear_shape
 from nanoquant.binary import relative_error
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
 from nanoquant.importance import Importance, stack
@@ -185,7 +185,9 @@ class BlockReconstructor(nn.Module):
                 f"{name}: the config tunes the block, so inputs and targets are needed"
             )
         dtypes = {name: tensor.dtype for name, tensor in _others(block, names)}
-        self._prepare(block, names)
+        block.requires_grad_(False)
+        if self.config.tunes:
+            self._prepare(block, names)
         report, watch, tuner = BlockReport(), BlockWatch(recorder, importances), None
         if self.config.tunes:
             watch.keep(block, names)
@@ -216,12 +218,12 @@ class BlockReconstructor(nn.Module):
         return report
 
     def _prepare(self, block: nn.Module, names: list[str]) -> None:
-        """Conv1D to Linear, and copies in float32 of everything while the block is worked on."""
+        """Conv1D to Linear, and copies in float32 of everything while the block is tuned."""
         for linear in names:
             block.set_submodule(linear, as_linear(block.get_submodule(linear)))
         for parameter in block.parameters():
             parameter.data = parameter.data.to(torch.float32, copy=True)  # others may share it
-        block.float().requires_grad_(False)
+        block.float()
 
     def tune_dense(
         self, tuner: BlockTuner, names: list[str], coming: tuple[str, ...], report: BlockReport
@@ -264,25 +266,29 @@ class BlockReconstructor(nn.Module):
         """Put factors in the place of dense linears, equal shapes in one batch; returns weight errors."""
         batches: dict[tuple[Any, ...], list[str]] = defaultdict(list)
         for linear in names:
-            shape = block.get_submodule(linear).weight.shape
+            shape = linear_shape(block.get_submodule(linear))
             known = importances[linear]
             kinds = (known.input_correlation is None, known.output_correlation is None)
             batches[(*shape, *kinds, ranks[linear])].append(linear)
-        errors = {}
-        for (*_, rank), members in batches.items():
-            W = torch.stack([block.get_submodule(linear).weight.detach() for linear in members])
-            importance = stack([importances[linear] for linear in members], W)
-            generator = torch.Generator().manual_seed(self.seed)
-            factors = self.initializer(W, importance, rank, generator)
-            weight = importance.output.unsqueeze(-1) * importance.input.unsqueeze(-2)
-            error = relative_error(W, factors.dense(), weight)
-            for linear, parts, value in zip(members, factors.unbind(), error.tolist(), strict=True):
-                if self.config.relative_rates:
-                    parts = parts.normalized()
-                dense = block.get_submodule(linear)
-                block.set_submodule(linear, BinaryLowRankLinear.from_factors(parts, dense.bias))
-                errors[linear] = value
-        return errors
+        parts = [self._factorize(block, m, importances, key[-1]) for key, m in batches.items()]
+        return {linear: error for part in parts for linear, error in part.items()}
+
+    def _factorize(
+        self, block: nn.Module, names: list[str], importances: Mapping[str, Importance], rank: int
+    ) -> dict[str, float]:
+        """:meth:`initialize` of linears of one shape."""
+        modules = {linear: as_linear(block.get_submodule(linear)) for linear in names}
+        W = torch.stack([dense.weight.detach() for dense in modules.values()]).float()
+        importance = stack([importances[linear] for linear in names], W)
+        generator = torch.Generator().manual_seed(self.seed)
+        factors = self.initializer(W, importance, rank, generator)
+        weight = importance.output.unsqueeze(-1) * importance.input.unsqueeze(-2)
+        error = relative_error(W, factors.dense(), weight)
+        for (linear, dense), parts in zip(modules.items(), factors.unbind(), strict=True):
+            if self.config.relative_rates:
+                parts = parts.normalized()
+            block.set_submodule(linear, BinaryLowRankLinear.from_factors(parts, dense.bias))
+        return dict(zip(names, error.tolist(), strict=True))
 
 
 def _others(block: nn.Module, linears: list[str]) -> list[tuple[str, Tensor]]:

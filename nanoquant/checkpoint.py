@@ -64,10 +64,12 @@ def pack_model(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> n
         if bias is not None:
             bias = bias.detach().to(getattr(model, "dtype", bias.dtype))
         try:
-            if isinstance(layer, BinaryLowRankLinear):
-                packed = PackedBinaryLinear.from_factors(layer.factors(), bias, scale_dtype)
-            else:
+            if not isinstance(layer, BinaryLowRankLinear):
                 packed = PackedBinaryLinear.from_weight(layer.weight, bias)
+            elif layer.frozen:
+                packed = PackedBinaryLinear.from_frozen(layer, bias, scale_dtype)
+            else:
+                packed = PackedBinaryLinear.from_factors(layer.factors(), bias, scale_dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         model.set_submodule(name, packed.train(layer.training))

@@ -23,7 +23,7 @@ from nanoquant.unfinished import PATTERN
 from nanoquant.units import amount
 
 KEPT_BYTES = 4
-"""Bytes of a latent, or a scale, in the file of its block; frozen signs take one."""
+"""Bytes of a latent, or a scale, in the file of its block; frozen signs are packed."""
 STATE_BYTES = 16
 """Bytes that the whole-model phase keeps of each: itself, two moments, the best state."""
 HEADERS = 4096
@@ -60,12 +60,14 @@ def room_of(
     packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
     if config.run.save_every is None:
         return Room(kept + packed, 0)
-    latents = sum((d_out + d_in) * (ranks[name] + 1) for name, (d_out, d_in) in shapes.items())
-    each = KEPT_BYTES if config.model.train == "signs" else 1
-    if config.model.train == "signs" and config.model.optimizer.state_bits == 32:
+    scales = sum(d_out + d_in for d_out, d_in in shapes.values())
+    latents = sum((d_out + d_in) * ranks[name] for name, (d_out, d_in) in shapes.items())
+    each = KEPT_BYTES
+    if config.model.train != "none" and config.model.optimizer.state_bits == 32:
         each += 2 * STATE_BYTES  # the old one is there until the new one is whole
+    signs = each * latents if config.model.train == "signs" else packed
     statistics = _statistics_bytes(shapes, inputs, config.importance.curvature)
-    return Room(kept + packed, each * latents + HEADERS * len(shapes) + statistics)
+    return Room(kept + packed, signs + each * scales + HEADERS * len(shapes) + statistics)
 
 
 def _statistics_bytes(

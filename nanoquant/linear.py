@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanoquant.binary import BinaryFactors, StraightThroughSign, sign
+from nanoquant.binary import BinaryFactors, StraightThroughSign
 from nanoquant.budget import layer_bits
+from nanoquant_kernels import pack_signs, unpack_signs
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -17,12 +18,38 @@ def _compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
+class PackedSignProduct(torch.autograd.Function):
+    """U (V^T x) of packed signs; nothing unpacked lives between forward and backward, which unpacks again."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: Tensor, u_signs: Tensor, v_signs: Tensor
+    ) -> Tensor:
+        """(..., d_in) to (..., d_out), in the dtype of ``x``; signs as of :class:`BinaryLowRankLinear`."""
+        ctx.save_for_backward(u_signs, v_signs)
+        ctx.d_in = x.shape[-1]
+        V_rows = unpack_signs(v_signs, x.shape[-1], x.dtype)  # (r, d_in)
+        z = F.linear(x, V_rows)  # (..., r)
+        return F.linear(z, unpack_signs(u_signs, len(v_signs), x.dtype))
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
+        """Gradient for ``x``; signs have none."""
+        u_signs, v_signs = ctx.saved_tensors
+        z = grad @ unpack_signs(u_signs, len(v_signs), grad.dtype)  # (..., r)
+        return z @ unpack_signs(v_signs, ctx.d_in, grad.dtype), None, None
+
+
 class BinaryLowRankLinear(nn.Module):
     r"""Linear layer :math:`y = s_1 \odot (U (V^\top (s_2 \odot x))) + b` (NanoQuant, arXiv 2602.06694, Eq. 1).
 
-    Latent state: ``U`` and ``V`` are float32 parameters; the forward pass uses their signs and the backward
-    pass goes straight through (Eq. 10). Frozen state, after :meth:`freeze`: ``U`` and ``V`` are int8 buffers
-    of signs, and only scales and bias may train. Matrix products run in the input's dtype or in autocast's.
+    Latent state: ``U`` (d_out, r) and ``V`` (d_in, r) are float32 parameters; the forward pass uses their signs
+    and the backward pass goes straight through (Eq. 10). Frozen state, after :meth:`freeze`: in their place are
+    buffers of a bit a sign, ``u_signs`` uint8 (d_out, ceil(r / 8)) and ``v_signs`` uint8 (r, ceil(d_in / 8)) as in
+    :class:`PackedBinaryLinear`, and only scales and bias may train. Matrix products run in the input's dtype or in
+    autocast's.
 
     Args:
         in_features: d_in.
@@ -78,7 +105,7 @@ class BinaryLowRankLinear(nn.Module):
     @property
     def frozen(self) -> bool:
         """True once the signs are fixed."""
-        return not isinstance(self.U, nn.Parameter)
+        return "U" not in self._parameters
 
     @property
     def bits(self) -> int:
@@ -86,12 +113,15 @@ class BinaryLowRankLinear(nn.Module):
         return layer_bits(self.out_features, self.in_features, self.rank)
 
     def freeze(self) -> BinaryLowRankLinear:
-        """Fix the signs: latents become int8 buffers in {-1, +1}; scales and bias stay parameters."""
+        """Fix the signs: latents become packed buffers; scales and bias stay parameters."""
         if not self.frozen:
-            for name in ("U", "V"):
-                signs = sign(getattr(self, name).detach()).to(torch.int8)
-                delattr(self, name)
-                self.register_buffer(name, signs)
+            signs = {
+                "u_signs": pack_signs(self.U.detach()),
+                "v_signs": pack_signs(self.V.detach().mT),
+            }
+            del self.U, self.V
+            for name, packed in signs.items():
+                self.register_buffer(name, packed)
         return self
 
     def thaw(self) -> BinaryLowRankLinear:
@@ -101,27 +131,34 @@ class BinaryLowRankLinear(nn.Module):
         signs later, keep the layer latent.
         """
         if self.frozen:
-            for name in ("U", "V"):
-                latent = getattr(self, name).float()
-                delattr(self, name)
-                self.register_parameter(name, nn.Parameter(latent))
+            U, V = self._latents()
+            del self.u_signs, self.v_signs
+            self.U, self.V = nn.Parameter(U), nn.Parameter(V)
         return self
 
     def factors(self) -> BinaryFactors:
         """Float32 copies of latents (or signs) and scales, detached."""
-        return BinaryFactors(
-            *(getattr(self, name).detach().float().clone() for name in ("U", "V", "s1", "s2"))
-        )
+        scales = (scale.detach().float().clone() for scale in (self.s1, self.s2))
+        return BinaryFactors(*self._latents(), *scales)
+
+    def _latents(self) -> tuple[Tensor, Tensor]:
+        """Float32 copies of U and V, of their signs where they are frozen."""
+        if not self.frozen:
+            return self.U.detach().float().clone(), self.V.detach().float().clone()
+        V_rows = unpack_signs(self.v_signs, self.in_features, torch.float32)
+        U = unpack_signs(self.u_signs, self.rank, torch.float32)
+        return U.contiguous(), V_rows.mT.contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``x`` (..., d_in), giving (..., d_out) in the compute dtype."""
         dtype = _compute_dtype(x)
-        U, V = (
-            factor.to(dtype) if self.frozen else StraightThroughSign.apply(factor, dtype)
-            for factor in (self.U, self.V)
-        )
-        z = (x.to(dtype) * self.s2.to(dtype)) @ V  # (..., r)
-        y = F.linear(z, U) * self.s1.to(dtype)  # (..., d_out), Eq. (1)
+        x = x.to(dtype) * self.s2.to(dtype)
+        if self.frozen:
+            y = PackedSignProduct.apply(x, self.u_signs, self.v_signs)
+        else:
+            U, V = (StraightThroughSign.apply(factor, dtype) for factor in (self.U, self.V))
+            y = F.linear(x @ V, U)
+        y = y * self.s1.to(dtype)  # (..., d_out), Eq. (1)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self) -> str:

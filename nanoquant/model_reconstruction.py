@@ -255,7 +255,7 @@ class ModelReconstructor(nn.Module):
             for layer in layers.values():
                 layer.thaw()
                 for latent in (layer.U, layer.V):
-                    latent.data /= latent.data.abs().mean()
+                    latent.data = latent.data / latent.data.abs().mean()  # it may lie in a file
                     latents.append(latent)
             groups.append({"params": latents, "lr": config.latent_lr})
             for norm in norm_parameters(student):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.binary import BinaryFactors
+from nanoquant.linear import BinaryLowRankLinear
 from nanoquant_kernels import (
     binary_low_rank_linear,
     binary_low_rank_linear_int8,
@@ -94,6 +95,17 @@ class PackedBinaryLinear(nn.Module):
         return cls._from_tensors(*pack_factors(factors, scale_dtype), bias, factors.rank)
 
     @classmethod
+    def from_frozen(
+        cls,
+        layer: BinaryLowRankLinear,
+        bias: Tensor | None = None,
+        scale_dtype: torch.dtype = torch.bfloat16,
+    ) -> PackedBinaryLinear:
+        """Carry the signs of a frozen layer, without a copy; the rest as of :meth:`from_factors`."""
+        scales = round_scales(layer.s1, layer.s2, scale_dtype)
+        return cls._from_tensors(layer.u_signs, layer.v_signs, *scales, bias, layer.rank)
+
+    @classmethod
     def from_weight(
         cls, weight: PackedBinaryTensor, bias: Tensor | None = None
     ) -> PackedBinaryLinear:
@@ -176,21 +188,25 @@ def pack_factors(
     Raises:
         ValueError: a latent or a scale is not finite, in its own dtype or in ``scale_dtype``.
     """
-    for name in ("U", "V", "s1", "s2"):
+    for name in ("U", "V"):
         if not getattr(factors, name).isfinite().all():
             raise ValueError(f"{name} holds a value that is not finite; the layer can't be packed")
-    scales = {
-        name: getattr(factors, name).detach().to(scale_dtype, copy=True) for name in ("s1", "s2")
-    }
-    for name, scale in scales.items():
+    scales = round_scales(factors.s1, factors.s2, scale_dtype)
+    return pack_signs(factors.U.detach()), pack_signs(factors.V.detach().mT), *scales
+
+
+def round_scales(s1: Tensor, s2: Tensor, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Copies of the scales of one matrix in ``scale_dtype``.
+
+    Raises:
+        ValueError: a scale is not finite, in its own dtype or in ``scale_dtype``.
+    """
+    for name, scale in {"s1": s1, "s2": s2}.items():
         if not scale.isfinite().all():
+            raise ValueError(f"{name} holds a value that is not finite; the layer can't be packed")
+        if not scale.to(scale_dtype).isfinite().all():
             raise ValueError(f"{name} overflows {scale_dtype}; choose a scale dtype of wider range")
-    return (
-        pack_signs(factors.U.detach()),
-        pack_signs(factors.V.detach().mT),
-        scales["s1"],
-        scales["s2"],
-    )
+    return s1.detach().to(scale_dtype, copy=True), s2.detach().to(scale_dtype, copy=True)
 
 
 def dequantize(u_signs: Tensor, v_signs: Tensor, s1: Tensor, s2: Tensor, rank: int) -> Tensor:

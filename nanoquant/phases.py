@@ -167,7 +167,7 @@ def reconstruct_blocks(
                 progress.advance(1, note=worst)
             if data is not None:
                 activations.advance(block, data, f"block {b}")
-            forget(dense)
+            forget([*dense, *block.state_dict().values()])
             give_back()
     return reports
 

@@ -14,17 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import nanoquant
 from nanoquant.architectures import Decoder, linear_shape
 from nanoquant.block_reconstruction import BlockReport
-from nanoquant.checkpoint_files import check_can_be_made
+from nanoquant.checkpoint_files import check_can_be_made, read_header
 from nanoquant.config import NanoQuantConfig
 from nanoquant.digest import code_digest, model_digest
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.mapped import map_tensors
 from nanoquant.model_state import ModelState
 from nanoquant.second_moment import Correlation
 from nanoquant.tensor_file import TensorFile, forget_torn
@@ -34,7 +34,8 @@ from nanoquant.text_plan import TextPlan
 logger = logging.getLogger(__name__)
 
 PATTERN = "unfinished-*.safetensors"
-PARTS = ("U", "V", "s1", "s2", "bias")
+SIGNS = ("U", "V", "u_signs", "v_signs")
+"""Parts of a binary layer that stay in its file; whoever trains latents gives them memory of their own."""
 IDLE = ("preset", "run.save_every", "run.accelerator")
 """Fields that decide nothing of the result."""
 
@@ -165,10 +166,9 @@ class Unfinished:
             ValueError: it was made with other ranks.
         """
         file = self._block(b)
-        content = file.read()
-        if content is None:
+        values = file.values()
+        if not values:
             return None
-        tensors, values = content
         own = values["ranks"]
         chosen = own if ranks is None else {full: ranks[full] for full in own}
         if ranks is not None and (chosen, option) != (own, values["option"]):
@@ -176,25 +176,35 @@ class Unfinished:
                 f"{file.path} was made with other ranks than losses give now, so they were measured elsewhere or lost: "
                 f"put back the sensitivity file of that run, or delete the {PATTERN} files beside it"
             )
+        stored = _stored(file)
         for name in decoder.linears[b]:
-            full = decoder.full_name(b, name)
-            parts = {p: tensors[f"{full}.{p}"] for p in PARTS if f"{full}.{p}" in tensors}
             dense = decoder.blocks[b].get_submodule(name)
-            decoder.blocks[b].set_submodule(name, _layer(dense, parts))
+            layer = _layer(dense, stored[decoder.full_name(b, name)])
+            decoder.blocks[b].set_submodule(name, layer)
         return BlockReport(**values["report"])
 
     def keep_block(
         self, decoder: Decoder, b: int, ranks: Mapping[str, int], option: int, report: BlockReport
     ) -> None:
-        """Keep the binary layers of a finished block."""
-        tensors = {}
-        names = {decoder.full_name(b, name): name for name in decoder.linears[b]}
-        for full, name in names.items():
-            layer = decoder.blocks[b].get_submodule(name)
-            parts = {part: getattr(layer, part) for part in PARTS}
-            tensors |= {f"{full}.{part}": t for part, t in parts.items() if t is not None}
-        values = {"option": option, "ranks": {full: ranks[full] for full in names}}
-        self._block(b).write(tensors, values | {"report": asdict(report)})
+        """Keep the binary layers of a finished block, whose signs live in the file from then on."""
+        layers = {
+            decoder.full_name(b, name): decoder.blocks[b].get_submodule(name)
+            for name in decoder.linears[b]
+        }
+        tensors = {
+            f"{full}.{part}": tensor
+            for full, layer in layers.items()
+            for part, tensor in layer.state_dict().items()
+        }
+        values = {"option": option, "ranks": {full: ranks[full] for full in layers}}
+        file = self._block(b)
+        file.write(tensors, values | {"report": asdict(report)})
+        if file.path is None:
+            return
+        for full, parts in _stored(file).items():
+            if layers[full].s1.device.type == "cpu":
+                signs = {part: tensor for part, tensor in parts.items() if part in SIGNS}
+                layers[full].load_state_dict(signs, strict=False, assign=True)
 
 
 def discard(folder: str | Path) -> None:
@@ -207,16 +217,23 @@ def discard(folder: str | Path) -> None:
             logger.warning("%s can't be deleted (%s); it is of no use any more", path, error)
 
 
-@torch.no_grad()
+def _stored(file: TensorFile) -> dict[str, dict[str, Tensor]]:
+    """Parts of the binary layers of a block's file by full name; signs are mapped, the rest is read."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in map_tensors(read_header(file.path)[0]).items():
+        full, _, part = name.rpartition(".")
+        layers.setdefault(full, {})[part] = tensor if part in SIGNS else tensor.clone()
+    return layers
+
+
 def _layer(dense: nn.Module, parts: Mapping[str, Tensor]) -> BinaryLowRankLinear:
-    """The binary layer of kept parts, in the place of a dense linear or Conv1D."""
+    """The binary layer of kept parts, without a copy, in the place of a dense linear or Conv1D."""
     d_out, d_in = linear_shape(dense)
-    rank, device = parts["U"].shape[1], dense.weight.device
-    layer = BinaryLowRankLinear(d_in, d_out, rank, "bias" in parts, device)
-    if not parts["U"].is_floating_point():
-        layer.freeze()
-    for name, tensor in parts.items():
-        getattr(layer, name).copy_(tensor)
+    latent = "U" in parts
+    rank = parts["U"].shape[1] if latent else len(parts["v_signs"])
+    layer = BinaryLowRankLinear(d_in, d_out, rank, "bias" in parts, "meta")
+    layer = layer if latent else layer.freeze()
+    layer.load_state_dict({p: t.to(dense.weight.device) for p, t in parts.items()}, assign=True)
     return layer
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_windows, tiny_llama
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from nanoquant import block_tuning
 from nanoquant.admm import ADMMConfig, ADMMInitializer
@@ -118,7 +119,7 @@ def test_a_joint_pass_trains_all_linears_of_the_block_once_it_is_complete(freeze
     for name in joint.names:
         layer, before = joint.block.get_submodule(name), plain.block.get_submodule(name)
         assert layer.frozen == freeze and before.frozen
-        assert not torch.equal(sign(layer.U.detach().float()), before.U.float())
+        assert not torch.equal(sign(layer.factors().U), before.factors().U)
 
 
 def test_tuning_dense_weights_lowers_the_block_loss():
@@ -159,15 +160,16 @@ def test_refinement_leaves_earlier_rounds_as_they_were():
 
     def spy(W, importance, rank, generator):
         layers = [m for m in setup.block.modules() if isinstance(m, BinaryLowRankLinear)]
-        signs.append([(m, m.U.clone(), m.s1.detach().clone()) for m in layers if m.frozen])
+        signs.append([(m, m.factors()) for m in layers if m.frozen])
         return ADMMInitializer(ADMMConfig(iterations=5))(W, importance, rank, generator)
 
     config = dataclasses.replace(INITIALIZE_ONLY, refine_epochs=1, latent_lr=1e-2, scale_lr=1e-2)
     reconstruct(setup, config, spy)
     assert signs[-1]
     for before in signs:
-        for layer, U, s1 in before:
-            assert torch.equal(layer.U, U) and torch.equal(layer.s1.detach(), s1)
+        for layer, earlier in before:
+            now = layer.factors()
+            assert torch.equal(now.U, earlier.U) and torch.equal(now.s1, earlier.s1)
 
 
 def test_equal_shapes_of_a_round_are_initialized_in_one_batch():
@@ -192,8 +194,8 @@ def test_any_initializer_can_be_passed_in():
     before = copy.deepcopy(setup.block)
     reconstruct(setup, INITIALIZE_ONLY, sign_of_weight)
     for name in setup.names:
-        V, W = setup.block.get_submodule(name).V, before.get_submodule(name).weight
-        assert torch.equal(V.float(), sign(W.mT[:, :16].detach()))
+        W, factors = before.get_submodule(name).weight, setup.block.get_submodule(name).factors()
+        assert torch.equal(factors.V, sign(W.mT[:, :16].detach()))
 
 
 def test_norms_keep_value_and_dtype_and_biases_stay_float32_with_their_scales():
@@ -205,6 +207,34 @@ def test_norms_keep_value_and_dtype_and_biases_stay_float32_with_their_scales():
     assert before and all(torch.equal(after[n], p) for n, p in before.items())
     assert all(after[n].dtype == torch.bfloat16 for n in before)
     assert setup.block.get_submodule(setup.names[0]).bias.dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_block_that_is_not_tuned_is_converted_linear_by_linear(family, monkeypatch):
+    """The same result as from a block that is copied to float32 first, and only one round's weights are copied."""
+    found, wide = [], []
+    for whole in (False, True):
+        setup = prepare(family)
+        setup.block.bfloat16()
+
+        def spy(W, importance, rank, generator, block=setup.block):
+            dense = {m.weight.dtype for m in block.modules() if isinstance(m, nn.Linear | Conv1D)}
+            wide.append(torch.float32 in dense)
+            return ADMMInitializer(ADMMConfig(iterations=3))(W, importance, rank, generator)
+
+        if whole:
+            monkeypatch.setattr(BlockReconstructor, "initialize", copied_first)
+        report = reconstruct(setup, INITIALIZE_ONLY, spy, data=None)
+        found.append((setup.block.state_dict(), report))
+    (state, report), (expected, expected_report) = found
+    assert report == expected_report and state.keys() == expected.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in expected.items())
+    assert not any(wide[: len(wide) // 2]) and any(wide)
+
+
+def copied_first(self, block, *arguments, plain=BlockReconstructor.initialize):
+    self._prepare(block, [n for n, m in block.named_modules() if isinstance(m, nn.Linear | Conv1D)])
+    return plain(self, block, *arguments)
 
 
 def test_blocks_of_conv1d_work():

@@ -17,8 +17,12 @@ from nanoquant.model_reconstruction import ModelConfig, ModelObjective, ModelRec
 WINDOWS = random_windows(4, 16)
 
 
-def student():
-    return replace_linears(tiny_llama())
+def student(frozen=False):
+    model = replace_linears(tiny_llama())
+    for module in model.modules():
+        if frozen and isinstance(module, BinaryLowRankLinear):
+            module.freeze()
+    return model
 
 
 def loss_and_gradients(model):
@@ -37,8 +41,9 @@ def test_blocks_are_those_that_hold_binary_layers():
 
 
 @needs.compiler
-def test_compiled_blocks_compute_the_same():
-    model = student()
+@pytest.mark.parametrize("frozen", [False, True], ids=["latent", "frozen"])
+def test_compiled_blocks_compute_the_same(frozen):
+    model = student(frozen)
     loss, gradients = loss_and_gradients(model)
     with torch.no_grad():
         logits = model(input_ids=WINDOWS).logits
@@ -70,10 +75,13 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_the_reason_is_named(monk
 
 
 @needs.compiler
-def test_blocks_of_many_ranks_share_one_compilation():
+@pytest.mark.parametrize("frozen", [False, True], ids=["latent", "frozen"])
+def test_blocks_of_many_ranks_share_one_compilation(frozen):
     blocks = [
-        BinaryLowRankLinear.from_factors(random_factors(24, 24, rank)) for rank in range(4, 16)
+        BinaryLowRankLinear.from_factors(random_factors(24, 24, rank)) for rank in range(17, 29)
     ]
+    for block in blocks if frozen else ():
+        block.freeze()
     x = torch.randn(3, 24)
     expected = [block(x) for block in blocks]
     torch.compiler.reset()

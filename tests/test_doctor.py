@@ -98,7 +98,8 @@ def test_too_little_room_is_said_with_how_much(model, capsys, monkeypatch):
     assert "too little" in found["disk"][1]
 
 
-def test_the_room_that_is_asked_for_is_enough(model, tmp_path, capsys):
+@pytest.mark.parametrize("train", ["signs", "scales"])
+def test_the_room_that_is_asked_for_is_enough(train, model, tmp_path, capsys):
     """What a run with all that can be kept leaves on the disk at most, against the estimate."""
     from nanoquant.budget import allocate_ranks
     from nanoquant.config import nanoquant_config
@@ -111,7 +112,7 @@ def test_the_room_that_is_asked_for_is_enough(model, tmp_path, capsys):
         calibration={"windows": 4, "length": 16},
         sensitivity={"iterations": 2, "length": 8},
         admm={"iterations": 2},
-        model={"windows": 40, "held_out": 2},
+        model={"windows": 40, "held_out": 2, "train": train},
         run={"save_every": 0},
     )
     quantize(

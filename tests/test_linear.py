@@ -74,7 +74,46 @@ def test_frozen_signs_do_not_train_and_scales_do():
     layer = random_layer().freeze()
     assert layer.frozen
     assert {name for name, _ in layer.named_parameters()} == {"s1", "s2", "bias"}
-    assert layer.U.dtype == layer.V.dtype == torch.int8
+    assert {name for name, _ in layer.named_buffers()} == {"u_signs", "v_signs"}
+
+
+def test_frozen_signs_take_a_bit_each_and_are_packed_as_they_are():
+    latent, layer = random_layer(), random_layer().freeze()
+    assert layer.u_signs.shape == (24, 3) and layer.v_signs.shape == (17, 5)
+    assert {t.dtype for t in layer.buffers()} == {torch.uint8}
+    packed = PackedBinaryLinear.from_frozen(layer)
+    assert packed.u_signs.data_ptr() == layer.u_signs.data_ptr()
+    for name, tensor in PackedBinaryLinear.from_factors(latent.factors()).state_dict().items():
+        assert torch.equal(packed.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(40, 24, 17), (64, 48, 32)], ids=str)
+def test_gradients_of_a_frozen_layer_are_those_of_the_plain_form(dtype, shape):
+    found = []
+    for frozen in (True, False):
+        layer, x = random_layer(*shape), random_input(dtype, shape[0]).requires_grad_()
+        out = (layer.freeze() if frozen else layer)(x)
+        out.square().sum().backward()
+        found.append([out, x.grad, layer.s1.grad, layer.s2.grad, layer.bias.grad])
+    for packed, plain in zip(*found, strict=True):
+        assert packed.dtype == plain.dtype
+        assert_close(packed, plain, dtype)
+
+
+def test_a_frozen_layer_keeps_no_unpacked_signs_for_the_backward_pass():
+    layer, x = random_layer(1024, 512, 256).freeze(), random_input(torch.float32, 1024)
+    kept = {}
+
+    def note(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x.requires_grad_())
+    signs = 256 * (1024 + 512)
+    vectors = 4 * (6 * 1024 + 6 * 512) * 2 + 4 * (1024 + 512)  # inputs and outputs of products
+    assert sum(kept.values()) <= signs // 8 + vectors < signs
 
 
 def test_thaw_gives_trainable_latents_of_magnitude_one_with_the_same_signs():
@@ -90,8 +129,8 @@ def test_freeze_and_thaw_twice_change_nothing_more():
     layer = random_layer()
     U = layer.thaw().U
     assert U is layer.U
-    signs = layer.freeze().U
-    assert layer.freeze().U is signs
+    signs = layer.freeze().u_signs
+    assert layer.freeze().u_signs is signs
 
 
 @pytest.mark.parametrize("freeze", [False, True], ids=["latent", "frozen"])

@@ -91,7 +91,7 @@ def test_training_signs_changes_signs_scales_and_norms_and_nothing_else():
     _, start, student, _ = reconstruct(SIGNS)
     changed = start.state_dict().keys() - same_state(start, student)
     kinds = {name.rpartition(".")[2] if "proj" in name else "norm" for name in changed}
-    assert kinds == {"U", "V", "s1", "s2", "norm"}
+    assert kinds == {"u_signs", "v_signs", "s1", "s2", "norm"}
     assert all("proj" in name or "norm" in name for name in changed)
 
 
