@@ -28,6 +28,18 @@ def binary_blocks(model: nn.Module) -> list[nn.Module]:
     return [block for blocks in lists for block in blocks if _holds_binary(block)]
 
 
+def passed_blocks(model: nn.Module) -> list[nn.Module]:
+    """Those blocks and what comes after the first of them in its list: what gradients pass."""
+    binary = binary_blocks(model)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [
+        block
+        for blocks in lists
+        for k, block in enumerate(blocks)
+        if any(earlier in binary for earlier in blocks[: k + 1])
+    ]
+
+
 def _holds_binary(module: nn.Module) -> bool:
     return any(isinstance(layer, BinaryLowRankLinear) for layer in module.modules())
 

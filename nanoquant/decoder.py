@@ -134,12 +134,16 @@ def capture_block_inputs(
     return torch.cat(hidden), calls
 
 
+def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:  # noqa: ANN401
+    """What one decoder block returns for hidden states (B, T, d): such states, or a tuple that begins with them."""
+    if call.hidden_key is None:
+        return block(hidden, *call.args, **call.kwargs)
+    return block(*call.args, **{call.hidden_key: hidden}, **call.kwargs)
+
+
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Run one decoder block: hidden states (B, T, d) to hidden states (B, T, d)."""
-    if call.hidden_key is None:
-        out = block(hidden, *call.args, **call.kwargs)
-    else:
-        out = block(*call.args, **{call.hidden_key: hidden}, **call.kwargs)
+    out = call_block(block, hidden, call)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -6,7 +6,7 @@ Shapes: N windows, T tokens a window, d hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class DensePrefix:
 
     def logits_from(self, index: int) -> Tensor:
         """Logits (N, T, vocabulary) of the model as it is, whose blocks before ``index`` are still dense."""
-        with self._skipped(index):
+        with skipped(self.decoder.blocks[:index], lambda: self.outputs[index - 1]):
             return self._run()
 
     @torch.no_grad()
@@ -48,18 +48,19 @@ class DensePrefix:
         with evaluation_mode(self.model):
             return self.model(input_ids=self.windows, use_cache=False).logits
 
-    @contextlib.contextmanager
-    def _skipped(self, index: int) -> Iterator[None]:
-        """While active, blocks before ``index`` return what the last of them returned; none of them runs."""
-        skipped = self.decoder.blocks[:index]
-        before = [block.__dict__.get("forward") for block in skipped]
-        for block in skipped:
-            block.forward = lambda *args, **kwargs: self.outputs[index - 1]
-        try:
-            yield
-        finally:
-            for block, forward in zip(skipped, before, strict=True):
-                if forward is None:
-                    del block.forward
-                else:
-                    block.forward = forward
+
+@contextlib.contextmanager
+def skipped(blocks: Iterable[nn.Module], output: Callable[[], Any]) -> Iterator[None]:
+    """While active, none of ``blocks`` runs: each returns ``output()`` instead."""
+    blocks = list(blocks)
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = lambda *args, **kwargs: output()
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward

@@ -1,30 +1,72 @@
-"""KL divergence between the logits of a teacher and a student, a few tokens at a time (Eq. 11, T = 1)."""
+"""KL divergence between the logits of a teacher and a student, a few tokens at a time (Eq. 11, T = 1).
+
+Of the teacher there may be less than its logits: for each token its k most probable tokens and their log-probabilities,
+and the mass of all others in one bucket, so that a student that moves mass between the two is seen (not in the paper).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nanoquant.compiling import uncompiled
 
-Piece = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor | None]]
+Piece = Callable[..., tuple[Tensor, Tensor | None]]
+
+LEAST = torch.finfo(torch.float32).min
+"""In the place of the logarithm of 0, which a product with 0 must leave 0."""
 
 
 def divergence_piece(
-    student: Tensor, teacher: Tensor, tokens: int | None
+    student: Tensor, teacher: Tensor, tokens: int | None, *kept: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Summed KL(teacher || student) of logits (n, vocabulary) in float32, and its gradient divided by ``tokens``.
 
-    The gradient has the dtype of the student's logits; there is none where ``tokens`` is None.
+    The gradient has the dtype of the student's logits; there is none where ``tokens`` is None. Where more is given,
+    ``teacher`` and that are what :func:`most_probable` gave.
     """
+    if kept:
+        return _bucket_piece(student, teacher, *kept, tokens)
     log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
     p = log_p.exp()
     total = p.mul(log_p - log_q).sum()
     if tokens is None:
         return total, None
     return total, ((log_q.exp() - p) / tokens).to(student.dtype)
+
+
+def most_probable(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What is kept of a teacher's logits (n, vocabulary).
+
+    Returns:
+        Log-probabilities (n, k) of the most probable tokens, the ids of these int32 (n, k), and the logarithm of the
+        mass of all others (n,), -inf where there are none; float32.
+    """
+    log_p = logits.float().log_softmax(-1)
+    most, ids = log_p.topk(k)
+    rest = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1)
+    return most, ids.int(), rest
+
+
+def _bucket_piece(
+    student: Tensor, log_p: Tensor, ids: Tensor, log_rest: Tensor, tokens: int | None
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`divergence_piece`: sum over k of p (log p - log q), and the same for the mass of all others."""
+    x, ids = student.float(), ids.long()
+    total = x.logsumexp(-1, keepdim=True)  # (n, 1)
+    others = x.scatter(-1, ids, -torch.inf)  # (n, vocabulary)
+    bucket = others.logsumexp(-1, keepdim=True).clamp_min(LEAST)
+    p, p_rest = log_p.exp(), log_rest.exp().unsqueeze(-1)
+    log_q, log_q_rest = x.gather(-1, ids) - total, bucket - total
+    divergence = p.mul(log_p - log_q).sum()
+    divergence = divergence + p_rest.mul(log_rest.clamp_min(LEAST).unsqueeze(-1) - log_q_rest).sum()
+    if tokens is None:
+        return divergence, None
+    mass = p.sum(-1, keepdim=True) + p_rest
+    slope = mass * (x - total).exp() - p_rest * (others - bucket).exp()
+    return divergence, (slope.scatter_add(-1, ids, -p) / tokens).to(student.dtype)
 
 
 class ForwardKL(torch.autograd.Function):
@@ -42,14 +84,15 @@ class ForwardKL(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         piece: Piece = divergence_piece,
+        *kept: Tensor,
     ) -> Tensor:
-        """Divergence of logits (tokens, vocabulary); ``piece`` may be a compiled :func:`divergence_piece`."""
+        """Divergence of logits (tokens, vocabulary), see :func:`divergence_piece`; ``piece`` may be a compiled one."""
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if wanted else student
         total = torch.zeros((), dtype=torch.float32, device=student.device)
-        pieces = (x.split(ForwardKL.chunk) for x in (student, teacher, gradient))
-        for s, t, g in zip(*pieces, strict=True):
-            divergence, slope = piece(s, t, len(student) if wanted else None)
+        pieces = (x.split(ForwardKL.chunk) for x in (student, gradient, teacher, *kept))
+        for s, g, t, *more in zip(*pieces, strict=True):
+            divergence, slope = piece(s, t, len(student) if wanted else None, *more)
             total += divergence
             if wanted:
                 g.copy_(slope)
@@ -60,39 +103,55 @@ class ForwardKL(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None, None]:
+    ) -> tuple[Tensor | None, ...]:
         """Gradient for the student's logits."""
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None
+        return gradient * grad.to(gradient.dtype), *[None] * (len(ctx.needs_input_grad) - 1)
 
 
 def logits_divergence(
-    student: nn.Module, teacher: nn.Module, windows: Tensor, piece: Piece = divergence_piece
+    student: nn.Module,
+    teacher: nn.Module | None,
+    batch: Sequence[Tensor],
+    piece: Piece = divergence_piece,
 ) -> Tensor:
-    """KL(teacher || student) per token on windows (n, T); differentiable in the student."""
-    with torch.no_grad():
-        reference = teacher(input_ids=windows, use_cache=False).logits.flatten(0, 1)
+    """KL(teacher || student) per token; differentiable in the student.
+
+    Args:
+        student: gives logits.
+        teacher: gives logits where the batch has nothing of it.
+        batch: windows (n, T), alone or with what :func:`most_probable` kept of them, (n, T, ...) each.
+        piece: see :class:`ForwardKL`.
+    """
+    windows, *known = batch
+    if not known:
+        with torch.no_grad():
+            known = [teacher(input_ids=windows, use_cache=False).logits]
     logits = student(input_ids=windows, use_cache=False).logits.flatten(0, 1)
-    return ForwardKL.apply(logits, reference, piece)
+    first, *kept = (tensor.flatten(0, 1) for tensor in known)
+    return ForwardKL.apply(logits, first, piece, *kept)
 
 
 @torch.no_grad()
 def held_out_divergence(
-    student: nn.Module, teacher: nn.Module, windows: Tensor, precision: str
+    student: nn.Module,
+    teacher: nn.Module | None,
+    windows: Iterable[Sequence[Tensor]],
+    precision: str,
 ) -> float:
-    """Mean KL(teacher || student) per token over windows (N, T), one window at a time.
+    """Mean KL(teacher || student) per token over windows, one window at a time.
 
     Args:
         student: in whatever state it is.
-        teacher: on the same device.
-        windows: token ids, moved to that device.
+        teacher: on the same device, see :func:`logits_divergence`.
+        windows: batches of one window, moved to that device.
         precision: Lightning precision under which the student trains.
     """
     device = next(student.parameters()).device
     mixed = precision == "bf16-mixed"
     with uncompiled(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
         losses = [
-            float(logits_divergence(student, teacher, window.to(device)))
-            for window in windows.split(1)
+            float(logits_divergence(student, teacher, [x.to(device) for x in batch]))
+            for batch in windows
         ]
     return sum(losses) / len(losses)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.mapped import forget
 from nanoquant.recorder import POINTS, Recorder
 
 SAMPLED_SIGNS = 4096
@@ -70,6 +71,7 @@ def record_model_errors(
             if isinstance(layer, BinaryLowRankLinear):
                 dense = as_linear(teacher.get_submodule(full)).weight
                 error = layer_error(layer, dense, importances[full])
+                forget([dense])
                 recorder.record("model", block=block, layer=full, error=error)
 
 

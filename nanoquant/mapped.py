@@ -6,14 +6,15 @@ write goes to a private copy of the page, which :func:`forget` would undo, so no
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanoquant.checkpoint_files import StoredTensor
 
@@ -71,6 +72,21 @@ def forget(tensors: Iterable[Tensor]) -> int:
                 file.madvise(mmap.MADV_DONTNEED, first, count)
                 freed += count
     return freed
+
+
+@contextlib.contextmanager
+def paged(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """While active, each block forgets its mapped weights when it has run: one at a time is in memory."""
+
+    def leave(block: nn.Module, args: tuple, output: object) -> None:
+        forget(block.parameters())
+
+    handles = [block.register_forward_hook(leave) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _map_file(file: Path) -> Tensor:

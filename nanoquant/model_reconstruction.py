@@ -2,33 +2,36 @@
 
 ``train="scales"`` is the paper's form: signs frozen, scales trained. ``train="signs"`` also trains the latents
 behind the signs (straight-through) together with the norms; that wants fresh text, not a few windows repeated.
-Teacher logits are computed when they are needed and never kept. The state with the lowest divergence on
-held-out windows wins; the untouched state is a candidate.
+The teacher runs at every step, unless what :mod:`nanoquant.kept_logits` keeps of its logits comes with the windows.
+The state with the lowest divergence on held-out windows wins; the untouched state is a candidate.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from nanoquant.best_state import BestState, ModelReport
 from nanoquant.block_tuning import scale_groups, vector_group
-from nanoquant.compiling import binary_blocks, compiled
+from nanoquant.compiling import binary_blocks, compiled, passed_blocks
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
+from nanoquant.kept_logits import as_rows, collate
 from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_state import ModelState
 from nanoquant.optimizer import OptimizerConfig
+from nanoquant.recompute import recomputed
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.resuming import Order, Start
+from nanoquant.student import binary_layers, norm_parameters
 from nanoquant.training import Reconstruction, first_non_finite, fit
 
 logger = logging.getLogger(__name__)
@@ -56,6 +59,13 @@ class ModelConfig:
     """Windows that choose the best state; they are taken from the end of the training text."""
     evaluations: int = 2
     """How often the held-out divergence is measured, the end included and the start not counted."""
+    kept_logits: int | None = None
+    """Most probable tokens of the teacher that are kept for each token, with the mass of all others in one bucket, in
+    8 bytes each and 4 more a token: no teacher runs while the student trains. null: it runs at every step, which
+    needs its memory and gives slightly better results."""
+    recompute: bool = False
+    """Whether blocks of the student keep their inputs alone for the backward pass, which runs each block again:
+    activations of one block at a time, for about a third more time."""
     compile_from: int | None = 64
     """Steps from which on the blocks are compiled before training; null: never."""
     optimizer: OptimizerConfig = field(
@@ -72,6 +82,10 @@ class ModelConfig:
         for name in ("latent_lr", "scale_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.kept_logits is not None and self.kept_logits < 1:
+            raise ValueError(
+                f"kept_logits must be at least 1 token or null, got {self.kept_logits}"
+            )
 
 
 class ModelObjective(nn.Module):
@@ -81,7 +95,7 @@ class ModelObjective(nn.Module):
     piece = staticmethod(divergence_piece)
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module, groups: list[dict[str, Any]]
+        self, student: nn.Module, teacher: nn.Module | None, groups: list[dict[str, Any]]
     ) -> None:
         super().__init__()
         self.student, self._teacher, self.groups = student, [teacher], groups
@@ -90,15 +104,16 @@ class ModelObjective(nn.Module):
         """Latents, scales, norms as the config chose."""
         return self.groups
 
-    def forward(self, batch: tuple[Tensor]) -> Tensor:
-        """Mean divergence of (windows (n, T),)."""
-        return logits_divergence(self.student, self._teacher[0], batch[0], self.piece)
+    def forward(self, batch: Sequence[Tensor]) -> Tensor:
+        """Mean divergence of a batch, see :func:`logits_divergence`."""
+        return logits_divergence(self.student, self._teacher[0], batch, self.piece)
 
     def compiled(self) -> AbstractContextManager[None]:
         """Context in which the blocks of student and teacher that differ, and the divergence, are compiled."""
         blocks = binary_blocks(self.student)
         names = {name for name, module in self.student.named_modules() if module in blocks}
-        blocks += [module for name, module in self._teacher[0].named_modules() if name in names]
+        if self._teacher[0] is not None:
+            blocks += [module for name, module in self._teacher[0].named_modules() if name in names]
         return compiled(blocks, (self, "piece"))
 
 
@@ -117,9 +132,9 @@ class ModelReconstructor(nn.Module):
     def forward(
         self,
         student: nn.Module,
-        teacher: nn.Module,
-        windows: Tensor,
-        held_out: Tensor,
+        teacher: nn.Module | None,
+        windows: Tensor | Dataset,
+        held_out: Tensor | Dataset,
         *,
         precision: str = "32-true",
         on_step: Callable[[int, float], None] | None = None,
@@ -131,9 +146,9 @@ class ModelReconstructor(nn.Module):
 
         Args:
             student: causal language model with :class:`BinaryLowRankLinear` layers.
-            teacher: the dense model, on the same device.
-            windows: training tokens (N, T).
-            held_out: tokens (M, T) that choose the state.
+            teacher: the dense model, on the same device; None where its logits are kept.
+            windows: training tokens (N, T), or a window (T,) at a time with what is kept of the teacher's logits.
+            held_out: the same of those that choose the state.
             precision: Lightning precision.
             on_step: called with (step, loss).
             loggers: Lightning loggers.
@@ -152,15 +167,16 @@ class ModelReconstructor(nn.Module):
             raise ValueError(
                 "the student has no BinaryLowRankLinear layer; quantize its blocks first"
             )
+        windows, held = as_rows(windows), DataLoader(as_rows(held_out), collate_fn=collate)
         norms = [(norm, norm.dtype) for norm in norm_parameters(student)]
-        with evaluation_mode(student), evaluation_mode(teacher):
+        with evaluation_mode(student), evaluation_mode(teacher) if teacher else nullcontext():
             groups = self.parameter_groups(student, layers)
             trained = [parameter for group in groups for parameter in group["params"]]
             objective = ModelObjective(student, teacher, groups)
             keeper = BestState(
                 trained,
-                measure=lambda: held_out_divergence(student, teacher, held_out, precision),
-                locate=lambda: locate_non_finite(objective, held_out[:1], precision),
+                measure=lambda: held_out_divergence(student, teacher, held, precision),
+                locate=lambda: locate_non_finite(objective, next(iter(held)), precision),
                 report=report,
             )
             self.train_objective(
@@ -176,7 +192,7 @@ class ModelReconstructor(nn.Module):
     def train_objective(
         self,
         objective: ModelObjective,
-        windows: Tensor,
+        windows: Dataset,
         keeper: BestState,
         precision: str,
         on_step: Callable[[int, float], None] | None,
@@ -187,7 +203,7 @@ class ModelReconstructor(nn.Module):
         """Run the loop, look at the held-out windows now and then, and put the best state back."""
         config = self.config
         order = Order(len(windows), config.batch, config.epochs, self.seed)
-        loader, steps = DataLoader(TensorDataset(windows), batch_sampler=order), order.steps
+        loader, steps = DataLoader(windows, batch_sampler=order, collate_fn=collate), order.steps
         report = keeper.report
         start = Start() if state is None else state.resume(keeper)
         order.start = start.batch
@@ -217,8 +233,9 @@ class ModelReconstructor(nn.Module):
         if looks and looks[0] == 0:
             look(looks.pop(0))
         long = config.compile_from is not None and steps >= config.compile_from
+        again = passed_blocks(objective.student) if config.recompute else []
         try:
-            with objective.compiled() if long else nullcontext():
+            with objective.compiled() if long else nullcontext(), recomputed(again):
                 result = fit(
                     objective,
                     loader,
@@ -267,33 +284,8 @@ class ModelReconstructor(nn.Module):
         return groups
 
 
-def binary_layers(model: nn.Module) -> dict[str, BinaryLowRankLinear]:
-    """Binary layers by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, BinaryLowRankLinear)}
-
-
-def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Vectors of normalisation modules beside binary layers or above them.
-
-    Those are the norms of the blocks that hold binary layers, and the model's last one; blocks that stay
-    dense keep theirs. A normalisation module is one whose class name says so.
-    """
-    above = {
-        name.rsplit(".", k)[0]
-        for name in binary_layers(model)
-        for k in range(1, name.count(".") + 1)
-    }
-    return [
-        parameter
-        for name, module in model.named_modules()
-        if "norm" in type(module).__name__.lower() and name.rpartition(".")[0] in above | {""}
-        for parameter in module.parameters(recurse=False)
-        if parameter.ndim == 1
-    ]
-
-
-def locate_non_finite(objective: ModelObjective, windows: Tensor, precision: str) -> str:
-    """Name of what is first non-finite in the student when it reads ``windows`` (n, T)."""
+def locate_non_finite(objective: ModelObjective, batch: Sequence[Tensor], precision: str) -> str:
+    """Name of what is first non-finite in the student when it reads a batch."""
     device = next(objective.student.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        return first_non_finite(objective, (windows.to(device),))
+        return first_non_finite(objective, [tensor.to(device) for tensor in batch])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 from transformers import PreTrainedModel
 
 from nanoquant.activations import Activations
@@ -18,9 +21,9 @@ from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.config import NanoQuantConfig
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance, collect_importances
-from nanoquant.mapped import forget
+from nanoquant.kept_logits import KEPT, keep_logits, portion
+from nanoquant.mapped import forget, paged
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
-from nanoquant.model_state import ModelState
 from nanoquant.progress import Progress
 from nanoquant.ranks import choose_ranks
 from nanoquant.recorder import BlockRecorder, Recorder
@@ -180,25 +183,53 @@ def _worst(report: BlockReport) -> str:
 def reconstruct_model(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
+    decoder: Decoder,
     text: Text,
     config: NanoQuantConfig,
     progress: Progress,
     loggers: list[Any] | None,
     recorder: Recorder,
-    state: ModelState,
+    unfinished: Unfinished,
 ) -> ModelReport:
-    """Phase 3: logits of the whole model against the dense teacher's."""
-    settings = config.model
+    """Phase 3: logits of the whole model against the dense teacher's, whose mapped blocks are read one at a time."""
+    settings, state = config.model, unfinished.model
     steps = settings.epochs * -(-len(text.training) // settings.batch)
+    dense = replace(decoder, blocks=teacher.get_submodule(decoder.path))
     with progress.phase("model", steps - state.done()):
-        return ModelReconstructor(settings, config.run.seed)(
-            model,
-            teacher,
-            text.training,
-            text.held_out,
-            precision=precision_of(model, config),
-            on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
-            loggers=loggers,
-            recorder=recorder,
-            state=state,
+        windows: list[Tensor | Dataset] = [text.training, text.held_out]
+        if settings.kept_logits is not None:
+            names = ("training", "held-out")
+            windows = [
+                known_windows(teacher, dense, name, tokens, config, unfinished)
+                for name, tokens in zip(names, windows, strict=True)
+            ]
+        with paged(dense.blocks):
+            return ModelReconstructor(settings, config.run.seed)(
+                model,
+                teacher if settings.kept_logits is None else None,
+                *windows,
+                precision=precision_of(model, config),
+                on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
+                loggers=loggers,
+                recorder=recorder,
+                state=state,
+            )
+
+
+def known_windows(
+    teacher: PreTrainedModel,
+    decoder: Decoder,
+    name: str,
+    windows: Tensor,
+    config: NanoQuantConfig,
+    unfinished: Unfinished,
+) -> Dataset:
+    """Windows (N, T) with what is kept of the teacher's logits, see :func:`keep_logits`."""
+    k, precision = config.model.kept_logits, precision_of(teacher, config)
+    parts = []
+    for n, tokens in enumerate(windows.split(portion(teacher, windows.shape[1], k))):
+        known = unfinished.keep_logits(
+            f"{name}-{n:03}", partial(keep_logits, teacher, decoder, tokens, k, precision)
         )
+        parts.append(TensorDataset(tokens, *(known[part] for part in KEPT)))
+    return ConcatDataset(parts)

@@ -136,7 +136,9 @@ def quantize(
         tables = embedding_tables(model, config.embedding)
         if teacher is not None:
             round_embeddings(model, tables)  # so that training sees what is stored
-            report.model = reconstruct_model(model, teacher, text, config, *run, unfinished.model)
+            report.model = reconstruct_model(
+                *(model, teacher, decoder, text, config, *run, unfinished)
+            )
             record_model_errors(recorder, decoder, teacher, found.importances)
             del teacher
     with progress.phase("pack", 1):
@@ -159,7 +161,8 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
 
     Raises:
         ValueError: a step of torchao is asked for, weights are not finite (named) or float16, the precision or the
-            embedding's group size does not fit, or the text has tokens that the model does not know.
+            embedding's group size does not fit, the text has tokens that the model does not know, or fewer tokens
+            exist than logits are to be kept.
     """
     if config.step:
         raise ValueError(
@@ -176,6 +179,10 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
         )
     check_length(model, config.calibration.length)
     known = model.get_input_embeddings().num_embeddings
+    if (kept := config.model.kept_logits) is not None and kept > known:
+        raise ValueError(
+            f"model.kept_logits={kept} is more than the {known} tokens that the model knows; give fewer, or null"
+        )
     if plan.largest >= known:
         raise ValueError(
             f"the text has token {plan.largest}, but the model knows {known}; tokenize it with its own tokenizer"

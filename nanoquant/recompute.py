@@ -18,8 +18,8 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     """While active, each block first runs without gradients, and again, with them, in the backward pass.
 
     Between the two only its hidden states are kept, so that activations of one block at a time are in memory, for a
-    third of the time of forward and backward more. Gradients reach the block's hidden states, which must want them,
-    and no other argument.
+    third of the time of forward and backward more. Gradients reach the block's parameters and hidden states, and no
+    other argument.
 
     Args:
         blocks: decoder blocks of a model in evaluation mode.
@@ -49,6 +49,8 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
 
         if not torch.is_grad_enabled():
             return inner(hidden)
+        if not hidden.requires_grad:  # else checkpoint would give the parameters no gradients
+            hidden = hidden.detach().requires_grad_()
         return checkpoint(inner, hidden, use_reentrant=True, preserve_rng_state=False)
 
     return run

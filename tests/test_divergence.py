@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanoquant.divergence import ForwardKL, divergence_piece
+from nanoquant.divergence import ForwardKL, divergence_piece, most_probable
 
 
 @pytest.mark.parametrize("tokens", [5, 128, 300], ids=str)
@@ -47,3 +47,64 @@ def test_forward_kl_of_bfloat16_logits_sums_in_float32():
     torch.testing.assert_close(value.detach(), ForwardKL.apply(student.float(), teacher.float()))
     value.backward()
     assert x.grad.dtype == torch.bfloat16
+
+
+def logits_pair(tokens=70, vocabulary=50, scale=3):
+    generator = torch.manual_seed(0)
+    return [scale * torch.randn(tokens, vocabulary, generator=generator) for _ in range(2)]
+
+
+def kept_kl(student, teacher, k):
+    first, *more = most_probable(teacher, k)
+    return ForwardKL.apply(student, first, divergence_piece, *more)
+
+
+def plain_kept_kl(student, teacher, k):
+    """The mean over tokens of the divergence of two distributions over k tokens and one bucket."""
+    q, p = student.double().softmax(-1), teacher.double().softmax(-1)
+    ids = p.topk(k).indices
+    known = torch.zeros_like(p).scatter(-1, ids, 1.0)
+    p, q = (torch.cat([x.gather(-1, ids), (x * (1 - known)).sum(-1, True)], -1) for x in (p, q))
+    return (p * (p.log() - q.log())).sum(-1).mean()
+
+
+@pytest.mark.parametrize("k", [1, 5, 49])
+def test_a_bucket_has_the_mass_of_all_others_and_its_gradient(k):
+    student, teacher = logits_pair()
+    x, reference = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value, expected = kept_kl(x, teacher, k), plain_kept_kl(reference, teacher, k)
+    torch.testing.assert_close(value, expected.float())
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_where_all_tokens_are_kept_it_is_the_whole_divergence():
+    student, teacher = logits_pair()
+    x, reference = student.clone().requires_grad_(), student.clone().requires_grad_()
+    value, expected = kept_kl(x, teacher, 50), ForwardKL.apply(reference, teacher)
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-7)
+
+
+def test_a_bucket_without_mass_costs_nothing():
+    student, teacher = logits_pair()
+    teacher[:, 7] = 1e4  # the others underflow
+    student[3, 9] = 1e3  # and of this one all but the bucket do
+    x = student.clone().requires_grad_()
+    value = kept_kl(x, teacher, 1)
+    value.backward()
+    expected = F.cross_entropy(student, torch.full((70,), 7))
+    torch.testing.assert_close(value.detach(), expected)
+    torch.testing.assert_close(x.grad.sum(-1), torch.zeros(70), atol=1e-6, rtol=0)
+
+
+def test_a_student_of_bfloat16_learns_from_what_is_kept_in_its_own_dtype():
+    student, teacher = (x.bfloat16() for x in logits_pair())
+    x = student.clone().requires_grad_()
+    value = kept_kl(x, teacher, 5)
+    torch.testing.assert_close(value.detach(), kept_kl(student.float(), teacher.float(), 5))
+    value.backward()
+    assert value.dtype == torch.float32 and x.grad.dtype == torch.bfloat16

@@ -12,8 +12,9 @@ from tiny_models import FAMILIES, GATED, random_windows
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from nanoquant import mapped
+from nanoquant.architectures import find_decoder
 from nanoquant.checkpoint_files import INDEX_FILE, read_headers, shard_files
-from nanoquant.mapped import forget, map_tensors
+from nanoquant.mapped import forget, map_tensors, paged
 from nanoquant.memory import resident_bytes
 from nanoquant.sources import load_model
 
@@ -108,6 +109,7 @@ def test_only_whole_pages_of_mapped_tensors_are_forgotten(tmp_path):
 def test_a_file_that_nobody_uses_is_let_go(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(1 << 16)}, path)
+    gc.collect()
     before = len(mapped._maps)
     part = map_tensors(read_headers([path], None))["a"][5:7]
     gc.collect()
@@ -147,3 +149,17 @@ def test_shards_are_mapped_once_each(tmp_path):
     files, before = shard_files(tmp_path), len(mapped._maps)
     tensors = map_tensors(read_headers(files, None))
     assert len(mapped._maps) - before == len(files) > 1 and tensors
+
+
+def test_paged_blocks_forget_their_weights_when_they_have_run(tmp_path, monkeypatch):
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    model, ids, forgotten = load_model(tmp_path, CPU), random_windows(1, 8), []
+    blocks = find_decoder(model).blocks
+    expected = model(ids).logits
+    monkeypatch.setattr(mapped, "forget", lambda tensors: forgotten.append(list(tensors)))
+    with paged(blocks):
+        assert torch.equal(model(ids).logits, expected)
+    model(ids)
+    assert [[id(p) for p in found] for found in forgotten] == [
+        [id(p) for p in block.parameters()] for block in blocks
+    ]

@@ -61,7 +61,7 @@ def frozen_copy(student):
 
 @torch.no_grad()
 def held_out_divergence(student, teacher):
-    return float(sum(logits_divergence(student, teacher, w) for w in HELD_OUT.split(1)) / 4)
+    return float(sum(logits_divergence(student, teacher, [w]) for w in HELD_OUT.split(1)) / 4)
 
 
 def layers_of(model):
@@ -75,7 +75,7 @@ def same_state(a, b):
 
 def test_divergence_of_a_model_from_itself_is_zero():
     teacher, _ = teacher_and_student()
-    assert abs(float(logits_divergence(teacher, teacher, HELD_OUT))) < 1e-6
+    assert abs(float(logits_divergence(teacher, teacher, [HELD_OUT]))) < 1e-6
 
 
 def test_training_signs_lowers_held_out_divergence():

@@ -1,11 +1,16 @@
 """Blocks that run again in the backward pass give the same statistics and keep almost nothing."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
+from test_model_reconstruction import HELD_OUT, SCALES, SIGNS, TRAINING, teacher_and_student
 from tiny_models import FAMILIES, random_windows, tiny_llama
 
 from nanoquant.architectures import find_decoder
 from nanoquant.importance import ImportanceConfig, collect_importances
+from nanoquant.model_reconstruction import ModelReconstructor
 from nanoquant.recompute import recomputed
 
 BOTH = ImportanceConfig(curvature="both")
@@ -60,3 +65,15 @@ def test_a_pass_without_gradients_is_an_ordinary_one():
     expected = model(ids).logits
     with torch.no_grad(), recomputed(find_decoder(model).blocks):
         assert torch.equal(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize("config", [SCALES, SIGNS], ids=["scales", "signs"])
+def test_a_student_trains_the_same(config):
+    teacher, student = teacher_and_student()
+    other = copy.deepcopy(student)
+    again = dataclasses.replace(config, recompute=True)
+    plain = ModelReconstructor(config)(student, teacher, TRAINING, HELD_OUT)
+    report = ModelReconstructor(again)(other, teacher, TRAINING, HELD_OUT)
+    assert report == plain
+    state = other.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in student.state_dict().items())

@@ -5,12 +5,16 @@ import dataclasses
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_mapped import is_mapped
 from test_unfinished import QUICK, killed, run
 from tiny_models import tiny_llama
 
 from nanoquant import phases
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.importance import ImportanceConfig
+from nanoquant.mapped import forget
+from nanoquant.model_reconstruction import ModelReconstructor, binary_layers
+from nanoquant.unfinished import SIGNS
 
 TUNED = dataclasses.replace(
     QUICK,
@@ -71,3 +75,40 @@ def test_a_block_of_other_ranks_than_are_chosen_now_is_refused(tmp_path, monkeyp
         ValueError, match="block-000.* was made with other ranks than losses give now"
     ):
         run(tmp_path, TUNED)
+
+
+@pytest.mark.parametrize("kill", [None, 0])
+@pytest.mark.parametrize("train", ["signs", "scales", "none"])
+def test_finished_blocks_live_in_their_files_and_nothing_writes_there(
+    train, kill, tmp_path, monkeypatch
+):
+    """Signs that are forgotten at any moment are read again from the file, so a write to them would be lost."""
+    config = dataclasses.replace(QUICK, model=dataclasses.replace(QUICK.model, train=train))
+    expected, whole, _ = run(None, config)
+    if kill is not None and train != "none":
+        killed(tmp_path, kill, config=config)
+    seen = []
+
+    def signs(model):
+        layers = binary_layers(model).values()
+        return [t for m in layers for part, t in m.state_dict().items() if part in SIGNS]
+
+    plain, train_objective = ModelReconstructor.forward, ModelReconstructor.train_objective
+
+    def forward(self, student, *arguments, **settings):
+        seen.extend(is_mapped(tensor) for tensor in signs(student))
+        return plain(self, student, *arguments, **settings)
+
+    def trained(self, objective, *arguments):
+        forget(objective.student.state_dict().values())
+        groups = objective.parameter_groups()
+        assert not any(is_mapped(p) for group in groups for p in group["params"])
+        train_objective(self, objective, *arguments)
+        forget(objective.student.state_dict().values())
+
+    monkeypatch.setattr(ModelReconstructor, "forward", forward)
+    monkeypatch.setattr(ModelReconstructor, "train_objective", trained)
+    found, report, _ = run(tmp_path, config)
+    assert len(seen) == (0 if train == "none" else 28) and all(seen)
+    assert report.model == whole.model and report.blocks == whole.blocks
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
