@@ -131,7 +131,7 @@ def save_pretrained(
     folder: str | Path,
     source: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str = "1GB",
     recipe: dict[str, Any] | None = None,
 ) -> Path:
     """Write a packed model as a Hugging Face folder that needs nothing else to be loaded.
@@ -141,7 +141,7 @@ def save_pretrained(
         folder: new or empty folder. Files appear there when all are written, ``config.json`` last.
         source: folder or Hub name of the dense model, whose files other than weights are copied.
         tokenizer: saved as well; its files take precedence over the source's.
-        max_shard_size: largest shard, in bytes or as "5GB".
+        max_shard_size: largest shard, in bytes or as "5GB"; of a model on a GPU one at a time is copied to the CPU.
         recipe: how the model was made, any JSON object; kept in ``config.json``. None keeps what is
             there.
 

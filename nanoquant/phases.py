@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
 from dataclasses import replace
@@ -204,7 +205,7 @@ def reconstruct_model(
                 for name, tokens in zip(names, windows, strict=True)
             ]
         with paged(dense.blocks):
-            return ModelReconstructor(settings, config.run.seed)(
+            report = ModelReconstructor(settings, config.run.seed)(
                 model,
                 teacher if settings.kept_logits is None else None,
                 *windows,
@@ -214,6 +215,9 @@ def reconstruct_model(
                 recorder=recorder,
                 state=state,
             )
+    gc.collect()  # the trainer and its moments refer to each other
+    give_back()
+    return report
 
 
 def known_windows(
