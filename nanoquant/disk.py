@@ -17,6 +17,7 @@ from nanoquant.architectures import find_decoder
 from nanoquant.budget import allocate_ranks, layer_bits
 from nanoquant.checkpoint_files import check_writable
 from nanoquant.config import NanoQuantConfig
+from nanoquant.kept_logits import bytes_a_token
 from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.sizes import tensor_bytes
 from nanoquant.unfinished import PATTERN
@@ -66,8 +67,11 @@ def room_of(
     if config.model.train != "none" and config.model.optimizer.state_bits == 32:
         each += 2 * STATE_BYTES  # the old one is there until the new one is whole
     signs = each * latents if config.model.train == "signs" else packed
-    statistics = _statistics_bytes(shapes, inputs, config.importance.curvature)
-    return Room(kept + packed, signs + each * scales + HEADERS * len(shapes) + statistics)
+    other = _statistics_bytes(shapes, inputs, config.importance.curvature)
+    if (k := config.model.kept_logits) is not None and config.model.train != "none":
+        windows = config.model.windows + config.model.held_out
+        other += bytes_a_token(k) * windows * config.calibration.length
+    return Room(kept + packed, signs + each * scales + HEADERS * len(shapes) + other)
 
 
 def _statistics_bytes(

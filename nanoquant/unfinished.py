@@ -206,7 +206,6 @@ class Unfinished:
                 signs = {part: tensor for part, tensor in parts.items() if part in SIGNS}
                 layers[full].load_state_dict(signs, strict=False, assign=True)
 
-
     def keep_logits(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, from its file where there is one."""
         file = self._file(f"logits-{name}", "logits of the teacher")
@@ -216,6 +215,7 @@ class Unfinished:
             if file.path is None:
                 return tensors
         return map_tensors(read_header(file.path)[0])
+
 
 def discard(folder: str | Path) -> None:
     """Delete the unfinished work of a folder: its run has ended."""

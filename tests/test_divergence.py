@@ -1,5 +1,6 @@
 """The divergence of logits a few tokens at a time: its value, its gradient, and no gradient where none is wanted."""
 
+import needs
 import pytest
 import torch
 from torch.nn import functional as F
@@ -108,3 +109,13 @@ def test_a_student_of_bfloat16_learns_from_what_is_kept_in_its_own_dtype():
     torch.testing.assert_close(value.detach(), kept_kl(student.float(), teacher.float(), 5))
     value.backward()
     assert value.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
+
+
+@needs.compiler
+def test_a_compiled_piece_computes_the_same_from_what_is_kept():
+    student, teacher = logits_pair(tokens=32)
+    first, *more = most_probable(teacher, 5)
+    total, slope = divergence_piece(student, first, 32, *more)
+    fast_total, fast_slope = torch.compile(divergence_piece)(student, first, 32, *more)
+    torch.testing.assert_close(fast_total, total)
+    torch.testing.assert_close(fast_slope, slope, rtol=1e-4, atol=1e-7)

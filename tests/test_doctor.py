@@ -98,8 +98,8 @@ def test_too_little_room_is_said_with_how_much(model, capsys, monkeypatch):
     assert "too little" in found["disk"][1]
 
 
-@pytest.mark.parametrize("train", ["signs", "scales"])
-def test_the_room_that_is_asked_for_is_enough(train, model, tmp_path, capsys):
+@pytest.mark.parametrize(("train", "kept"), [("signs", None), ("scales", None), ("scales", 90)])
+def test_the_room_that_is_asked_for_is_enough(train, kept, model, tmp_path, capsys):
     """What a run with all that can be kept leaves on the disk at most, against the estimate."""
     from nanoquant.budget import allocate_ranks
     from nanoquant.config import nanoquant_config
@@ -112,7 +112,7 @@ def test_the_room_that_is_asked_for_is_enough(train, model, tmp_path, capsys):
         calibration={"windows": 4, "length": 16},
         sensitivity={"iterations": 2, "length": 8},
         admm={"iterations": 2},
-        model={"windows": 40, "held_out": 2, "train": train},
+        model={"windows": 40, "held_out": 2, "train": train, "kept_logits": kept},
         run={"save_every": 0},
     )
     quantize(

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -67,10 +68,13 @@ def test_a_pass_without_gradients_is_an_ordinary_one():
         assert torch.equal(model(ids).logits, expected)
 
 
+@pytest.mark.parametrize("compiles", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("config", [SCALES, SIGNS], ids=["scales", "signs"])
-def test_a_student_trains_the_same(config):
+def test_a_student_trains_the_same(config, compiles, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     teacher, student = teacher_and_student()
     other = copy.deepcopy(student)
+    config = dataclasses.replace(config, compile_from=1 if compiles else None)
     again = dataclasses.replace(config, recompute=True)
     plain = ModelReconstructor(config)(student, teacher, TRAINING, HELD_OUT)
     report = ModelReconstructor(again)(other, teacher, TRAINING, HELD_OUT)
