@@ -16,6 +16,7 @@ from nanoquant.decoder import (
     Decoder,
     capture_block_inputs,
     evaluation_mode,
+    forgetting,
     input_device,
     observe_calls,
     run_block,
@@ -230,7 +231,7 @@ def _trace_reads(model: nn.Module, decoder: Decoder) -> list[dict[str, Tensor]]:
     }
     tokens = torch.arange(TRACE_TOKENS, device=input_device(model))[None]
     tokens = tokens % model.get_input_embeddings().num_embeddings
-    with evaluation_mode(model), observe_calls(modules, note):
+    with evaluation_mode(model), observe_calls(modules, note), forgetting(model, decoder.blocks):
         model(input_ids=tokens, use_cache=False)
     return reads
 

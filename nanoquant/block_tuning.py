@@ -11,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 from nanoquant.decoder import BlockCall, run_block
 from nanoquant.early_stop import EarlyStop
+from nanoquant.mapped import forget
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.training import FitResult, fit
+
+CHUNK_ELEMENTS = 1 << 26
+"""Activations that are squared at once, in float32."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,22 @@ class BlockData:
     inputs: Tensor
     targets: Tensor
     call: BlockCall
+
+
+class Windows(Dataset):
+    """Inputs and targets of the first ``count`` windows, (T, d) each, as copies that hold no memory of a file."""
+
+    def __init__(self, data: BlockData, count: int) -> None:
+        self.data, self.count = data, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, window: int) -> tuple[Tensor, Tensor]:
+        pair = (self.data.inputs[window], self.data.targets[window])
+        copies = tuple(x.clone() for x in pair)
+        forget(pair)
+        return copies
 
 
 class BlockObjective(nn.Module):
@@ -50,7 +70,7 @@ class BlockObjective(nn.Module):
         super().__init__()
         self.name, self.block, self.call, self.groups = name, block, data.call, groups
         self.register_buffer(
-            "weight", weight / (weight * data.targets.float().square().mean((0, 1))).sum()
+            "weight", weight / (weight * mean_square(data.targets).to(weight)).sum()
         )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
@@ -62,6 +82,15 @@ class BlockObjective(nn.Module):
         inputs, targets = batch
         error = run_block(self.block, inputs, self.call).float() - targets.float()
         return (self.weight * error.square().mean(dim=(0, 1))).sum()
+
+
+def mean_square(targets: Tensor) -> Tensor:
+    """Mean square of each channel (d,) of targets (N, T, d), in float32, a few windows at a time."""
+    total, windows = 0.0, max(1, CHUNK_ELEMENTS // targets[0].numel())
+    for part in targets.split(windows):
+        total = total + part.float().square().mean((0, 1)) * (len(part) / len(targets))
+        forget([part])
+    return total
 
 
 def scale_groups(layer: nn.Module, lr: float, relative: bool) -> list[dict[str, Any]]:
@@ -113,15 +142,17 @@ class BlockTuner:
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        weight = self.weight.to(self.data.targets.device)
-        objective = BlockObjective(f"{self.name} {phase}", self.block, self.data, weight, groups)
+        device = next(self.block.parameters()).device
+        objective = BlockObjective(
+            f"{self.name} {phase}", self.block, self.data, self.weight.to(device), groups
+        )
         kept = len(self.data.inputs) - self.held_out
         stop = None
         if self.held_out:
             trained = [parameter for group in groups for parameter in group["params"]]
             stop = EarlyStop(trained, lambda: self._held_out_loss(objective, batch), self.patience)
         loader = DataLoader(
-            TensorDataset(self.data.inputs[:kept], self.data.targets[:kept]),
+            Windows(self.data, kept),
             batch_size=batch,
             shuffle=True,
             generator=torch.Generator().manual_seed(self.seed),
@@ -144,8 +175,10 @@ class BlockTuner:
     def _held_out_loss(self, objective: BlockObjective, batch: int) -> float:
         """Mean loss of the held-out windows, in the precision of the training."""
         pair = (self.data.inputs[-self.held_out :], self.data.targets[-self.held_out :])
-        device = pair[0].device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            parts = zip(*(x.split(batch) for x in pair), strict=True)
-            losses = [float(objective(part)) * len(part[0]) for part in parts]
+        device, losses = objective.weight.device, []
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            for part in zip(*(x.split(batch) for x in pair), strict=True):
+                loss = objective(tuple(x.to(device) for x in part))
+                losses.append(float(loss) * len(part[0]))
+                forget(part)
         return sum(losses) / self.held_out

@@ -6,11 +6,13 @@ Shapes: N windows, T tokens a window, d hidden size.
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from nanoquant.mapped import forget, paged
 
 Key = TypeVar("Key", int, str, tuple[int, str])
 
@@ -93,9 +95,26 @@ def observe_calls(
             handle.remove()
 
 
+def around_blocks(model: nn.Module) -> list[nn.Module]:
+    """Embedding and head of a model, as far as it has them."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return [module for module in (model.get_input_embeddings(), head) if module is not None]
+
+
+def forgetting(
+    model: nn.Module, blocks: Iterable[nn.Module]
+) -> contextlib.AbstractContextManager[None]:
+    """While active, blocks, embedding and head forget their mapped weights when they have run."""
+    return paged((*blocks, *around_blocks(model)))
+
+
 @torch.no_grad()
 def capture_block_inputs(
-    model: nn.Module, decoder: Decoder, windows: Tensor, batch_size: int = 1
+    model: nn.Module,
+    decoder: Decoder,
+    windows: Tensor,
+    batch_size: int = 1,
+    empty: Callable[[tuple[int, ...], Tensor], Tensor] = lambda shape, like: like.new_empty(shape),
 ) -> tuple[Tensor, list[BlockCall]]:
     """Run the model up to its first block and note what every block is called with.
 
@@ -104,6 +123,7 @@ def capture_block_inputs(
         decoder: Its blocks.
         windows: Token ids (N, T).
         batch_size: Windows a forward pass.
+        empty: Makes room of a shape for inputs like a tensor.
 
     Returns:
         Inputs of the first block (N, T, d) in the dtype and on the device of the model, and the
@@ -121,17 +141,24 @@ def capture_block_inputs(
                 f"block {decoder.path}.{index} receives tensors that depend on the text besides "
                 "its hidden states; reconstruction of one block at a time is not possible"
             )
-    hidden: list[Tensor] = []
+    whole, done = None, 0
 
     def stop(_: int, args: tuple, kwargs: dict) -> None:
-        hidden.append(split_call(args, kwargs)[0])
+        nonlocal whole, done
+        hidden = split_call(args, kwargs)[0]
+        if whole is None:
+            whole = empty((len(windows), *hidden.shape[1:]), hidden)
+        part = whole[done : done + len(hidden)]
+        part.copy_(hidden)
+        forget([part])
+        done += len(hidden)
         raise _StopForwardError
 
     with evaluation_mode(model), observe_calls({0: decoder.blocks[0]}, stop):
         for batch in windows.split(batch_size):
             with contextlib.suppress(_StopForwardError):
                 model(input_ids=batch, use_cache=False)
-    return torch.cat(hidden), calls
+    return whole, calls
 
 
 def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:  # noqa: ANN401

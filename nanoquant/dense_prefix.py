@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoquant.decoder import Decoder, evaluation_mode, input_device
+from nanoquant.decoder import Decoder, evaluation_mode, forgetting, input_device
 
 
 class DensePrefix:
@@ -45,7 +45,7 @@ class DensePrefix:
 
     @torch.no_grad()
     def _run(self) -> Tensor:
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), forgetting(self.model, self.decoder.blocks):
             return self.model(input_ids=self.windows, use_cache=False).logits
 
 

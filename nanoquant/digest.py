@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import nn
 
+from nanoquant.mapped import forget
+
 SAMPLED_WEIGHTS = 256
 """Values of each parameter that are looked at, spread over all of it."""
 
@@ -18,6 +20,7 @@ def model_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         values = parameter.detach().flatten()[:: max(1, parameter.numel() // SAMPLED_WEIGHTS)]
         digest.update(values.float().cpu().numpy().tobytes())
+        forget([parameter])
     return digest.hexdigest()
 
 

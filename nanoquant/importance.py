@@ -1,4 +1,4 @@
-"""Importances of input and output channels, from one pass over calibration text (Phase 1).
+"""Importances of input and output channels of linears, of what they see of calibration text (Phase 1).
 
 For a linear ``y = W x``, per token t, with ``g`` the gradient of the loss at ``y``:
 
@@ -14,15 +14,13 @@ Shapes: N windows, T tokens a window, d_in and d_out of a linear, n tokens of on
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from nanoquant.decoder import evaluation_mode, input_device
-from nanoquant.recompute import recomputed
 from nanoquant.second_moment import (
     Correlation,
     SecondMoment,
@@ -214,52 +212,6 @@ class ImportanceCollector:
                 "so it has no importances: leave it out or use other text"
             )
         return value / mean, float(mean)
-
-
-def collect_importances(
-    model: nn.Module,
-    linears: dict[str, nn.Module],
-    windows: Tensor,
-    config: ImportanceConfig,
-    batch_size: int = 1,
-    progress: Callable[[int, int], None] | None = None,
-    blocks: Sequence[nn.Module] = (),
-) -> dict[str, Importance]:
-    """Run one forward and backward pass over the text and return the importances.
-
-    No weight receives a gradient; flags, modes and hooks of the model are as before on return.
-
-    Args:
-        model: Dense causal language model, in float32 or bfloat16.
-        linears: Linears to observe, by full name.
-        windows: Token ids (N, T), T at least 2.
-        config: Clipping and shrinkage.
-        batch_size: Windows a pass; also the unit over which the clipping quantile is taken.
-        progress: Called with (windows done, windows in all) after every pass.
-        blocks: Decoder blocks that run again in the backward pass instead of keeping activations.
-
-    Raises:
-        ValueError: Activations or gradients are not finite or all zero; names the linear.
-    """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    embedding = model.get_input_embeddings()
-    start = embedding.register_forward_hook(lambda _, args, output: output.requires_grad_())
-    collector = ImportanceCollector(linears, config)
-    windows = windows.to(input_device(model))
-    try:
-        model.requires_grad_(False)
-        with evaluation_mode(model), torch.enable_grad(), recomputed(blocks), collector:
-            for first in range(0, len(windows), batch_size):
-                batch = windows[first : first + batch_size]
-                logits = model(input_ids=batch, use_cache=False).logits
-                logits.backward(cross_entropy_gradient(logits.detach(), batch))
-                if progress:
-                    progress(first + len(batch), len(windows))
-    finally:
-        start.remove()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-    return collector.importances(release=True)
 
 
 @torch.no_grad()

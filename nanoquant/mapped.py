@@ -1,15 +1,19 @@
-"""Weights that stay in their files: mapped into memory, read when they are used, forgotten when they are not needed.
+"""Tensors that stay in files: mapped into memory, read when they are used, forgotten when they are not needed.
 
 The memory of a mapped tensor belongs to the system, which may take it back at any time, since the file has it all. A
-write goes to a private copy of the page, which :func:`forget` would undo, so nobody writes into a mapped tensor.
+write into a mapped weight goes to a private copy of the page, which :func:`forget` would undo, so nobody writes into
+one; what is written into a tensor of :func:`scratch` stays, as long as the tensor lives.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import mmap
+import os
+import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -61,6 +65,8 @@ def forget(tensors: Iterable[Tensor]) -> int:
     """
     freed = 0
     for tensor in tensors:
+        if type(tensor.data) is not Tensor:  # a subclass may have no memory of its own
+            continue
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         for base, reference in list(_maps.items()):
             file = reference()
@@ -89,6 +95,24 @@ def paged(blocks: Iterable[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
+def scratch(folder: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor in a file without a name in a folder: it is gone with the tensor, or the process, however that ends.
+
+    Raises:
+        OSError: there is no room for it in the folder, all of which is taken at once, or no file can be made there.
+    """
+    size = max(1, math.prod(shape) * dtype.itemsize)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as stream:
+        # a write into a hole could fail later, and kill the process
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(stream.fileno(), 0, size)
+        else:
+            stream.truncate(size)
+        content = mmap.mmap(stream.fileno(), size)
+    return _register(content)[: math.prod(shape) * dtype.itemsize].view(dtype).view(*shape)
+
+
 def _map_file(file: Path) -> Tensor:
     """All bytes of a file."""
     try:
@@ -96,6 +120,11 @@ def _map_file(file: Path) -> Tensor:
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} can't be mapped into memory: {error}") from error
+    return _register(content)
+
+
+def _register(content: mmap.mmap) -> Tensor:
+    """All bytes of a map, whose memory can be given back from now on."""
     data = torch.frombuffer(content, dtype=torch.uint8)
     base = data.data_ptr()
     _maps[base] = weakref.ref(content, lambda _: _maps.pop(base, None))

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nanoquant.architectures import decoder_from_structure
 from nanoquant.checkpoint_files import read_json
 from nanoquant.console import ConsoleProgress
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
+from nanoquant.decoder import forgetting
 from nanoquant.digest import model_digest
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.figures import Figures
@@ -57,7 +59,8 @@ def measure_dense(
             return replace(figures, **kept)
     with progress.phase("measure dense", 0 if windows is None else len(windows)):
         if windows is not None:
-            figures.perplexity = perplexity(model, windows, progress=progress.step).value
+            with forgetting(model, decoder_from_structure(model).blocks):
+                figures.perplexity = perplexity(model, windows, progress=progress.step).value
         if job.sample is not None:
             figures.sample = greedy_sample(model, tokenizer, job.sample, job.sample_tokens)
     file.write({}, {"perplexity": figures.perplexity, "sample": figures.sample})

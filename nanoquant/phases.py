@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,15 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 from transformers import PreTrainedModel
 
+from nanoquant.activation_memory import ActivationMemory
 from nanoquant.activations import Activations
 from nanoquant.admm import Initializer
 from nanoquant.architectures import Decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
+from nanoquant.calibration import BlockwiseCalibration, passes
 from nanoquant.config import NanoQuantConfig
 from nanoquant.heap import give_back
-from nanoquant.importance import Importance, collect_importances
+from nanoquant.importance import Importance
 from nanoquant.kept_logits import KEPT, keep_logits, portion
 from nanoquant.mapped import forget, paged
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
@@ -51,14 +54,13 @@ def initialize(
     loggers: list[Any] | None,
     recorder: Recorder,
     unfinished: Unfinished,
+    memory: ActivationMemory,
     sensitivity_file: str | Path | None,
     initializer: Initializer | None = None,
 ) -> Initialized:
     """All that comes before the whole-model phase: importances, ranks, binary blocks."""
-    importances = unfinished.importances()
-    if importances is None:
-        importances = calibrate(model, decoder, chosen, text, options[0], progress)
-        unfinished.keep_importances(importances)
+    importances = unfinished.importances
+    calibrate(model, decoder, chosen, text, options[0], progress, unfinished, memory)
     choice = choose_ranks(
         model,
         decoder,
@@ -86,10 +88,9 @@ def initialize(
         recorder,
         unfinished,
         option,
+        memory,
     )
-    nothing = {"input_correlation": None, "output_correlation": None}
-    plain = {name: replace(importance, **nothing) for name, importance in importances.items()}
-    return Initialized(option, choice.ranks, reports, plain)
+    return Initialized(option, choice.ranks, reports, importances.diagonals(chosen))
 
 
 def calibrate(
@@ -99,21 +100,28 @@ def calibrate(
     text: Text,
     config: NanoQuantConfig,
     progress: Progress,
-) -> dict[str, Importance]:
-    """Phase 1: importances of the linears of the chosen blocks, by full name."""
-    modules = decoder.linear_modules()
-    names = [decoder.full_name(b, name) for b in chosen for name in decoder.linears[b]]
-    windows = text.calibration[: config.calibration.windows]
-    with progress.phase("calibrate", len(windows)):
-        return collect_importances(
-            model,
-            {name: modules[name] for name in names},
-            windows,
-            config.importance,
-            config.calibration.batch,
-            progress=lambda done, total: progress.advance(config.calibration.batch),
-            blocks=decoder.blocks,
-        )
+    unfinished: Unfinished,
+    memory: ActivationMemory,
+) -> None:
+    """Phase 1: importances of the linears of the chosen blocks, kept as they come, but those that are kept already."""
+    blocks = len(decoder.blocks)
+    done, gradient = unfinished.calibrated(blocks, chosen)
+    if done == chosen.start:
+        return
+    calibration = BlockwiseCalibration(
+        model,
+        decoder,
+        text.calibration[: config.calibration.windows],
+        config.importance,
+        config.calibration.batch,
+        memory,
+    )
+
+    def keep(b: int, importances: Mapping[str, Importance]) -> None:
+        unfinished.keep_calibrated(b, chosen, importances, calibration.gradient)
+
+    with progress.phase("calibrate", passes(done, chosen.start)):
+        calibration(chosen, keep, progress.advance, done, gradient)
 
 
 def reconstruct_blocks(
@@ -121,7 +129,7 @@ def reconstruct_blocks(
     decoder: Decoder,
     chosen: range,
     reconstructor: BlockReconstructor,
-    importances: dict[str, Importance],
+    importances: Callable[[int], Mapping[str, Importance]],
     ranks: dict[str, int],
     text: Text,
     config: NanoQuantConfig,
@@ -130,14 +138,16 @@ def reconstruct_blocks(
     recorder: Recorder,
     unfinished: Unfinished,
     option: int,
+    memory: ActivationMemory,
 ) -> dict[int, BlockReport]:
     """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix.
 
-    A block that an earlier run has finished is taken from there; ``option`` is what the ranks belong to.
+    A block that an earlier run has finished is taken from there; ``option`` is what the ranks belong to, and
+    ``importances`` gives those of a block by full name.
     """
     reports = {}
     activations = (
-        Activations(model, decoder, text.calibration[: config.block.windows])
+        Activations(model, decoder, text.calibration[: config.block.windows], memory)
         if config.block.tunes
         else None
     )
@@ -155,7 +165,7 @@ def reconstruct_blocks(
                 reports[b] = reconstructor(
                     block,
                     decoder.groups[b],
-                    {name: importances[full[name]] for name in full},
+                    _named(importances(b), full),
                     {name: ranks[full[name]] for name in full},
                     data,
                     name=f"block {b}",
@@ -174,6 +184,11 @@ def reconstruct_blocks(
             forget([*dense, *block.state_dict().values()])
             give_back()
     return reports
+
+
+def _named(known: Mapping[str, Importance], full: Mapping[str, str]) -> dict[str, Importance]:
+    """Importances of a block by the names of its linears inside it, which have full names."""
+    return {name: known[full[name]] for name in full}
 
 
 def _worst(report: BlockReport) -> str:

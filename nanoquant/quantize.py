@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from nanoquant.activation_memory import ActivationMemory
 from nanoquant.admm import ADMMInitializer, Initializer
 from nanoquant.architectures import evaluation_mode, find_decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
@@ -20,6 +21,7 @@ from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
 from nanoquant.lock import exclusive
+from nanoquant.mapped import forget
 from nanoquant.mixture import Data
 from nanoquant.model_embeddings import (
     check_embeddings,
@@ -41,6 +43,9 @@ from nanoquant.twin import twin
 from nanoquant.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
+
+CHECKED_AT_ONCE = 1 << 24
+"""Values of a weight that are looked at together."""
 
 
 @dataclass
@@ -109,6 +114,7 @@ def quantize(
             raise ValueError(
                 f"{name} and an own initializer exclude each other: what is kept does not tell which one made it"
             )
+    memory = ActivationMemory(config.run.activation_memory, work)
     plan = plan_text(data, tokenizer, config)
     check_model(model, plan, config)
     decoder = find_decoder(model)
@@ -128,7 +134,7 @@ def quantize(
         if found is None:
             found = initialize(
                 *(model, decoder, chosen, text, options, reconstructor, *run),
-                *(unfinished, sensitivity_file, initializer),
+                *(unfinished, memory, sensitivity_file, initializer),
             )
         config = options[found.option]
         report = QuantizationReport(config.to_dict(), found.ranks, text=text.origin)
@@ -195,8 +201,17 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         ValueError: names the tensors.
     """
-    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    broken = [name for name, p in model.named_parameters() if not _all_finite(p.detach())]
     if broken:
         raise ValueError(
             f"non-finite weights in {', '.join(broken)}: the source checkpoint is damaged"
         )
+
+
+def _all_finite(weight: Tensor) -> bool:
+    """Whether all values are finite; a part at a time, and memory of a mapped one is given back."""
+    parts = weight.flatten().split(CHECKED_AT_ONCE)
+    try:
+        return all(bool(part.isfinite().all()) for part in parts)
+    finally:
+        forget([weight])

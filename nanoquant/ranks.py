@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def choose_ranks(
     decoder: Decoder,
     chosen: range,
     text: Text,
-    importances: Mapping[str, Importance],
+    importances: Callable[[int], Mapping[str, Importance]],
     options: list[NanoQuantConfig],
     progress: Progress,
     recorder: Recorder,
@@ -78,7 +78,7 @@ def choose_ranks(
         decoder: its blocks.
         chosen: blocks to quantize.
         text: windows; measuring takes calibration ones.
-        importances: of the linears, by full name.
+        importances: gives those of a block's linears, by full name; asked for where they are needed.
         options: configs of :func:`check_budget`, which differ in bits alone.
         progress: told about measuring.
         recorder: takes the ranks and what they follow from.
@@ -151,7 +151,7 @@ class Measurement:
 
     model: PreTrainedModel
     decoder: Decoder
-    importances: Mapping[str, Importance]
+    importances: Callable[[int], Mapping[str, Importance]]
     uniform: Mapping[str, int]
     config: NanoQuantConfig
     file: str | Path | None
@@ -189,8 +189,12 @@ class Measurement:
                 progress.advance(
                     1, note=f"embedding: divergence {known.groups[key].divergence:.4f}"
                 )
+            at, importances = None, {}
             for key, (b, names) in groups.items():
-                known.add(key, probe.measure(b, names))
+                if b != at:  # those of the block before are let go of first
+                    importances = {}
+                    at, importances = b, self.importances(b)
+                known.add(key, probe.measure(b, names, importances))
                 note = f"block {b}: divergence {known.groups[key].divergence:.4f}"
                 progress.advance(1, note=note)
         costs = [known.groups[key].divergence for key in tables] or [0.0]
@@ -217,7 +221,6 @@ class Measurement:
         return SensitivityProbe(
             self.model,
             self.decoder,
-            self.importances,
             self.uniform,
             self.config.budget.rank_multiple,
             self.config.budget.bits,

@@ -31,6 +31,7 @@ from nanoquant.digest import model_digest
 from nanoquant.divergence import ForwardKL
 from nanoquant.importance import Importance, stack
 from nanoquant.json_files import write_json
+from nanoquant.mapped import forget
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,6 @@ class SensitivityProbe:
     Args:
         model: dense, on its device.
         decoder: its blocks.
-        importances: of the linears to measure, by full name.
         ranks: their uniform ranks.
         step: ranks are multiples of this.
         bits: per weight, of the whole budget; they limit ranks.
@@ -158,7 +158,6 @@ class SensitivityProbe:
         self,
         model: nn.Module,
         decoder: Decoder,
-        importances: Mapping[str, Importance],
         ranks: Mapping[str, int],
         step: int,
         bits: float,
@@ -167,12 +166,14 @@ class SensitivityProbe:
         initializer: Initializer,
         seed: int = 0,
     ) -> None:
-        self.decoder, self.importances, self.ranks, self.step = decoder, importances, ranks, step
+        self.decoder, self.ranks, self.step = decoder, ranks, step
         self.bits, self.spread, self.initializer, self.seed = bits, spread, initializer, seed
         self.dense = DensePrefix(model, decoder, windows)
 
-    def measure(self, block: int, names: tuple[str, ...]) -> GroupLoss:
-        """Loss of one group of a block, and errors of its linears.
+    def measure(
+        self, block: int, names: tuple[str, ...], importances: Mapping[str, Importance]
+    ) -> GroupLoss:
+        """Loss of one group of a block, and errors of its linears, whose importances are given by full name.
 
         Raises:
             ValueError: the model gives non-finite logits with this group binary; names it.
@@ -180,7 +181,8 @@ class SensitivityProbe:
         binary, errors = {}, {}
         for name in names:
             full = self.decoder.full_name(block, name)
-            binary[name], errors[full] = self._factorize(block, name, full)
+            binary[name], errors[full] = self._factorize(block, name, full, importances[full])
+        forget(self.decoder.blocks[block].parameters())
         with _replaced(self.decoder.blocks[block], binary):
             logits = self.dense.logits_from(block)
         divergence = float(ForwardKL.apply(logits.flatten(0, 1), self.dense.logits.flatten(0, 1)))
@@ -190,10 +192,12 @@ class SensitivityProbe:
             )
         return GroupLoss(max(divergence, 0.0), errors)
 
-    def _factorize(self, block: int, name: str, full: str) -> tuple[Tensor, dict[int, float]]:
+    def _factorize(
+        self, block: int, name: str, full: str, importance: Importance
+    ) -> tuple[Tensor, dict[int, float]]:
         """The approximation (d_out, d_in) at the uniform rank, and the errors at all ranks."""
         W = as_linear(self.decoder.blocks[block].get_submodule(name)).weight.detach().float()
-        importance, uniform = self.importances[full], self.ranks[full]
+        uniform = self.ranks[full]
         i, o = importance.input.to(W), importance.output.to(W)
         found, errors = W, {}
         for rank in probed_ranks(tuple(W.shape), uniform, self.step, self.spread, self.bits):

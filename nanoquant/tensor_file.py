@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,28 +42,20 @@ class TensorFile:
         self.path, self.settings, self.what = path, dict(settings), what
         self.written = time.monotonic()
 
-    def read(self) -> Content | None:
-        """Tensors and values; None where there is no file yet.
+    def read(self, wanted: Callable[[str], bool] = lambda name: True) -> Content | None:
+        """Tensors of wanted names, and values; None where there is no file yet.
 
         Raises:
             ValueError: the file is damaged or belongs to other settings, which are named.
         """
-        return self._read(with_tensors=True)
-
-    def values(self) -> dict[str, Any]:
-        """The values alone; empty where there is no file yet. Errors as of :meth:`read`."""
-        content = self._read(with_tensors=False)
-        return content.values if content else {}
-
-    def _read(self, with_tensors: bool) -> Content | None:
         if self.path is None or not self.path.is_file():
             return None
         try:
             with safe_open(self.path, "pt") as file:
                 found = dict(file.metadata() or {})
                 values = json.loads(found.pop(VALUES, "{}"))
-                names = list(file.keys()) if with_tensors else []
-                tensors = {name: file.get_tensor(name) for name in names}
+                names = list(file.keys())
+                tensors = {name: file.get_tensor(name) for name in names if wanted(name)}
         except (SafetensorError, OSError, ValueError) as error:
             raise ValueError(
                 f"{self.path} can't be read ({error}); delete it, and {self.what} will be made anew"
@@ -78,6 +70,11 @@ class TensorFile:
                 f"{self.path} holds {self.what} of {'; '.join(other)}; delete it, or give another place"
             )
         return Content(tensors, values)
+
+    def values(self) -> dict[str, Any]:
+        """The values alone; empty where there is no file yet. Errors as of :meth:`read`."""
+        content = self.read(lambda name: False)
+        return content.values if content else {}
 
     def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
         """Replace the file.
@@ -107,6 +104,12 @@ class TensorFile:
             with suppress(OSError):  # another file may be on its way there
                 partial.parent.rmdir()
         self.written = time.monotonic()
+
+    def delete(self) -> None:
+        """Delete the file where there is one; what can't be deleted stays, and is read or written over."""
+        if self.path is not None:
+            with suppress(OSError):
+                self.path.unlink()
 
     def age(self) -> float:
         """Seconds since the last write, or since this object was made."""

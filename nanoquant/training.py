@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from nanoquant.compiling import uncompiled
 from nanoquant.optimizer import OptimizerConfig, adamw
 from nanoquant.resuming import Start
+from nanoquant.units import parse_bytes
 
 logger = logging.getLogger(__name__)
-
 
 PRECISIONS = ("bf16-mixed", "32-true")
 
@@ -46,7 +46,13 @@ class RunConfig:
     """Seconds between two copies of an unfinished whole-model phase on the disk, where a killed run goes on; a copy
     takes 16 bytes a latent. null: none, and a killed run begins anew."""
 
+    activation_memory: str | None = None
+    """Most memory of the activations that calibration and blocks keep, such as 4GB; the rest lies in files without a
+    name in the work folder, and decides nothing. null: all in memory."""
+
     def __post_init__(self) -> None:
+        if self.activation_memory is not None:
+            parse_bytes(self.activation_memory, "run.activation_memory")
         if self.save_every is not None and not 0 <= self.save_every < math.inf:
             raise ValueError(
                 f"save_every must be a finite number of seconds from 0 or null, got {self.save_every}"

@@ -1,4 +1,4 @@
-"""Unfinished work of :func:`quantize` in a folder: importances, each block once it is binary, the whole-model phase.
+"""Unfinished work of :func:`quantize` in a folder: importances and binary layers block by block, the whole-model phase.
 
 The same call with the same model, text, settings and version goes on there and ends with the same result; another one
 is refused with the difference named. Every file is whole or absent, so a run can be killed at any moment.
@@ -23,10 +23,10 @@ from nanoquant.checkpoint_files import check_can_be_made, read_header
 from nanoquant.config import NanoQuantConfig
 from nanoquant.digest import code_digest, model_digest
 from nanoquant.importance import Importance
+from nanoquant.importance_store import ImportanceStore
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.mapped import map_tensors
 from nanoquant.model_state import ModelState
-from nanoquant.second_moment import Correlation
 from nanoquant.tensor_file import TensorFile, forget_torn
 from nanoquant.text import Text
 from nanoquant.text_plan import TextPlan
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 PATTERN = "unfinished-*.safetensors"
 SIGNS = ("U", "V", "u_signs", "v_signs")
 """Parts of a binary layer that stay in its file; whoever trains latents gives them memory of their own."""
-IDLE = ("preset", "run.save_every", "run.accelerator")
+IDLE = ("preset", "run.save_every", "run.accelerator", "run.activation_memory")
 """Fields that decide nothing of the result."""
 
 
@@ -74,7 +74,8 @@ class Unfinished:
         if self.folder is not None:
             check_can_be_made(self.folder, f"unfinished work in {self.folder}")
             self.settings = _settings(model, config) | _text(text)
-        self.calibration = self._file("calibration", "importances")
+        self.importances = ImportanceStore(self._importance)
+        self.gradient = self._file("gradient", "gradients of the calibration")
         state = self._file("model", "training of the model")
         if self.folder is not None and config.model.optimizer.state_bits != 32:
             logger.warning(
@@ -88,6 +89,9 @@ class Unfinished:
         path = None if self.folder is None else self.folder / PATTERN.replace("*", name)
         return TensorFile(path, self.settings, what)
 
+    def _importance(self, b: int) -> TensorFile:
+        return self._file(f"importance-{b:03}", f"importances of block {b}")
+
     def _block(self, b: int) -> TensorFile:
         return self._file(f"block-{b:03}", f"block {b}")
 
@@ -98,7 +102,8 @@ class Unfinished:
             ValueError: what is kept belongs to another run.
         """
         files, refusals = {b: self._block(b) for b in chosen}, []
-        for file in (self.calibration, *files.values(), self.model.file):
+        calibration = (*(self.importances.file(b) for b in chosen), self.gradient)
+        for file in (*calibration, *files.values(), self.model.file):
             try:
                 file.values()
             except ValueError as error:
@@ -106,50 +111,37 @@ class Unfinished:
         if refusals:
             more = f"; so do {len(refusals) - 1} other {PATTERN} files" if len(refusals) > 1 else ""
             raise ValueError(refusals[0] + more)
-        importances = None
-        if all(file.values() for file in files.values()):
-            importances = self.importances(correlated=False)
-        if importances is None:
+        if not all(files[b].values() and self.importances.has(b) for b in chosen):
             return None
         found = {b: self.take_block(decoder, b) for b in chosen}
         values = files[chosen[0]].values()
         ranks = {
             full: rank for file in files.values() for full, rank in file.values()["ranks"].items()
         }
-        return Initialized(values["option"], ranks, found, importances)
+        return Initialized(values["option"], ranks, found, self.importances.diagonals(chosen))
 
-    def importances(self, correlated: bool = True) -> dict[str, Importance] | None:
-        """Kept importances by full name, with or without correlations; None where there are none."""
-        content = self.calibration.read()
-        if content is None:
-            return None
-        tensors, values = content
-        known = [
-            Correlation(tensors[f"{n}.Q"], tensors[f"{n}.spread"])
-            for n in range(values["correlations"])
-        ]
-        return {
-            full: Importance(
-                tensors[f"{full}.input"],
-                tensors[f"{full}.output"],
-                *(known[n] if correlated and n is not None else None for n in numbers),
-                scale=scale,
-            )
-            for full, (scale, *numbers) in values["linears"].items()
-        }
+    def calibrated(self, blocks: int, chosen: range) -> tuple[int, Tensor | None]:
+        """The block from which on all have been calibrated, and the gradient (N, T, d) at its input.
 
-    def keep_importances(self, importances: Mapping[str, Importance]) -> None:
-        """Keep what calibration gave; a correlation that linears share is kept once."""
-        tensors, linears, numbers = {}, {}, {}
-        for full, found in importances.items():
-            tensors |= {f"{full}.input": found.input, f"{full}.output": found.output}
-            both = (found.input_correlation, found.output_correlation)
-            for known in both:
-                if known is not None and id(known) not in numbers:
-                    n = numbers[id(known)] = len(numbers)
-                    tensors |= {f"{n}.Q": known.Q, f"{n}.spread": known.spread}
-            linears[full] = (found.scale, *(numbers.get(id(known)) for known in both))
-        self.calibration.write(tensors, {"linears": linears, "correlations": len(numbers)})
+        All ``blocks`` of a model, and no gradient, where none is; the first chosen one where nothing is left to do.
+        """
+        if all(self.importances.has(b) for b in chosen):
+            return chosen.start, None
+        begun = self.gradient.values().get("block", blocks)
+        if all(self.importances.has(b) for b in chosen if b >= begun) and begun < blocks:
+            return begun, self.gradient.read().tensors["gradient"]
+        return blocks, None
+
+    def keep_calibrated(
+        self, b: int, chosen: range, importances: Mapping[str, Importance], gradient: Tensor
+    ) -> None:
+        """Keep what a calibrated block gave: its importances, if it is chosen, and the gradient at its input."""
+        if b in chosen:
+            self.importances.keep(b, importances)
+        if b > chosen.start:
+            self.gradient.write({"gradient": gradient}, {"block": b})
+        else:
+            self.gradient.delete()
 
     def take_block(
         self, decoder: Decoder, b: int, ranks: Mapping[str, int] | None = None, option: int = 0
@@ -256,8 +248,9 @@ def check_settings(
         ValueError: names the difference.
     """
     settings = _settings(model, config) | {"text": plan.digest[:16]}
-    for name in ("calibration", "model") if config.run.save_every is not None else ():
-        TensorFile(Path(folder) / PATTERN.replace("*", name), settings, "unfinished work").values()
+    for name in ("importance-*", "model") if config.run.save_every is not None else ():
+        for path in sorted(Path(folder).glob(PATTERN.replace("*", name, 1)))[:1]:
+            TensorFile(path, settings, "unfinished work").values()
 
 
 def _settings(model: nn.Module, config: NanoQuantConfig) -> dict[str, str]:

@@ -16,7 +16,8 @@ from nanoquant.architectures import capture_block_inputs, find_decoder, run_bloc
 from nanoquant.binary import BinaryFactors, sign
 from nanoquant.block_reconstruction import SCHEDULES, BlockConfig, BlockReconstructor
 from nanoquant.block_tuning import BlockData, BlockObjective
-from nanoquant.importance import ImportanceConfig, collect_importances
+from nanoquant.calibration import collect_importances
+from nanoquant.importance import ImportanceConfig
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.training import FitResult
@@ -35,7 +36,7 @@ def prepare(family="llama", rank=16):
     """First block of a tiny model with all that its reconstruction needs."""
     model = FAMILIES[family]()
     decoder, windows = find_decoder(model), random_windows(4, 24)
-    found = collect_importances(model, decoder.linear_modules(), windows, ImportanceConfig())
+    found = collect_importances(model, decoder, windows, ImportanceConfig())
     names = decoder.linears[0]
     hidden, calls = capture_block_inputs(model, decoder, windows)
     block = decoder.blocks[0]

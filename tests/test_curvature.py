@@ -10,8 +10,9 @@ from tiny_models import FAMILIES, random_windows, tiny_llama
 from nanoquant.admm import ADMMConfig, ADMMInitializer, ADMMState
 from nanoquant.architectures import find_decoder
 from nanoquant.budget import BudgetConfig
+from nanoquant.calibration import collect_importances
 from nanoquant.config import CalibrationConfig, nanoquant_config
-from nanoquant.importance import Importance, ImportanceConfig, collect_importances, stack
+from nanoquant.importance import Importance, ImportanceConfig, stack
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.quantize import quantize
 from nanoquant.second_moment import Correlation, SecondMoment, SecondMomentMatrix, correlation_of
@@ -137,11 +138,10 @@ def test_the_matrix_has_the_clipped_moments_on_its_diagonal():
 def test_linears_that_read_one_tensor_share_its_correlation_and_keep_their_diagonal(family):
     model = FAMILIES[family]()
     decoder, windows = find_decoder(model), random_windows(6, 16)
-    linears = decoder.linear_modules()
-    plain = collect_importances(model, linears, windows, ImportanceConfig(), batch_size=2)
-    found = collect_importances(model, linears, windows, BOTH, batch_size=2)
-    alone = collect_importances(model, linears, windows, INPUTS, batch_size=2)
-    for name in linears:
+    plain = collect_importances(model, decoder, windows, ImportanceConfig(), batch_size=2)
+    found = collect_importances(model, decoder, windows, BOTH, batch_size=2)
+    alone = collect_importances(model, decoder, windows, INPUTS, batch_size=2)
+    for name in decoder.linear_modules():
         torch.testing.assert_close(found[name].input, plain[name].input, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found[name].output, plain[name].output, rtol=1e-4, atol=1e-5)
         assert plain[name].input_correlation is None
@@ -160,7 +160,8 @@ def test_a_correlation_that_is_not_finite_falls_back_to_the_diagonal_and_names_t
     caplog, side, what
 ):
     model, windows = tiny_llama(), random_windows(6, 16)
-    linears = find_decoder(model).linear_modules()
+    decoder = find_decoder(model)
+    decoder = dataclasses.replace(decoder, linears=((), ("mlp.down_proj",)))
     name = "model.layers.1.mlp.down_proj"
     eigh = torch.linalg.eigh
 
@@ -173,12 +174,15 @@ def test_a_correlation_that_is_not_finite_falls_back_to_the_diagonal_and_names_t
     failing.calls = 0
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
         patch.setattr(torch.linalg, "eigh", failing)
-        found = collect_importances(model, {name: linears[name]}, windows, BOTH)[name]
+        found = collect_importances(model, decoder, windows, BOTH)[name]
     correlations = (found.input_correlation, found.output_correlation)
     assert correlations[side] is None and correlations[1 - side] is not None
     assert (found.input > 0).all() and (found.output > 0).all()
     assert f"{what} of {name} is not finite" in caplog.text
-    W, factors = linears[name].weight.detach(), ADMMInitializer(ADMMConfig(iterations=3))
+    W, factors = (
+        model.get_submodule(name).weight.detach(),
+        ADMMInitializer(ADMMConfig(iterations=3)),
+    )
     assert factors(W, found, 8).dense().isfinite().all()
 
 

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanoquant.architectures import find_decoder
+from nanoquant.calibration import collect_importances
 from nanoquant.importance import (
     ImportanceCollector,
     ImportanceConfig,
-    collect_importances,
     cross_entropy_gradient,
 )
 from nanoquant.second_moment import SecondMoment, clip_threshold, clip_tokens, shrink
@@ -49,7 +49,7 @@ def test_importances_equal_direct_autograd(build):
     model = build(dtype=torch.float64)
     windows = random_windows(6, 16)
     linears = find_decoder(model).linear_modules()
-    found = collect_importances(model, linears, windows, PLAIN, batch_size=2)
+    found = collect_importances(model, find_decoder(model), windows, PLAIN, batch_size=2)
     for name in linears:
         x, g = direct_moments(model, name, windows)
         torch.testing.assert_close(found[name].input.double(), normalised(x), rtol=1e-5, atol=0)
@@ -60,8 +60,8 @@ def test_importances_equal_direct_autograd(build):
 def test_batch_size_does_not_matter_without_clipping():
     model, windows = tiny_llama(), random_windows(4, 16)
     linears = find_decoder(model).linear_modules()
-    one = collect_importances(model, linears, windows, PLAIN, batch_size=1)
-    two = collect_importances(model, linears, windows, PLAIN, batch_size=4)
+    one = collect_importances(model, find_decoder(model), windows, PLAIN, batch_size=1)
+    two = collect_importances(model, find_decoder(model), windows, PLAIN, batch_size=4)
     for name in linears:
         torch.testing.assert_close(one[name].output, two[name].output, rtol=1e-4, atol=1e-6)
 
@@ -78,8 +78,7 @@ def test_bfloat16_importances_are_close_to_float32():
     found = {}
     for dtype in (torch.float32, torch.bfloat16):
         model = tiny_llama(dtype=dtype)
-        linears = find_decoder(model).linear_modules()
-        found[dtype] = collect_importances(model, linears, windows, ImportanceConfig())
+        found[dtype] = collect_importances(model, find_decoder(model), windows, ImportanceConfig())
     for name, exact in found[torch.float32].items():
         rounded = found[torch.bfloat16][name]
         assert rounded.output.dtype == torch.float32
@@ -89,9 +88,10 @@ def test_bfloat16_importances_are_close_to_float32():
 
 def test_importances_have_mean_one_and_are_positive():
     model = tiny_llama()
-    linears = find_decoder(model).linear_modules()
     config = ImportanceConfig()
-    for importance in collect_importances(model, linears, random_windows(2, 16), config).values():
+    for importance in collect_importances(
+        model, find_decoder(model), random_windows(2, 16), config
+    ).values():
         for value in (importance.input, importance.output):
             assert value.mean().item() == pytest.approx(1, abs=1e-5) and (value > 0).all()
 
@@ -99,9 +99,9 @@ def test_importances_have_mean_one_and_are_positive():
 def test_each_setting_changes_the_importances():
     model, windows = tiny_llama(), random_windows(4, 16)
     linears = find_decoder(model).linear_modules()
-    base = collect_importances(model, linears, windows, ImportanceConfig())
+    base = collect_importances(model, find_decoder(model), windows, ImportanceConfig())
     for config in (ImportanceConfig(shrinkage=0.6), ImportanceConfig(clip_quantile=0.5)):
-        other = collect_importances(model, linears, windows, config)
+        other = collect_importances(model, find_decoder(model), windows, config)
         assert all(not torch.equal(base[n].output, other[n].output) for n in linears)
 
 
@@ -109,11 +109,7 @@ def test_model_is_left_as_it_was():
     model = tiny_llama().train()
     model.model.norm.weight.requires_grad_(False)
     flags = [p.requires_grad for p in model.parameters()]
-    linears = find_decoder(model).linear_modules()
-    calls = []
-    progress = lambda done, total: calls.append((done, total))  # noqa: E731
-    collect_importances(model, linears, random_windows(3, 8), PLAIN, 2, progress)
-    assert calls == [(2, 3), (3, 3)]
+    collect_importances(model, find_decoder(model), random_windows(3, 8), PLAIN, 2)
     assert [p.requires_grad for p in model.parameters()] == flags
     assert all(p.grad is None for p in model.parameters())
     assert model.training and hooks(model) == 0
@@ -121,39 +117,35 @@ def test_model_is_left_as_it_was():
 
 def test_model_is_left_as_it_was_after_an_error():
     model = tiny_llama()
-    linears = find_decoder(model).linear_modules()
     with pytest.raises(IndexError):
-        collect_importances(model, linears, torch.full((2, 8), 10_000), PLAIN)
+        collect_importances(model, find_decoder(model), torch.full((2, 8), 10_000), PLAIN)
     assert all(p.requires_grad for p in model.parameters()) and hooks(model) == 0
 
 
 def test_importances_can_be_collected_under_no_grad():
     model, windows = tiny_llama(), random_windows(2, 8)
-    linears = find_decoder(model).linear_modules()
     with torch.no_grad():
-        collect_importances(model, linears, windows, PLAIN)
+        collect_importances(model, find_decoder(model), windows, PLAIN)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_the_layer(bad):
     model = tiny_llama()
-    linears = find_decoder(model).linear_modules()
     with torch.no_grad():
         model.model.layers[1].post_attention_layernorm.weight[0] = bad
     message = r"input activations of model\.layers\.1\.mlp\.gate_proj are not finite"
     with pytest.raises(ValueError, match=message):
-        collect_importances(model, linears, random_windows(1, 8), PLAIN)
+        collect_importances(model, find_decoder(model), random_windows(1, 8), PLAIN)
     assert hooks(model) == 0
 
 
 def test_gradients_that_are_not_finite_name_the_layer():
     model = tiny_llama(tie=False)
-    linears = find_decoder(model).linear_modules()
     with torch.no_grad():
         model.lm_head.weight[0, 0] = float("nan")
     message = r"output gradients of model\.layers\.1\.mlp\.down_proj are not finite"
     with pytest.raises(ValueError, match=message):
-        collect_importances(model, linears, random_windows(1, 8), PLAIN)
+        collect_importances(model, find_decoder(model), random_windows(1, 8), PLAIN)
     assert hooks(model) == 0 and all(p.requires_grad for p in model.parameters())
 
 
@@ -161,17 +153,15 @@ def test_zero_gradients_name_the_layer():
     model = tiny_llama()
     with torch.no_grad():
         model.model.layers[0].self_attn.o_proj.weight.zero_()
-    linears = find_decoder(model).linear_modules()
     message = r"output gradients of model\.layers\.0\.self_attn\.\w_proj are all zero"
     with pytest.raises(ValueError, match=message):
-        collect_importances(model, linears, random_windows(1, 8), PLAIN)
+        collect_importances(model, find_decoder(model), random_windows(1, 8), PLAIN)
 
 
 def test_a_layer_without_statistics_is_named():
     model = tiny_llama()
-    linears = find_decoder(model).linear_modules() | {"never.run": nn.Linear(2, 2)}
     with pytest.raises(ValueError, match=r"never\.run has no statistics of its input activations"):
-        collect_importances(model, linears, random_windows(1, 8), PLAIN)
+        ImportanceCollector({"never.run": nn.Linear(2, 2)}, PLAIN).importances()
     for passes, what in ((torch.no_grad, "input activations"), (torch.enable_grad, "output grad")):
         with ImportanceCollector({"head": model.lm_head}, PLAIN) as collector, passes():
             model(input_ids=random_windows(1, 8))  # no backward pass
@@ -184,7 +174,7 @@ def test_collector_serves_a_loop_of_the_caller():
     linears = find_decoder(model).linear_modules()
     with ImportanceCollector(linears, PLAIN) as collector:
         model(input_ids=ids, labels=ids).loss.backward()
-    expected = collect_importances(model, linears, ids, PLAIN, batch_size=2)
+    expected = collect_importances(model, find_decoder(model), ids, PLAIN, batch_size=2)
     for name, importance in collector.importances().items():
         torch.testing.assert_close(importance.output, expected[name].output, rtol=1e-4, atol=1e-6)
 
@@ -192,7 +182,7 @@ def test_collector_serves_a_loop_of_the_caller():
 def test_gradient_checkpointing_gives_the_same_importances():
     model, ids = tiny_llama(), random_windows(2, 8)
     linears = find_decoder(model).linear_modules()
-    expected = collect_importances(model, linears, ids, PLAIN)
+    expected = collect_importances(model, find_decoder(model), ids, PLAIN)
     for block in model.model.layers:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     with ImportanceCollector(linears, PLAIN) as collector:

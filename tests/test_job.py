@@ -183,11 +183,11 @@ def test_a_run_interrupted_while_it_measures_ranks_goes_on_from_its_record(
 ):
     measure, measured = SensitivityProbe.measure, []
 
-    def interrupted(probe, block, names):
+    def interrupted(probe, block, names, importances):
         if len(measured) == 3:
             raise KeyboardInterrupt
         measured.append(names)
-        return measure(probe, block, names)
+        return measure(probe, block, names, importances)
 
     flags = ["--text", place / "text.txt", *SMALL, "--budget.allocation", "measured"]
     flags += ["--sensitivity.iterations", "3", "--model.train", "none"]

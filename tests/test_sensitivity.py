@@ -11,8 +11,9 @@ from tiny_models import FAMILIES, random_windows, tiny_gpt2, tiny_llama
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import as_linear, find_decoder
 from nanoquant.budget import BudgetConfig, allocate_ranks, body_bits
+from nanoquant.calibration import collect_importances
 from nanoquant.config import CalibrationConfig, nanoquant_config
-from nanoquant.importance import ImportanceConfig, collect_importances
+from nanoquant.importance import ImportanceConfig
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.progress import Progress
 from nanoquant.quantize import quantize
@@ -40,18 +41,14 @@ MEASURED = nanoquant_config(
 
 
 def make_probe(model, spread=0.5):
-    """A probe of a whole tiny model, its decoder and its ranks."""
+    """A probe of a whole tiny model, its decoder, its ranks and its importances."""
     decoder = find_decoder(model)
     shapes = decoder_shapes(decoder, range(len(decoder.blocks)))
     ranks = allocate_ranks(shapes, BudgetConfig(rank_multiple=8))
-    importances = collect_importances(
-        model, decoder.linear_modules(), WINDOWS, ImportanceConfig(), 2
-    )
+    importances = collect_importances(model, decoder, WINDOWS, ImportanceConfig(), 2)
     initializer = ADMMInitializer(ADMMConfig(iterations=5))
-    probe = SensitivityProbe(
-        model, decoder, importances, ranks, 8, 1.0, WINDOWS, spread, initializer, seed=3
-    )
-    return probe, decoder, ranks
+    probe = SensitivityProbe(model, decoder, ranks, 8, 1.0, WINDOWS, spread, initializer, seed=3)
+    return probe, decoder, ranks, importances
 
 
 def logits(model):
@@ -63,9 +60,9 @@ def logits(model):
 def test_the_model_is_bit_for_bit_the_same_after_measuring(family):
     model = FAMILIES[family](dtype=torch.bfloat16)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    probe, decoder, _ = make_probe(model)
+    probe, decoder, _, importances = make_probe(model)
     for names in decoder.groups[1]:
-        assert probe.measure(1, names).divergence > 0
+        assert probe.measure(1, names, importances).divergence > 0
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert torch.equal(logits(model), probe.dense.logits)
@@ -74,14 +71,14 @@ def test_the_model_is_bit_for_bit_the_same_after_measuring(family):
 @pytest.mark.parametrize("family", [tiny_llama, tiny_gpt2])
 def test_the_divergence_is_that_of_the_model_with_this_group_alone_binary(family):
     model = family()
-    probe, decoder, ranks = make_probe(model)
+    probe, decoder, ranks, importances = make_probe(model)
     names, reference = decoder.groups[1][2], logits(model).log_softmax(-1)
-    group = probe.measure(1, names)
+    group = probe.measure(1, names, importances)
     for name in names:
         full = decoder.full_name(1, name)
         linear = as_linear(decoder.blocks[1].get_submodule(name))
         generator = torch.Generator().manual_seed(3)
-        importance = probe.importances[full]
+        importance = importances[full]
         factors = probe.initializer(linear.weight, importance, ranks[full], generator)
         gap = (linear.weight.detach() - factors.dense()).square()
         o, i = importance.output.unsqueeze(-1), importance.input
@@ -95,9 +92,9 @@ def test_the_divergence_is_that_of_the_model_with_this_group_alone_binary(family
 
 
 def test_an_error_falls_with_rank_and_the_shares_of_a_group_add_up_to_its_loss():
-    probe, decoder, ranks = make_probe(tiny_llama())
+    probe, decoder, ranks, importances = make_probe(tiny_llama())
     names = decoder.groups[0][0]
-    group = probe.measure(0, names)
+    group = probe.measure(0, names, importances)
     for full, errors in group.errors.items():
         assert list(errors) == sorted(errors) and ranks[full] in errors
         assert list(errors.values()) == sorted(errors.values(), reverse=True)
@@ -110,14 +107,14 @@ def test_an_error_falls_with_rank_and_the_shares_of_a_group_add_up_to_its_loss()
 
 def test_an_interrupt_puts_the_dense_weights_back(monkeypatch):
     model = tiny_llama()
-    probe, decoder, _ = make_probe(model)
+    probe, decoder, _, importances = make_probe(model)
 
     def interrupt(block):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(probe.dense, "logits_from", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        probe.measure(0, decoder.groups[0][0])
+        probe.measure(0, decoder.groups[0][0], importances)
     assert torch.equal(logits(model), probe.dense.logits)
 
 

@@ -15,11 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 import nanoquant
 from nanoquant.admm import ADMMConfig
+from nanoquant.architectures import find_decoder
 from nanoquant.binary import relative_error
 from nanoquant.budget import BudgetConfig
+from nanoquant.calibration import collect_importances
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.importance import ImportanceConfig, collect_importances
+from nanoquant.importance import ImportanceConfig
 from nanoquant.packed_tensor import PackedBinaryTensor
 from nanoquant.training import RunConfig
 from nanoquant.transform import ObservedLinear
@@ -96,6 +98,7 @@ def test_a_config_from_nanoquant_config_works():
 
 def test_the_handler_is_there_as_soon_as_the_config_module_is():
     code = """
+from nanoquant.calibration import collect_importances
 from nanoquant.config import nanoquant_config
 from torch import nn
 from torchao.quantization import quantize_
@@ -145,8 +148,8 @@ def test_two_steps_use_the_importances_of_the_collector(convert_as, curvature):
     importance = ImportanceConfig(curvature=curvature)
     prepare, convert = (dataclasses.replace(c, importance=importance) for c in (PREPARE, CONVERT))
     model = tiny_llama()
-    names = {n: m for n, m in model.named_modules() if only_decoder(m, n)}
-    expected = collect_importances(model, names, WINDOWS, importance)
+    expected = collect_importances(model, find_decoder(model), WINDOWS, importance)
+    names = [n for n, m in model.named_modules() if only_decoder(m, n)]
     quantize_(model, prepare, filter_fn=only_decoder)
     for window in WINDOWS.split(1):
         out = model(input_ids=window, use_cache=False).logits

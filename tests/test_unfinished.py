@@ -62,7 +62,7 @@ def run(work, config=QUICK, kill=None, model=None, tokens=TOKENS, phase="model")
 
 
 BEFORE_MODEL = [
-    f"unfinished-{name}.safetensors" for name in ("block-000", "block-001", "calibration")
+    f"unfinished-{part}-{b:03}.safetensors" for part in ("block", "importance") for b in range(2)
 ]
 
 
@@ -169,7 +169,7 @@ def test_how_often_copies_are_made_may_change(tmp_path):
 
 def test_files_of_another_run_are_counted(tmp_path):
     killed(tmp_path, 2)
-    with pytest.raises(ValueError, match="calibration.*run.seed '0', not '1'.*so do 3 other"):
+    with pytest.raises(ValueError, match="importance-000.*run.seed '0', not '1'.*so do 4 other"):
         run(tmp_path, dataclasses.replace(QUICK, run=RunConfig(save_every=0, seed=1)))
 
 
@@ -204,7 +204,7 @@ def test_frozen_signs_go_on_too(tmp_path):
 def test_unfinished_work_of_another_run_is_refused_with_the_difference(change, named, tmp_path):
     killed(tmp_path, 2)
     with pytest.raises(
-        ValueError, match=rf"unfinished-calibration.* holds importances of .*{named}.*delete it"
+        ValueError, match=rf"importance-000.* holds importances of .*{named}.*delete it"
     ):
         run(tmp_path, **change)
 

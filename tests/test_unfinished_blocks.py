@@ -9,7 +9,7 @@ from test_mapped import is_mapped
 from test_unfinished import QUICK, killed, run
 from tiny_models import tiny_llama
 
-from nanoquant import phases
+from nanoquant import phases, tensor_file
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.mapped import forget
@@ -26,12 +26,22 @@ TUNED = dataclasses.replace(
 @pytest.mark.parametrize("train", ["signs", "scales", "none"])
 @pytest.mark.parametrize(
     ("phase", "at", "left"),
-    [("calibrate", 0, [4, 4]), ("ranks", 3, [0, 4]), ("blocks", 0, [0, 3]), ("blocks", 2, [0, 1])],
+    [
+        ("calibrate", 0, [11, 4]),
+        ("calibrate", 5, [5, 4]),
+        ("calibrate", 9, [0, 4]),
+        ("ranks", 3, [0, 4]),
+        ("blocks", 0, [0, 3]),
+        ("blocks", 2, [0, 1]),
+    ],
 )
 def test_a_run_that_is_killed_before_the_model_phase_loses_the_block_at_work(
     phase, at, left, train, tmp_path
 ):
-    """``left``: windows calibrated and blocks made after the kill, which comes when its block is kept."""
+    """``left``: passes of calibration and blocks made after the kill, which comes when its block is kept.
+
+    Calibration runs 3 blocks forward, then 4 forward and backward; a kill repeats the forward passes it needs.
+    """
     config = dataclasses.replace(TUNED, model=dataclasses.replace(QUICK.model, train=train))
     expected, whole, _ = run(None, config, model=tiny_llama(layers=4))
     killed(tmp_path, at, phase=phase, config=config, model=tiny_llama(layers=4))
@@ -44,9 +54,10 @@ def test_a_run_that_is_killed_before_the_model_phase_loses_the_block_at_work(
 
 def test_what_linears_share_is_kept_once(tmp_path):
     killed(tmp_path, 0, phase="blocks", config=TUNED)
-    tensors = load_file(tmp_path / "unfinished-calibration.safetensors")
-    # two blocks: 4 inputs of a block, and gradients at 7 linears
-    assert sum(name.endswith(".Q") for name in tensors) == 2 * (4 + 7)
+    for b in range(2):
+        tensors = load_file(tmp_path / f"unfinished-importance-{b:03}.safetensors")
+        # 4 inputs of a block, and gradients at 7 linears
+        assert sum(name.endswith(".Q") for name in tensors) == 4 + 7
 
 
 @pytest.mark.parametrize("step", [0, 20])
@@ -112,3 +123,56 @@ def test_finished_blocks_live_in_their_files_and_nothing_writes_there(
     assert len(seen) == (0 if train == "none" else 28) and all(seen)
     assert report.model == whole.model and report.blocks == whole.blocks
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_importances_that_are_lost_are_made_again_as_they_were(tmp_path):
+    expected, _, _ = run(None, TUNED)
+    killed(tmp_path, 0, phase="blocks", config=TUNED)
+    (tmp_path / "unfinished-importance-001.safetensors").unlink()
+    found, _, counts = run(tmp_path, TUNED)
+    assert counts["calibrate"] == [5, 5]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_disk_that_is_full_in_the_middle_of_calibration_ends_a_run_that_goes_on(
+    tmp_path, monkeypatch
+):
+    expected, _, _ = run(None, TUNED)
+    write = tensor_file.save_file
+
+    def full(tensors, path, metadata):
+        if "importance-000" in str(path):
+            raise OSError(28, "No space left on device")
+        write(tensors, path, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_file, "save_file", full)
+        with pytest.raises(OSError, match="importance-000"):
+            run(tmp_path, TUNED)
+    found, _, counts = run(tmp_path, TUNED)
+    assert counts["calibrate"] == [2, 2]  # one block, forward and backward
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_where_activations_lie_changes_nothing(tmp_path):
+    runs = [dataclasses.replace(TUNED.run, activation_memory=at) for at in (None, "1B", "9kB")]
+    found = []
+    for n, settings in enumerate(runs):
+        config = dataclasses.replace(TUNED, run=settings)
+        found.append(run(tmp_path / str(n), config, model=tiny_llama(layers=3)))
+        importances = [
+            load_file(tmp_path / str(n) / f"unfinished-importance-{b:03}.safetensors")
+            for b in range(3)
+        ]
+        found[-1] = (*found[-1], importances)
+        assert not [p for p in (tmp_path / str(n)).iterdir() if "unfinished" not in p.name]
+    (expected, report, _, known), *others = found
+    for tensors, other, _, importances in others:
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+        assert other.blocks == report.blocks
+        for one, two in zip(known, importances, strict=True):
+            assert all(torch.equal(two[name], tensor) for name, tensor in one.items())
+    killed(tmp_path / "killed", 4, phase="calibrate", config=TUNED, model=tiny_llama(layers=3))
+    changed = dataclasses.replace(TUNED, run=runs[1])
+    tensors, *_ = run(tmp_path / "killed", changed, model=tiny_llama(layers=3))
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())

@@ -21,8 +21,8 @@ from nanoquant.budget import (
     rank_limits,
     uniform_ranks,
 )
+from nanoquant.calibration import collect_importances
 from nanoquant.config import CalibrationConfig, nanoquant_config
-from nanoquant.importance import collect_importances
 from nanoquant.packed_linear import PackedBinaryLinear
 
 
@@ -65,7 +65,7 @@ def nanoquant_initialization(
     ours = nanoquant_config(bits=config.bits, importance={"curvature": "diagonal"})
     ranks = allocate_ranks(target.shapes, ours.budget)
     importances = collect_importances(
-        target.model, target.linears(), windows, ours.importance, CalibrationConfig.batch
+        target.model, target.decoder, windows, ours.importance, CalibrationConfig.batch
     )
     generator = torch.Generator().manual_seed(config.seed)
     initializer = ADMMInitializer(ours.admm)
