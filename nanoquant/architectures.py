@@ -5,10 +5,15 @@ their linears are the ``nn.Linear`` and ``Conv1D`` inside, and the order in whic
 which of them read the very same tensor) is observed on one short forward pass.
 """
 
+import copy
+import dataclasses
 import logging
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from nanoquant.decoder import (
@@ -31,6 +36,7 @@ __all__ = [
     "decoder_from_structure",
     "evaluation_mode",
     "find_decoder",
+    "find_skeleton_decoder",
     "input_device",
     "is_quantizable",
     "linear_shape",
@@ -108,13 +114,36 @@ def find_decoder(model: nn.Module) -> Decoder:
     Raises:
         ValueError: There is no such list, or the blocks hold parts that cannot be quantized.
     """
+    return _in_order(model, decoder_from_structure(model), model)
+
+
+def find_skeleton_decoder(model: PreTrainedModel) -> Decoder:
+    """The same of a model on the meta device: the forward pass is that of fake tensors, which only have shapes.
+
+    Raises:
+        ValueError: as :func:`find_decoder`.
+    """
     found = decoder_from_structure(model)
-    blocks, path = found.blocks, found.path
-    _report_kept(model, path)
-    reads = _trace_reads(model, found)
+    fake = FakeTensorMode()
+    with fake:
+        running = type(model)(copy.deepcopy(model.config))
+    return _in_order(model, found, running, fake)
+
+
+def _in_order(
+    model: nn.Module,
+    found: Decoder,
+    running: nn.Module,
+    mode: AbstractContextManager[object] | None = None,
+) -> Decoder:
+    """The decoder with its linears in the order in which ``running``, of the same structure, calls them."""
+    _report_kept(model, found.path)
+    blocks = running.get_submodule(found.path)
+    with mode or nullcontext():
+        reads = _trace_reads(running, dataclasses.replace(found, blocks=blocks))
     decoder = Decoder(
-        blocks,
-        path,
+        found.blocks,
+        found.path,
         linears=tuple(tuple(names) for names in reads),
         groups=tuple(_group_by_input(names) for names in reads),
     )

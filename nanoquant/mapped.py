@@ -137,7 +137,8 @@ def _view(name: str, stored: StoredTensor, buffer: Tensor) -> Tensor:
         with safe_open(stored.file, "pt") as file:
             return file.get_tensor(name)
     dtype = DTYPES[stored.dtype]
-    raw = buffer[stored.begin : stored.begin + stored.bytes]
+    end = stored.begin + stored.bytes
+    raw = torch.from_numpy(buffer.numpy()[stored.begin : end])  # a storage of its own, by which shards are made
     if stored.begin % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).view(stored.shape)

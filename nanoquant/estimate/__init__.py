@@ -1,0 +1,1 @@
+"""What a quantization will take, before it begins: bytes, memory, disk, time."""

@@ -1,0 +1,113 @@
+"""Memory of single steps: what the initializer, a block with gradients, and the logits hold while they run, in bytes.
+
+Shapes: W (d_out, d_in) of rank r, n tokens at once, d hidden size, V vocabulary. Every formula is an upper bound that is
+meant to be near; tests measure whole phases against their sums.
+"""
+
+from __future__ import annotations
+
+from nanoquant.block_reconstruction import SCHEDULES, BlockConfig
+from nanoquant.estimate.subject import Subject
+from nanoquant.importance import LOSS_CHUNK
+
+F32 = 4
+"""Bytes of a float32, in which the initializer and all training work."""
+COPIES = 8
+"""Matrices like W that live at once while scales are refitted or the error is measured: W, the weighted W, signs,
+their product with scales, three products of these, and a quotient."""
+STATES = 3
+"""Of each factor: the factor, its proxy, its dual."""
+STEPS = 6
+"""Tensors like a factor that an update of it makes at once."""
+SQUARES = 6
+"""Matrices (r, r): the system, its factor or eigenvectors, and what LAPACK works in."""
+EIGEN = 7
+"""Matrices (d, d) while one correlation is decomposed: the moment, two quotients, eigenvectors, LAPACK's work."""
+NORMS = 24
+"""Bytes for each hidden channel of a token that two norms in float32 and the sums around them keep."""
+
+
+def admm(d_out: int, d_in: int, rank: int, members: int = 1) -> int:
+    """Initializing ``members`` linears of one shape at once."""
+    matrix, factor = d_out * d_in, (d_out + d_in) * rank
+    return F32 * members * (COPIES * matrix + (STATES + STEPS) * factor + SQUARES * rank**2)
+
+
+def admm_metric(d_in: int, d_out: int, curvature: str, members: int = 1) -> int:
+    """Copies of the correlations that the initializer takes of ``members`` linears."""
+    squares = d_in**2 * (curvature != "diagonal") + d_out**2 * (curvature == "both")
+    return F32 * members * squares
+
+
+def initializer(subject: Subject, block: int, ranks: dict[str, int], config: BlockConfig, curvature: str) -> int:
+    """The largest batch of linears that a block initializes at once."""
+    groups = tuple(tuple(group) for group in subject.groups(block))
+    largest = 0
+    for names in SCHEDULES[config.schedule](groups):
+        batches: dict[tuple[int, int], list[str]] = {}
+        for name in names:
+            batches.setdefault(subject.shapes[name], []).append(name)
+        for (d_out, d_in), members in batches.items():
+            rank, count = max(ranks[name] for name in members), len(members)
+            own = admm(d_out, d_in, rank, count) + admm_metric(d_in, d_out, curvature, count)
+            largest = max(largest, own)
+    return largest
+
+
+def statistics(subject: Subject, block: int, curvature: str) -> int:
+    """Importances of a block: pairs of each distinct input, of each output, and the vectors."""
+    shapes = subject.shapes
+    inputs = sum(shapes[group[0]][1] ** 2 for group in subject.groups(block))
+    outputs = sum(shapes[name][0] ** 2 for name in subject.names(block))
+    vectors = sum(sum(shapes[name]) for name in subject.names(block))
+    return F32 * (inputs * (curvature != "diagonal") + outputs * (curvature == "both") + vectors)
+
+
+def decomposition(subject: Subject, block: int, curvature: str) -> int:
+    """Eigenvectors of the largest correlation of a block while they are computed."""
+    shapes = subject.shapes
+    sides = [shapes[name][1] for name in subject.names(block) if curvature != "diagonal"]
+    sides += [shapes[name][0] for name in subject.names(block) if curvature == "both"]
+    return F32 * EIGEN * max(sides, default=0) ** 2
+
+
+def block_activations(subject: Subject, block: int, tokens: int, itemsize: int) -> int:
+    """What a dense block keeps for its backward pass: inputs, outputs twice, norms in float32; scores where eager."""
+    shapes = subject.shapes
+    inputs = sum(shapes[group[0]][1] for group in subject.groups(block))
+    outputs = sum(shapes[name][0] for name in subject.names(block))
+    return tokens * (itemsize * (inputs + 2 * outputs) + NORMS * subject.hidden)
+
+
+def binary_activations(subject: Subject, block: int, ranks: dict[str, int], tokens: int, itemsize: int) -> int:
+    """The same of a binary block: each linear keeps its input, that times s2, what lies between U and V, and two outputs."""
+    own = 0
+    for name in subject.names(block):
+        d_out, d_in = subject.shapes[name]
+        own += 2 * d_in + 2 * d_out + ranks[name]
+    return tokens * (itemsize * own + NORMS * subject.hidden)
+
+
+def scores(subject: Subject, windows: int, length: int) -> int:
+    """Attention scores of one block where they are made whole, in the model's type and in float32."""
+    if subject.model.config._attn_implementation != "eager":
+        return 0
+    heads = subject.text_config.num_attention_heads
+    return windows * heads * length**2 * (2 * subject.itemsize + F32)
+
+
+def forward(subject: Subject, tokens: int) -> int:
+    """The widest tensors of a pass without gradients: three like the widest linear, four hidden states in float32."""
+    widest = max(max(shape) for shape in subject.shapes.values())
+    return tokens * (3 * subject.itemsize * widest + 4 * F32 * subject.hidden)
+
+
+def logits(subject: Subject, tokens: int, copies: int) -> int:
+    """``copies`` of the logits of all tokens, and chunks of them in float32."""
+    chunk = 4 * F32 * min(tokens, LOSS_CHUNK)
+    return subject.vocabulary * (copies * subject.itemsize * tokens + chunk)
+
+
+def moments(size: int) -> int:
+    """Squares of token vectors in float32 while a linear's statistics grow: the tokens, clipped, and their products."""
+    return 3 * F32 * size
