@@ -1,4 +1,5 @@
-"""The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | doctor | report``.
+"""The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | estimate |
+doctor | report``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """
@@ -26,6 +27,7 @@ commands:
   inspect FOLDER                    sizes, ranks and recipe of a checkpoint
   bench                             speed and memory of packed layers and models on this machine
   advise MODEL --memory 8GB         what to use for a memory and a task, before anything is computed
+  estimate MODEL                    ranks, bytes, memory, disk and time of a quantization, beforehand
   doctor MODEL                      what would stop a quantization on this machine
   report OUT                        one page of plots from what a run recorded
 
@@ -142,6 +144,15 @@ def _bench(arguments: list[str]) -> None:
     bench_command(config)
 
 
+def _estimate(arguments: list[str]) -> None:
+    from nanoquant.parsers import parse_estimate
+
+    request, config = parse_estimate(arguments)
+    from nanoquant.estimate.command import estimate_command
+
+    estimate_command(request, config)
+
+
 def _report(arguments: list[str]) -> None:
     from nanoquant.parsers import parse_report
 
@@ -177,6 +188,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "Say what to use for a memory and a task; MODEL may also be a published name, as llama-2-7b.",
         "nanoquant.advice.command",
     ),
+    "estimate": _estimate,
     "doctor": _other(
         "doctor",
         "Look for what would stop a quantization of MODEL on this machine, before anything is computed.",

@@ -132,13 +132,18 @@ def layer_kinds(folder: Path) -> dict[str, dict[str, Any]]:
     for name, entry in modules.items():
         shape = stored[f"{name}.s1"].shape[0], stored[f"{name}.s2"].shape[0]
         bits = 8 * sum(stored[f"{name}.{part}"].bytes for part in PARTS)
-        parts = name.split(".")
-        kind = ".".join(part for part in parts[1:] or parts if not part.isdigit())
-        groups[kind.removeprefix("layers.")].append((*shape, entry["rank"], bits))
-    return {kind: _summary(layers) for kind, layers in groups.items()}
+        groups[kind_of(name)].append((*shape, entry["rank"], bits))
+    return {kind: summary(layers) for kind, layers in groups.items()}
 
 
-def _summary(layers: list[tuple[int, int, int, int]]) -> dict[str, Any]:
+def kind_of(name: str) -> str:
+    """Kind of a linear by its full name: self_attn.q_proj."""
+    parts = name.split(".")
+    kind = ".".join(part for part in parts[1:] or parts if not part.isdigit())
+    return kind.removeprefix("layers.")
+
+
+def summary(layers: list[tuple[int, int, int, int]]) -> dict[str, Any]:
     """Count, shape, ranks and bits of layers (d_out, d_in, rank, stored bits) of one kind."""
     ranks = [rank for *_, rank, _ in layers]
     shapes = sorted({f"{d_out} x {d_in}" for d_out, d_in, *_ in layers})

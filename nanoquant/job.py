@@ -24,6 +24,9 @@ from nanoquant.checkpoint_files import check_can_be_made, check_output_folder, t
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import check_json_path, show_logs
 from nanoquant.disk import check_run
+from nanoquant.estimate.limits import fit
+from nanoquant.estimate.subject import subject_of_folder
+from nanoquant.estimate.terms import Use
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.figures import JobResult, versions
 from nanoquant.finish import (
@@ -38,6 +41,7 @@ from nanoquant.finish import (
 from nanoquant.job_config import JobConfig
 from nanoquant.lock import exclusive
 from nanoquant.measuring import evaluation_windows, free_memory, measure_dense
+from nanoquant.memory import process_bytes
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
 from nanoquant.self_text import check_kept
 from nanoquant.sources import (
@@ -73,6 +77,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     check_json_path(job.json)
     folder = find_model(job.source)
     check_dense(folder)
+    config = within_memory(folder, device, job, config)
     tokenizer = load_tokenizer(folder)
     plan = plan_text(job.text, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
@@ -112,6 +117,18 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
         del model
         free_memory()
         return finish(job, device, tracker, progress, ending)
+
+
+def within_memory(
+    folder: Path, device: torch.device, job: JobConfig, config: NanoQuantConfig
+) -> NanoQuantConfig:
+    """The configuration that keeps the promised memory, see :func:`nanoquant.estimate.limits.fit`."""
+    limits = (job.max_memory, job.max_gpu_memory)
+    if limits == (None, None):
+        return config
+    length = job.eval_length if job.evaluation is not None else None
+    use = Use(process_bytes(), device.type == "cuda", length)
+    return fit(subject_of_folder(folder, config), config, use, *limits)
 
 
 def load_checked(

@@ -9,6 +9,7 @@ from nanoquant.data import DataConfig
 from nanoquant.generate import SAMPLE_TOKENS, check_sample
 from nanoquant.self_text import check_place
 from nanoquant.tracking.loggers import check_logger
+from nanoquant.units import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class JobConfig:
     """File for every printed figure."""
     logger: str = "csv"
     """Where metrics go besides OUT.run/metrics.jsonl: csv, or also tensorboard or wandb (offline without a key)."""
+    max_memory: str | None = None
+    """Most main memory, such as 16GB: the run plans to stay below it, or says beforehand what would; null: any."""
+    max_gpu_memory: str | None = None
+    """The same of the GPU."""
     verbose: bool = False
     """Show what each block and each held-out measurement gave."""
 
@@ -54,6 +59,9 @@ class JobConfig:
         check_logger(self.logger)
         if self.eval_guard is not None and not self.eval_guard > 0:
             raise ValueError(f"eval_guard must be above 0 or null, got {self.eval_guard}")
+        for name in ("max_memory", "max_gpu_memory"):
+            if (text := getattr(self, name)) is not None:
+                parse_bytes(text, name)
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
         if self.json is not None and Path(self.json).absolute() == Path(self.output).absolute():

@@ -138,7 +138,9 @@ def _view(name: str, stored: StoredTensor, buffer: Tensor) -> Tensor:
             return file.get_tensor(name)
     dtype = DTYPES[stored.dtype]
     end = stored.begin + stored.bytes
-    raw = torch.from_numpy(buffer.numpy()[stored.begin : end])  # a storage of its own, by which shards are made
+    raw = torch.from_numpy(
+        buffer.numpy()[stored.begin : end]
+    )  # a storage of its own, by which shards are made
     if stored.begin % dtype.itemsize:
         raw = raw.clone()
     return raw.view(dtype).view(stored.shape)

@@ -8,6 +8,10 @@ from pathlib import Path
 import torch
 
 
+UNKNOWN = 600 << 20
+"""Bytes of a process with all libraries where the system does not tell."""
+
+
 def resident_bytes() -> dict[str, int | None]:
     """Memory of this process in RAM, now (VmRSS) and at most (VmHWM); None where the system does not tell."""
     try:
@@ -16,6 +20,11 @@ def resident_bytes() -> dict[str, int | None]:
         text = ""
     found = {name: re.search(rf"{name}:\s+(\d+) kB", text) for name in ("VmRSS", "VmHWM")}
     return {name: int(match[1]) << 10 if match else None for name, match in found.items()}
+
+
+def process_bytes() -> int:
+    """Memory of this process in RAM now, to add what is going to come to it."""
+    return resident_bytes()["VmRSS"] or UNKNOWN
 
 
 def forget_peaks() -> None:

@@ -19,6 +19,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from nanoquant.benchmark.config import BenchConfig
 from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
+from nanoquant.estimate.request import EstimateConfig
 from nanoquant.evaluation.command import EvaluationJob
 from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.job_config import JobConfig
@@ -53,17 +54,46 @@ def quantize_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
         metavar="FILE",
         help="YAML with any of the flags; later flags win.",
     )
-    add(
+    parser.add_class_arguments(JobConfig, None, skip={"source", "output"})
+    return _with_config(parser, preset)
+
+
+def _with_config(parser: ArgumentParser, preset: str) -> ArgumentParser:
+    """The parser with the flags of a quantization, whose defaults are those of a preset."""
+    parser.add_argument(
         "--bits",
         type=float,
         help="Bits per weight over all quantized linears; short for --budget.bits.",
     )
-    parser.add_class_arguments(JobConfig, None, skip={"source", "output"})
     parser.add_class_arguments(NanoQuantConfig, None, skip={"step"})
     values = PRESETS[preset]().to_dict()
     del values["step"]
     parser.set_defaults(_flat(values))
     return parser
+
+
+@functools.cache
+def estimate_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
+    """Parser of ``estimate`` whose defaults are those of a preset."""
+    what = (
+        "Say what a quantization takes: ranks, bytes, memory, disk, time; no weight is read. "
+        f"Defaults shown are those of the preset {preset}."
+    )
+    parser = _empty("estimate", "MODEL [flags]", what)
+    what = "Folder, or Hub name, of the dense model, or a published name, as llama-2-7b."
+    parser.add_argument("source", metavar="MODEL", help=what)
+    parser.add_class_arguments(EstimateConfig, None, skip={"source"})
+    return _with_config(parser, preset)
+
+
+def parse_estimate(arguments: list[str]) -> tuple[EstimateConfig, NanoQuantConfig]:
+    """Settings of ``estimate``: those of the preset, then of flags in their order.
+
+    Raises:
+        ValueError: unknown preset or flag, or a value out of its range.
+    """
+    built = _with_preset(estimate_parser, arguments)
+    return _pick(EstimateConfig, built), _pick(NanoQuantConfig, built)
 
 
 def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
@@ -89,12 +119,17 @@ def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
     Raises:
         ValueError: unknown preset or flag, or a value out of its range.
     """
-    preset = parse(quantize_parser(), arguments).preset
+    built = _with_preset(quantize_parser, arguments)
+    return _pick(JobConfig, built), _pick(NanoQuantConfig, built)
+
+
+def _with_preset(parser_of: Callable[[str], ArgumentParser], arguments: list[str]) -> Namespace:
+    """What arguments give over the defaults of the preset that they name."""
+    preset = parse(parser_of(DEFAULT_PRESET), arguments).preset
     if preset not in PRESETS:
         raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    parser = quantize_parser(preset)
-    built = parser.instantiate_classes(parse(parser, arguments))
-    return _pick(JobConfig, built), _pick(NanoQuantConfig, built)
+    parser = parser_of(preset)
+    return parser.instantiate_classes(parse(parser, arguments))
 
 
 def parse_report(arguments: list[str]) -> ReportConfig:

@@ -107,8 +107,7 @@ def stored_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     kept = {
         name: tensor.data
         for name, tensor in state.items()
-        if name not in ignored
-        and not (name in tied and state.get(tied[name]) is tensor)
+        if name not in ignored and not (name in tied and state.get(tied[name]) is tensor)
     }
     return kept
 

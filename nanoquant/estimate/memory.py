@@ -1,72 +1,31 @@
-"""Most memory of every phase of ``nanoquant quantize``, as sums of terms that have names.
-
-A term lies where the model is, in main memory or on a GPU, unless it is said to lie in main memory always. Weights that
-stay in their files count as one block and what lies around the blocks, because a block that is done is let go of.
-Shapes: N windows, T tokens a window, d hidden size, V vocabulary.
-"""
+"""Most memory of every phase of ``nanoquant quantize``, by the formulas of ``initialization`` and ``student``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 
-from nanoquant.config import NanoQuantConfig
-from nanoquant.estimate import work
-from nanoquant.estimate.subject import Subject
-from nanoquant.sizes import tensor_bytes
+from nanoquant.estimate import initialization, student
+from nanoquant.estimate.quantities import Quantities
+from nanoquant.estimate.terms import Need, Term
 
 CUDA = 600 * 10**6
-"""Bytes that CUDA and its libraries take on a GPU; assumed, nobody has measured it."""
-COMPILER = 350 * 2**20
-"""Bytes that compiling blocks adds to the process; measured with torch 2.13 on a CPU."""
-SLACK = 0.05
-"""Share of what a phase allocates that the heap keeps beyond it."""
+"""Bytes that CUDA and its libraries take on a GPU, and again in main memory; assumed, nobody has measured it."""
 
 
-@dataclass(frozen=True)
-class Use:
-    """How the command runs, besides its configuration."""
-
-    base: int
-    """Bytes of the process with all libraries, before a model is loaded."""
-    gpu: bool = False
-    """Whether the model is on a GPU."""
-    length: int | None = None
-    """Tokens of a held-out window; None: no model is measured."""
-
-
-@dataclass(frozen=True)
-class Term:
-    """Something that takes memory."""
-
-    name: str
-    """What it is."""
-    bytes: int
-    """How much."""
-    host: bool = False
-    """Whether it lies in main memory even where the model is on a GPU."""
-    change: str = ""
-    """Setting that makes it smaller."""
-    movable: bool = False
-    """Whether ``run.activation_memory`` can put it on the disk."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a phase takes at most."""
-
-    phase: str
-    """As run.json names it."""
-    terms: tuple[Term, ...]
-    """What it is made of."""
-    gpu: bool
-    """Whether the model is on a GPU."""
-
-    def bytes(self, device: bool = False) -> int:
-        """In main memory, or on the GPU."""
-        return sum(term.bytes for term in self.on(device))
-
-    def on(self, device: bool = False) -> list[Term]:
-        """Terms in main memory, or on the GPU."""
-        return [t for t in self.terms if t.bytes and (self.gpu and not t.host) == device]
+def needs(q: Quantities) -> list[Need]:
+    """What each phase takes at most, in order."""
+    phases: list[tuple[str, Callable[[Quantities], list[Term]], bool]] = [
+        ("load", initialization.load, True),
+        ("measure dense", initialization.measure_dense, q.use.length is not None),
+        ("calibrate", initialization.calibrate, True),
+        ("ranks", initialization.choose_ranks, q.config.budget.allocation == "measured"),
+        ("blocks", initialization.blocks, True),
+        ("model", student.model, q.config.model.train != "none"),
+        ("pack", student.pack, True),
+        ("save", student.pack, True),
+        ("measure in a fresh process", student.measure_fresh, q.use.length is not None),
+    ]
+    always = [Term("the process with its libraries", q.use.base, host=True)]
+    if q.use.gpu:
+        always += [Term("CUDA", CUDA), Term("CUDA in main memory", CUDA, host=True)]
+    return [Need(name, (*always, *terms(q)), q.use.gpu) for name, terms, runs in phases if runs]

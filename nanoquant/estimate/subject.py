@@ -90,7 +90,9 @@ class Subject:
         return self.decoder.blocks[block]
 
 
-def subject_of(name: str, model: PreTrainedModel, blocks: NanoQuantConfig, file_bytes: int, mapped: bool) -> Subject:
+def subject_of(
+    name: str, model: PreTrainedModel, blocks: NanoQuantConfig, file_bytes: int, mapped: bool
+) -> Subject:
     """What is estimated of a model on the meta device.
 
     Raises:
@@ -98,7 +100,9 @@ def subject_of(name: str, model: PreTrainedModel, blocks: NanoQuantConfig, file_
     """
     model.requires_grad_(False)
     decoder = find_skeleton_decoder(model)
-    return Subject(name, model, decoder, blocks.block_range(len(decoder.blocks)), file_bytes, mapped)
+    return Subject(
+        name, model, decoder, blocks.block_range(len(decoder.blocks)), file_bytes, mapped
+    )
 
 
 def subject_of_folder(folder: Path, config: NanoQuantConfig) -> Subject:
@@ -116,7 +120,9 @@ def subject_of_folder(folder: Path, config: NanoQuantConfig) -> Subject:
     return subject_of(str(folder), skeleton_in(loaded, dtype), config, size, floats == {dtype})
 
 
-def loading_dtype(folder: Path, config: PreTrainedConfig, stored: dict[str, StoredTensor]) -> torch.dtype:
+def loading_dtype(
+    folder: Path, config: PreTrainedConfig, stored: dict[str, StoredTensor]
+) -> torch.dtype:
     """The dtype in which ``sources.load_model`` loads a model that is going to be trained."""
     raw = read_json(folder / "config.json")
     if (raw.get("dtype") or raw.get("torch_dtype")) == "float16":

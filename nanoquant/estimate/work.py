@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from nanoquant.block_reconstruction import SCHEDULES, BlockConfig
 from nanoquant.estimate.subject import Subject
+from nanoquant.evaluation.perplexity import CHUNK_ELEMENTS
 from nanoquant.importance import LOSS_CHUNK
 
 F32 = 4
@@ -39,7 +40,9 @@ def admm_metric(d_in: int, d_out: int, curvature: str, members: int = 1) -> int:
     return F32 * members * squares
 
 
-def initializer(subject: Subject, block: int, ranks: dict[str, int], config: BlockConfig, curvature: str) -> int:
+def initializer(
+    subject: Subject, block: int, ranks: dict[str, int], config: BlockConfig, curvature: str
+) -> int:
     """The largest batch of linears that a block initializes at once."""
     groups = tuple(tuple(group) for group in subject.groups(block))
     largest = 0
@@ -79,7 +82,9 @@ def block_activations(subject: Subject, block: int, tokens: int, itemsize: int) 
     return tokens * (itemsize * (inputs + 2 * outputs) + NORMS * subject.hidden)
 
 
-def binary_activations(subject: Subject, block: int, ranks: dict[str, int], tokens: int, itemsize: int) -> int:
+def binary_activations(
+    subject: Subject, block: int, ranks: dict[str, int], tokens: int, itemsize: int
+) -> int:
     """The same of a binary block: each linear keeps its input, that times s2, what lies between U and V, and two outputs."""
     own = 0
     for name in subject.names(block):
@@ -108,6 +113,12 @@ def logits(subject: Subject, tokens: int, copies: int) -> int:
     return subject.vocabulary * (copies * subject.itemsize * tokens + chunk)
 
 
-def moments(size: int) -> int:
-    """Squares of token vectors in float32 while a linear's statistics grow: the tokens, clipped, and their products."""
-    return 3 * F32 * size
+def scored(subject: Subject, tokens: int) -> int:
+    """Logits of a window, and the chunk of them that is scored in float32 at a time."""
+    chunk = min(CHUNK_ELEMENTS, tokens * subject.vocabulary)
+    return subject.vocabulary * subject.itemsize * tokens + 3 * F32 * chunk
+
+
+def moments(subject: Subject, tokens: int) -> int:
+    """Token vectors of the widest linear in float32 while its statistics grow: as they are, clipped, squared."""
+    return 3 * F32 * tokens * max(max(shape) for shape in subject.shapes.values())

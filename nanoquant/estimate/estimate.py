@@ -1,0 +1,169 @@
+"""The estimate of a run: sizes, memory, disk and time, from shapes and a configuration."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from nanoquant.advice.anatomy import anatomy
+from nanoquant.advice.config import AdviceConfig
+from nanoquant.advice.memory import activation_bytes, cache_bytes
+from nanoquant.advice.options import Option
+from nanoquant.config import NanoQuantConfig
+from nanoquant.disk import Room, room_of
+from nanoquant.estimate.limits import quantities
+from nanoquant.estimate.machine import ASSUMED, FASTEST, SLOWEST, STARTING, Rates, measure
+from nanoquant.estimate.memory import needs
+from nanoquant.estimate.operations import phases
+from nanoquant.estimate.quantities import Quantities
+from nanoquant.estimate.request import HERE, EstimateConfig
+from nanoquant.estimate.size import Size, size_of
+from nanoquant.estimate.subject import Subject
+from nanoquant.estimate.terms import Need, Use
+from nanoquant.file_budget import file_options
+from nanoquant.kept_logits import bytes_a_token
+from nanoquant.units import parse_bytes
+
+logger = logging.getLogger(__name__)
+
+SHARED = ("ranks", "blocks", "model")
+"""Phases that several devices divide."""
+
+
+@dataclass(frozen=True)
+class Inference:
+    """Memory of the quantized model while it runs."""
+
+    context: int
+    """Tokens of prompt and answer."""
+    batch: int
+    """Texts at once."""
+    weights: int
+    """Bytes of parameters and buffers; exact where ranks are."""
+    cache: int
+    """Bytes of keys and values at full context."""
+    activations: int
+    """Bytes of a pass over the whole context at once; an estimate."""
+    base: int
+    """Bytes of the process with its libraries, in main memory."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that a run needs on the disk."""
+
+    checkpoint: int
+    """Weight files of the checkpoint."""
+    unfinished: int
+    """Work that a killed run goes on with, at most."""
+    logits: int
+    """Kept logits of the dense model."""
+    activations: int
+    """Activations beyond ``run.activation_memory``."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """All that is known beforehand."""
+
+    subject: Subject
+    quantities: Quantities
+    sizes: list[Size]
+    """One, or one for each storage of the embedding that a budget for the file leaves."""
+    needs: list[Need]
+    disk: Disk
+    inference: Inference | None
+    """None where the cache of the model is not one of keys and values."""
+    seconds: dict[str, tuple[float, float]]
+    """Fewest and most seconds of each phase that takes long."""
+    rates: Rates
+    devices: int
+
+
+def make_estimate(
+    subject: Subject,
+    config: NanoQuantConfig,
+    request: EstimateConfig,
+    base: int,
+    device: torch.device,
+) -> Estimate:
+    """Estimate a run.
+
+    Args:
+        subject: the model.
+        config: of the run.
+        request: how it is measured, where it runs, how its result is used.
+        base: bytes of a process with all libraries.
+        device: where it runs if that is here.
+
+    Raises:
+        ValueError: the bits can't be met, or the context goes beyond the model's positions.
+    """
+    gpu = request.machine != HERE or device.type == "cuda"
+    use = Use(base, gpu, request.eval_length if request.eval_windows else None)
+    options = file_options(subject.model, subject.decoder, subject.chosen, subject.shapes, config)
+    q = quantities(subject, config, use)
+    rates = ASSUMED.get(request.machine) or measure(q, device)
+    sizes = [size_of(subject, option) for option in options]
+    found = Estimate(
+        subject,
+        q,
+        sizes,
+        needs(q),
+        disk(q, sizes[len(sizes) // 2]),
+        inference(subject, sizes[len(sizes) // 2], request, base, "cuda" if gpu else "cpu"),
+        seconds(q, rates, request),
+        rates,
+        request.devices,
+    )
+    return found
+
+
+def disk(q: Quantities, size: Size) -> Disk:
+    """What a run leaves on the disk at most, while it runs and afterwards."""
+    config = q.config
+    room: Room = room_of(q.subject.model, q.subject.shapes, q.ranks, config)
+    logits = beyond = 0
+    if config.model.kept_logits is not None and config.run.save_every is not None:
+        windows = config.model.windows + config.model.held_out
+        logits = windows * config.calibration.length * bytes_a_token(config.model.kept_logits)
+    if config.run.activation_memory is not None:
+        limit = parse_bytes(config.run.activation_memory)
+        beyond = max(0, max(q.calibration_stream, q.block_stream) - limit)
+    return Disk(size.most, room.unfinished, logits, beyond)
+
+
+def inference(
+    subject: Subject, size: Size, request: EstimateConfig, base: int, device: str
+) -> Inference | None:
+    """Memory of the quantized model at a context and batch."""
+    asked = AdviceConfig(context=request.context, batch=request.batch, device=device)
+    positions = getattr(subject.text_config, "max_position_embeddings", None)
+    use = asked.use(positions, subject.name)
+    try:
+        model = anatomy(subject.text_config)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+    option = Option("own", "nanoquant", size.config.budget.bits, "nanoquant")
+    return Inference(
+        use.context,
+        use.batch,
+        size.files.sizes.bytes_resident + size.most - size.files.weight_bytes,
+        cache_bytes(model, use),
+        activation_bytes(model, option, use),
+        base,
+    )
+
+
+def seconds(q: Quantities, rates: Rates, request: EstimateConfig) -> dict[str, tuple[float, float]]:
+    """Fewest and most seconds of each phase."""
+    found = {}
+    for name, work in phases(q, request.eval_windows).items():
+        own = rates.seconds(work) / (request.devices if name in SHARED else 1)
+        own *= rates.initializer if name in ("ranks", "blocks") else 1.0
+        extra = STARTING if name == "measure in a fresh process" else 0.0
+        found[name] = FASTEST * own, SLOWEST * own + extra
+    return found

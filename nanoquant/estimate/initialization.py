@@ -1,0 +1,121 @@
+"""Most memory of the phases up to the binary blocks, as sums of terms.
+
+Weights that stay in their files count as one block and what lies around the blocks, because a block that is done is let
+go of. Shapes: N windows, T tokens a window, d hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from nanoquant.estimate import work
+from nanoquant.estimate.quantities import Quantities
+from nanoquant.estimate.terms import ACTIVATIONS, Term
+from nanoquant.units import parse_bytes
+
+CHECKED = 1 << 24
+"""Values that are looked at together for finite ones."""
+
+
+def load(q: Quantities) -> list[Term]:
+    """Reading the weights; where they are paged only one is looked at, a part at a time."""
+    largest = max(p.nbytes for p in q.subject.model.parameters())
+    weights = Term("the largest weight", largest) if q.paged else q.whole
+    converted = 0 if q.subject.mapped and not q.use.gpu else q.subject.file_bytes
+    return [
+        weights,
+        Term("the weight files, which are converted or sent to the GPU", converted, host=True),
+        Term("a check of weights", 2 * work.F32 * CHECKED),
+    ]
+
+
+def measure_dense(q: Quantities) -> list[Term]:
+    """Perplexity of the dense model, a window at a time."""
+    tokens = q.use.length or 0
+    return [
+        q.weights,
+        Term("activations of a window", work.forward(q.subject, tokens), "--eval-length"),
+        Term("logits of a window", work.scored(q.subject, tokens), "--eval-length"),
+    ]
+
+
+def calibrate(q: Quantities) -> list[Term]:
+    """A forward pass that keeps the input of each block, and a backward pass a block at a time."""
+    subject, config, curvature = q.subject, q.config.calibration, q.config.importance.curvature
+    tokens = config.batch * config.length
+    own = work.block_activations(subject, q.block, tokens, subject.itemsize)
+    own += work.scores(subject, config.batch, config.length)
+    known = work.statistics(subject, q.block, curvature)
+    return [
+        q.weights,
+        streams(q, q.calibration_stream),
+        Term("activations of a block", own, "--calibration.batch"),
+        Term("a linear's inputs in float32", work.moments(subject, tokens), "--calibration.batch"),
+        Term("statistics of a block", known, "--importance.curvature"),
+        Term(
+            "a decomposition",
+            work.decomposition(subject, q.block, curvature),
+            "--importance.curvature",
+        ),
+        Term("logits and their gradient", work.logits(subject, tokens, 3), "--calibration.batch"),
+    ]
+
+
+def streams(q: Quantities, size: int) -> Term:
+    """Activations that a phase keeps: in memory as far as ``run.activation_memory`` goes."""
+    limit = q.config.run.activation_memory
+    kept = size if limit is None else min(size, parse_bytes(limit))
+    return Term("activations between blocks", kept, ACTIVATIONS)
+
+
+def choose_ranks(q: Quantities) -> list[Term]:
+    """Each group of linears alone binary, against the dense model on a few windows in one pass."""
+    subject, config = q.subject, q.config.sensitivity
+    windows = min(config.windows, q.config.calibration.windows)
+    length = min(config.length, q.config.calibration.length)
+    tokens = windows * length
+    outputs = len(subject.decoder.blocks) * tokens * subject.hidden * subject.itemsize
+    own = work.forward(subject, tokens) + work.scores(subject, windows, length)
+    return [
+        q.weights,
+        Term("outputs of every block", outputs, "--sensitivity.windows"),
+        Term("activations of a block", own, "--sensitivity.windows"),
+        Term("logits, dense and binary", work.logits(subject, tokens, 3), "--sensitivity.windows"),
+        *initializer(q),
+        Term("binary weights of a group", subject.itemsize * q.block_weights),
+    ]
+
+
+def initializer(q: Quantities) -> list[Term]:
+    """What is known of a block's linears, and what initializing them works in."""
+    curvature = q.config.importance.curvature
+    own = work.initializer(q.subject, q.block, q.most, q.config.block, curvature)
+    return [
+        Term(
+            "statistics of a block",
+            work.statistics(q.subject, q.block, curvature),
+            "--importance.curvature",
+        ),
+        Term("the initializer", own, "--importance.curvature"),
+    ]
+
+
+def blocks(q: Quantities) -> list[Term]:
+    """A block from dense to binary; with epochs it is trained in float32."""
+    kept = q.latents if q.config.run.save_every is None else q.block_latents
+    terms = [q.weights, *initializer(q), Term("latents", work.F32 * kept)]
+    return terms + (tuning(q) if q.config.block.tunes else [])
+
+
+def tuning(q: Quantities) -> list[Term]:
+    """The block in float32, gradients, moments and copies of what trains, and two streams of activations."""
+    config = q.config.block
+    trained = max(q.block_weights * (config.dense_epochs > 0), q.block_latents)
+    copies = 4 + 1 + (config.held_out > 0)  # gradient, moments, last good one and the next, best
+    tokens = max(config.dense_batch, config.refine_batch) * q.config.calibration.length
+    activations = work.block_activations(q.subject, q.block, tokens, q.item)
+    return [
+        Term("the block in float32, and as it was", 2 * work.F32 * q.numbers, "--preset fast"),
+        Term("gradients, moments and copies", copies * work.F32 * trained, "--preset fast"),
+        Term("weights in the type of products", q.item * q.numbers, "--preset fast"),
+        streams(q, q.block_stream),
+        Term("activations of the block", activations, "--block.dense_batch"),
+    ]

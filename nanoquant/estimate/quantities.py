@@ -1,0 +1,121 @@
+"""Quantities of a run that several phases refer to: weights, latents, streams, in bytes or numbers.
+
+Shapes: N windows, T tokens a window, d hidden size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from nanoquant.budget import layer_bits
+from nanoquant.config import NanoQuantConfig
+from nanoquant.estimate.subject import Subject
+from nanoquant.estimate.terms import Term, Use
+from nanoquant.sizes import tensor_bytes
+
+
+@dataclass(frozen=True)
+class Quantities:
+    """A run, and what follows from its shapes."""
+
+    subject: Subject
+    """The model."""
+    config: NanoQuantConfig
+    """Of the run; bits and storage of the embedding are numbers."""
+    ranks: dict[str, int]
+    """Ranks at equal bits; together they take as much as any others that meet the bits."""
+    most: dict[str, int]
+    """Largest rank that each linear may get."""
+    use: Use
+    """How the command runs."""
+
+    @cached_property
+    def block(self) -> int:
+        """The chosen block with most weights."""
+        return max(self.subject.chosen, key=lambda b: self.block_bytes(b))
+
+    def block_bytes(self, block: int) -> int:
+        """Bytes of a block."""
+        return tensor_bytes(self.subject.decoder.blocks[block].parameters())
+
+    @cached_property
+    def around(self) -> int:
+        """Bytes around the blocks: embedding, head, last norm."""
+        blocks = range(len(self.subject.decoder.blocks))
+        return self.subject.dense_bytes - sum(self.block_bytes(b) for b in blocks)
+
+    @property
+    def paged(self) -> bool:
+        """Whether weights stay in their files and come into memory a block at a time."""
+        return self.subject.mapped and not self.use.gpu
+
+    @property
+    def whole(self) -> Term:
+        """All dense weights."""
+        return Term("the dense model", self.subject.dense_bytes)
+
+    @property
+    def weights(self) -> Term:
+        """Dense weights in memory: all, or where they are paged a block and what is around the blocks."""
+        if not self.paged:
+            return self.whole
+        size = self.block_bytes(self.block) + self.around
+        return Term("dense weights of a block, embedding and head", size)
+
+    @cached_property
+    def numbers(self) -> int:
+        """Numbers of the parameters of the block."""
+        block = self.subject.decoder.blocks[self.block]
+        return sum(p.numel() for p in block.parameters())
+
+    @cached_property
+    def block_weights(self) -> int:
+        """Weights of the linears of the block."""
+        shapes = self.subject.shapes
+        return sum(shapes[n][0] * shapes[n][1] for n in self.subject.names(self.block))
+
+    @cached_property
+    def block_latents(self) -> int:
+        """Entries of U and V of the block at the largest ranks."""
+        shapes = self.subject.shapes
+        return sum(sum(shapes[n]) * self.most[n] for n in self.subject.names(self.block))
+
+    @cached_property
+    def latents(self) -> int:
+        """Entries of U and V of all linears."""
+        return sum(sum(shape) * self.ranks[n] for n, shape in self.subject.shapes.items())
+
+    @cached_property
+    def scales(self) -> int:
+        """Scales of all linears; norms and biases are few beside them, and counted as as many again."""
+        return 2 * sum(sum(shape) for shape in self.subject.shapes.values())
+
+    @cached_property
+    def packed(self) -> int:
+        """Bytes of packed signs and scales."""
+        shapes = self.subject.shapes
+        return sum(layer_bits(*shapes[name], rank) for name, rank in self.ranks.items()) // 8
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in products of trained layers."""
+        full = self.subject.itemsize == 4 or self.config.run.precision == "32-true"
+        return 4 if full else 2
+
+    def stream(self, windows: int) -> int:
+        """Hidden states of windows, N T d numbers in the model's type."""
+        length = self.config.calibration.length
+        return windows * length * self.subject.hidden * self.subject.itemsize
+
+    @property
+    def calibration_stream(self) -> int:
+        """Inputs of every block from the first chosen one, and a gradient, of all calibration windows."""
+        kept = len(self.subject.decoder.blocks) - self.subject.chosen.start + 1
+        return kept * self.stream(self.config.calibration.windows)
+
+    @property
+    def block_stream(self) -> int:
+        """Outputs of dense and binary prefix of the windows that blocks are tuned on; nothing where none is."""
+        windows = min(self.config.block.windows, self.config.calibration.windows)
+        return 2 * self.stream(windows) if self.config.block.tunes else 0

@@ -1,0 +1,110 @@
+"""Most memory of the whole-model phase, and of what follows it.
+
+Shapes: N windows, T tokens a window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from nanoquant.estimate import work
+from nanoquant.estimate.quantities import Quantities
+from nanoquant.estimate.terms import Term
+from nanoquant.kept_logits import PORTION, bytes_a_token
+
+MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256, 4: 1 + 2 * 4 / 128}
+"""Bytes of the two moments of a number by their bits; torchao adds a scale for 256 or 128 of them."""
+COPIES = 3
+"""The best state, the last good one, and one of the two that is just made anew."""
+COMPILER = 350 * 2**20
+"""Bytes that compiling blocks adds to the process."""
+
+
+def model(q: Quantities) -> list[Term]:
+    """Training against the dense model: what trains, its optimizer, its copies, and activations."""
+    signs = q.config.model.train == "signs"
+    trained = q.latents + q.scales if signs else q.scales
+    bits = q.config.model.optimizer.state_bits
+    less = "--model.train scales" if signs else ""
+    narrower = "--model.optimizer.state_bits 8" if signs and bits == 32 else less
+    return [
+        q.weights,
+        *kept_logits(q),
+        Term("what trains, in float32", work.F32 * trained, less),
+        Term("gradients", work.F32 * trained, less),
+        Term("moments", int(MOMENTS[bits] * trained), narrower),
+        Term("the best state, the last good one and the next", COPIES * work.F32 * trained, less),
+        *([] if signs else [Term("signs in bits", q.packed), unpacked(q)]),
+        *activations(q),
+        Term("compiled blocks", COMPILER * compiles(q), "--model.compile_from null", host=True),
+    ]
+
+
+def compiles(q: Quantities) -> bool:
+    """Whether there are enough steps for blocks to be compiled."""
+    config = q.config.model
+    steps = config.epochs * -(-config.windows // config.batch)
+    return config.compile_from is not None and steps >= config.compile_from
+
+
+def unpacked(q: Quantities) -> Term:
+    """Signs of the largest linear in the type of products: a pass unpacks U and V in turn."""
+    shapes = q.subject.shapes
+    largest = max(sum(shapes[name]) * rank for name, rank in q.most.items())
+    return Term("signs of a linear, unpacked", 2 * q.item * largest)
+
+
+def kept_logits(q: Quantities) -> list[Term]:
+    """What is kept of the teacher's logits: a portion while it is made, and all where no file keeps it."""
+    config = q.config.model
+    if config.kept_logits is None:
+        return []
+    tokens = (config.windows + config.held_out) * q.config.calibration.length
+    size = tokens * bytes_a_token(config.kept_logits)
+    size = size if q.config.run.save_every is None else min(size, 2 * PORTION)
+    return [Term("kept logits", size, "--model.kept_logits", host=True)]
+
+
+def activations(q: Quantities) -> list[Term]:
+    """What the student keeps for its backward pass: of all blocks, or of one where blocks run again."""
+    subject, config = q.subject, q.config.model
+    length = q.config.calibration.length
+    tokens = config.batch * length
+    each = [
+        work.binary_activations(subject, b, q.ranks, tokens, q.item)
+        if b in subject.chosen
+        else work.block_activations(subject, b, tokens, q.item)
+        for b in range(len(subject.decoder.blocks))
+    ]
+    signs = q.item * q.latents if config.train == "signs" else 0
+    scores = work.scores(subject, config.batch, length)
+    less = "--model.batch" if config.recompute else "--model.recompute"
+    if config.recompute:
+        own = max(each) + len(each) * tokens * subject.hidden * q.item
+        signs //= len(subject.chosen)
+    else:
+        own, scores = sum(each), scores * len(each)
+    return [
+        Term("activations of the student", own + scores, less),
+        Term("signs in the type of products", signs, less),
+        Term("logits of both and their gradient", work.logits(subject, tokens, 4), "--model.batch"),
+    ]
+
+
+def pack(q: Quantities) -> list[Term]:
+    """Packing and writing: signs and scales, once more while they are packed, and what is not quantized."""
+    return [
+        q.weights,
+        Term("packed linears", 2 * q.packed),
+        Term("embedding and head", q.around),
+    ]
+
+
+def measure_fresh(q: Quantities) -> list[Term]:
+    """Perplexity of the checkpoint in a process of its own, while this one waits."""
+    tokens = q.use.length or 0
+    return [
+        Term("the other process with its libraries", q.use.base, host=True),
+        Term("the checkpoint, and its files while it loads", 2 * (q.packed + q.around)),
+        unpacked(q),
+        Term("activations of a window", work.forward(q.subject, tokens)),
+        Term("logits of a window", work.scored(q.subject, tokens), "--eval-length"),
+    ]

@@ -1,0 +1,54 @@
+"""What memory is made of: terms with names, and the need of a phase, which is their sum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ACTIVATIONS = "--run.activation_memory"
+
+
+@dataclass(frozen=True)
+class Use:
+    """How the command runs, besides its configuration."""
+
+    base: int
+    """Bytes of the process with all libraries, before a model is loaded."""
+    gpu: bool = False
+    """Whether the model is on a GPU."""
+    length: int | None = None
+    """Tokens of a held-out window; None: no model is measured."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """Something that takes memory."""
+
+    name: str
+    """What it is."""
+    bytes: int
+    """How much."""
+    change: str = ""
+    """Setting that makes it smaller; empty: none does."""
+    host: bool = False
+    """Whether it lies in main memory even where the model is on a GPU."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a phase takes at most."""
+
+    phase: str
+    """As run.json names it."""
+    terms: tuple[Term, ...]
+    """What it is made of."""
+    gpu: bool = False
+    """Whether the model is on a GPU."""
+
+    def on(self, device: bool = False) -> list[Term]:
+        """Terms in main memory, or on the GPU, largest first."""
+        found = [t for t in self.terms if t.bytes and (self.gpu and not t.host) == device]
+        return sorted(found, key=lambda term: -term.bytes)
+
+    def bytes(self, device: bool = False) -> int:
+        """In main memory, or on the GPU."""
+        return sum(term.bytes for term in self.on(device))
