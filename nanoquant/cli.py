@@ -1,5 +1,4 @@
-"""The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | estimate |
-doctor | report``.
+"""The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | ...``.
 
 Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
 """

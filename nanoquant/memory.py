@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-
 UNKNOWN = 600 << 20
 """Bytes of a process with all libraries where the system does not tell."""
 

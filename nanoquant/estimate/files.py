@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint, to the byte, before there is one: names, shapes and dtypes, in shards, with headers.
+"""The weight files of a checkpoint, to the byte, before there is one: tensors in shards, and headers.
 
 The quantized model is built on the meta device as it is when a checkpoint is loaded. safetensors writes tensors by
 falling width of their type, then by name, after a header in JSON that is filled up to 8 bytes.

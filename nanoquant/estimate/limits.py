@@ -9,14 +9,13 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanoquant.budget import rank_limits
+from nanoquant.budget import allocate_ranks, rank_limits
 from nanoquant.config import NanoQuantConfig
 from nanoquant.estimate.memory import needs
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.subject import Subject
 from nanoquant.estimate.terms import ACTIVATIONS, Need, Use
 from nanoquant.file_budget import file_options
-from nanoquant.budget import allocate_ranks
 from nanoquant.units import amount, parse_bytes
 
 PLACES = {False: "--max-memory", True: "--max-gpu-memory"}
@@ -134,8 +133,8 @@ def _refusal(plan: Plan, need: Need, limit: int, device: bool) -> str:
     least = plan.least(device)
     text = (
         f"{PLACES[device]} {amount(limit)} can't be kept: the phase {need.phase!r} takes "
-        f"{amount(sum(term.bytes for term in terms))}, of it {amount(terms[0].bytes)} for {terms[0].name}; the smallest "
-        f"that would do is {amount(least)}"
+        f"{amount(sum(term.bytes for term in terms))}, of it {amount(terms[0].bytes)} for {terms[0].name}; the "
+        f"smallest that would do is {amount(least)}"
     )
     smaller = _alternatives(plan, least, device)
     return text + (f", or {'; '.join(smaller)}" if smaller else "")

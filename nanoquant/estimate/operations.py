@@ -1,7 +1,7 @@
 """How much work each phase is: operations of matrix products, eigendecompositions, passes over numbers.
 
 Of every token a linear of d_out x d_in costs 2 d_out d_in operations forward, as many again for the gradient of its
-input, and as many for that of its weight; attention costs 4 T d a block. Files that are read and written are not counted.
+input, and as many for that of its weight; attention costs 4 T d a block. Reading and writing files is not counted.
 Shapes: T tokens a window, d hidden size, W weights of all linears, r rank.
 """
 

@@ -22,7 +22,7 @@ def report(found: Estimate) -> str:
     subject = found.subject
     parts = [
         f"{subject.name}: {subject.parameters:,} parameters, {amount(subject.file_bytes)} dense, "
-        f"{len(subject.shapes)} linears of {len(subject.chosen)} blocks at {found.quantities.config.budget.bits:.4g} bits",
+        f"{len(subject.shapes)} linears of {len(subject.chosen)} blocks",
         kind_lines(found),
         *(size_lines(size) for size in found.sizes),
         memory_lines(found),

@@ -1,4 +1,4 @@
-"""Ranks and bytes of a checkpoint: exact where ranks follow from shapes, within a step of a rank where losses choose them."""
+"""Ranks and bytes of a checkpoint: exact where ranks follow from shapes, within a step of one where losses choose."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Memory of single steps: what the initializer, a block with gradients, and the logits hold while they run, in bytes.
 
-Shapes: W (d_out, d_in) of rank r, n tokens at once, d hidden size, V vocabulary. Every formula is an upper bound that is
-meant to be near; tests measure whole phases against their sums.
+Shapes: W (d_out, d_in) of rank r, n tokens at once, d hidden size, V vocabulary. Formulas are upper bounds, meant to be
+near; tests measure whole phases against their sums.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def block_activations(subject: Subject, block: int, tokens: int, itemsize: int) 
 def binary_activations(
     subject: Subject, block: int, ranks: dict[str, int], tokens: int, itemsize: int
 ) -> int:
-    """The same of a binary block: each linear keeps its input, that times s2, what lies between U and V, and two outputs."""
+    """The same of a binary block: of a linear its input, that times s2, what is between U and V, and two outputs."""
     own = 0
     for name in subject.names(block):
         d_out, d_in = subject.shapes[name]
