@@ -8,6 +8,7 @@ from nanoquant.architectures import (
     capture_block_inputs,
     evaluation_mode,
     find_decoder,
+    find_skeleton_decoder,
     run_block,
 )
 
@@ -28,6 +29,16 @@ def test_every_matrix_of_the_blocks_is_a_found_linear(model):
     assert found == matrices > 0
     assert len(decoder.blocks) == model.config.num_hidden_layers
     assert hooks(model) == 0
+
+
+def test_the_decoder_of_a_skeleton_is_that_of_the_model(model):
+    decoder = find_decoder(model)
+    with torch.device("meta"):
+        skeleton = type(model)(model.config)
+    found = find_skeleton_decoder(skeleton)
+    for field in ("path", "linears", "groups"):
+        assert getattr(found, field) == getattr(decoder, field)
+    assert found.blocks is skeleton.get_submodule(found.path) and hooks(skeleton) == 0
 
 
 def test_full_names_lead_to_the_modules(model):

@@ -93,6 +93,7 @@ def test_readme_commands_parse():
         "quantize": parsers.parse_quantize,
         "evaluate": parsers.parse_evaluate,
         "bench": parsers.parse_bench,
+        "estimate": parsers.parse_estimate,
         "report": parsers.parse_report,
     }
     for command, arguments in lines:

@@ -1,0 +1,161 @@
+"""Memory is known beforehand: phases against their estimates, and promises that are kept or refused."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from command_line import SMALL, WORDS, refused
+from tiny_models import tiny_llama, tiny_tokenizer
+
+from nanoquant.config import nanoquant_config
+from nanoquant.estimate.limits import CHANGES, Plan, fit
+from nanoquant.estimate.subject import subject_of
+from nanoquant.estimate.terms import ACTIVATIONS, Use
+from nanoquant.job import run_job
+from nanoquant.job_config import JobConfig
+
+pytestmark = pytest.mark.usefixtures("untouched_process")
+
+BASE = 500 * 10**6
+CONFIG = nanoquant_config(
+    2.0, budget={"rank_multiple": 8}, calibration={"windows": 512, "length": 64}
+)
+
+
+def tiny_subject(config=CONFIG):
+    with torch.device("meta"):
+        model = type(tiny_llama())(tiny_llama(dtype=torch.bfloat16, layers=3).config)
+    return subject_of("tiny", model.to(torch.bfloat16), config, 10**6, mapped=True)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_promise_is_kept_by_activations_on_the_disk_and_refused_below_that(gpu):
+    subject, use = tiny_subject(), Use(BASE, gpu, 64)
+    plan = Plan(subject, CONFIG, use)
+    least, most = plan.least(gpu), max(need.bytes(gpu) for need in plan.needs())
+    assert least < most
+
+    def limits(size):
+        return (None, f"{size}B") if gpu else (f"{size}B", None)
+
+    assert fit(subject, CONFIG, use, *limits(most)) == CONFIG
+    changed = fit(subject, CONFIG, use, *limits(least))
+    assert changed.run.activation_memory is not None
+    assert dataclasses.replace(changed, run=CONFIG.run) == CONFIG
+    assert max(need.bytes(gpu) for need in Plan(subject, changed, use).needs()) <= least + 1
+    with pytest.raises(ValueError, match="can't be kept"):
+        fit(subject, CONFIG, use, *limits(least - 1))
+
+
+def test_a_refusal_names_phase_term_smallest_memory_and_settings_that_are_true():
+    config = nanoquant_config(2.0, budget={"rank_multiple": 8})
+    subject, use = tiny_subject(config), Use(10**6, False, None)
+    plan = Plan(subject, config, use)
+    with pytest.raises(ValueError) as caught:
+        fit(subject, config, use, f"{plan.least(False) // 2}B", None)
+    text = str(caught.value)
+    worst = max(plan.needs(), key=lambda need: need.bytes())
+    assert f"the phase {worst.phase!r}" in text or "the phase 'load'" in text
+    flag = next(flag for flag in CHANGES if f"with {flag}" in text)
+    smaller = CHANGES[flag](config)
+    least = Plan(subject, smaller, use).least(False)
+    assert least < plan.least(False)
+    fit(subject, smaller, use, f"{least}B", None)
+
+
+def test_on_a_gpu_the_model_is_there_and_the_process_in_main_memory():
+    plan = Plan(tiny_subject(), CONFIG, Use(BASE, True, 64))
+    for need in plan.needs():
+        assert need.bytes() >= BASE and need.bytes(device=True) > 0
+        assert sum(term.bytes for term in need.terms) == need.bytes() + need.bytes(device=True)
+    plain = Plan(tiny_subject(), CONFIG, Use(BASE, False, 64))
+    assert all(need.bytes(device=True) == 0 for need in plain.needs())
+
+
+def test_settings_that_make_phases_smaller_do():
+    plan = Plan(tiny_subject(), CONFIG, Use(BASE, False, 64))
+    before = {need.phase: need.bytes() for need in plan.needs()}
+    for flag, phase in {
+        "--model.train scales": "model",
+        "--model.optimizer.state_bits 8": "model",
+        "--model.recompute": "model",
+        "--calibration.batch 1": "calibrate",
+        "--importance.curvature diagonal": "blocks",
+    }.items():
+        changed = Plan(plan.subject, CHANGES[flag](CONFIG), plan.use)
+        after = {need.phase: need.bytes() for need in changed.needs()}
+        assert after[phase] < before[phase], flag
+
+
+def test_quantize_refuses_a_promise_before_it_loads_anything(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("nanoquant.job.load_model", None)
+    command = ["quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt", *SMALL]
+    line = refused(capsys, *command, "--max-memory", "1MB")
+    assert "--max-memory 1.0 MB can't be kept: the phase 'load' takes" in line
+    assert "for the process with its libraries; the smallest that would do is" in line
+    assert "max_memory must be a number above 0" in refused(capsys, *command, "--max-memory", "16")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_plan_is_what_quantize_runs(place, tmp_path, monkeypatch):
+    given = {}
+
+    def stop(folder, device, job, config, *rest):
+        given["config"] = config
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanoquant.job.load_checked", stop)
+    job = JobConfig(
+        source=str(place / "dense"),
+        output=str(tmp_path / "new"),
+        text=str(place / "text.txt"),
+        max_memory="1000GB",
+    )
+    config = nanoquant_config(
+        2.0,
+        budget={"rank_multiple": 8},
+        calibration={"windows": 8, "length": 16},
+        model={"windows": 8},
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run_job(job, config)
+    assert given["config"] == config
+
+
+PHASES = ("calibrate", "ranks", "blocks", "model")
+RUNS = {
+    "signs": [],
+    "scales, tuned blocks": ["--model.train", "scales", "--block.dense_epochs", 1],
+    "in little": ["--model.recompute", "--model.kept_logits", 8, "--run.activation_memory", "1MB"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", RUNS)
+def test_phases_stay_below_their_estimates_which_are_near(kind, tmp_path):
+    wide = {"hidden_size": 768, "intermediate_size": 2048, "vocab_size": 4096}
+    tiny_llama(layers=4, dtype=torch.bfloat16, **wide).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(WORDS * 400)
+    flags = "--admm.iterations 2 --sensitivity.iterations 2 --calibration.windows 16 --calibration.length 64".split()
+    flags += ["--model.windows", 8, "--model.held_out", 2, "--block.windows", 4, *RUNS[kind]]
+    once = ["--eval-windows", 2, "--eval-length", 64]
+    text = tmp_path / "text.txt"
+    for command in (
+        ["estimate", "dense", *flags, *once, "--json", "estimate.json"],
+        ["quantize", "dense", "out", "--text", text, "--eval-text", text, *flags, *once],
+    ):
+        words = [sys.executable, "-m", "nanoquant", *map(str, command)]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "out.run" / "run.json").read_text())["memory_bytes"]
+    estimate = json.loads((tmp_path / "estimate.json").read_text())["memory"]
+    base = next(t["bytes"] for t in estimate["load"]["terms"] if "process" in t["name"])
+    for phase, bytes in measured.items():
+        expected = estimate[phase]["memory_bytes"]
+        assert bytes < expected, (phase, bytes, expected)
+        assert phase not in PHASES or expected < 2 * bytes + base, (phase, bytes, expected)
+    assert ACTIVATIONS in {term["change"] for term in estimate["calibrate"]["terms"]}
