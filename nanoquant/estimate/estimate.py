@@ -123,16 +123,20 @@ def make_estimate(
 
 def disk(q: Quantities, size: Size) -> Disk:
     """What a run leaves on the disk at most, while it runs and afterwards."""
-    config = q.config
-    room: Room = room_of(q.subject.model, q.subject.shapes, q.ranks, config)
+    config, subject = q.config, q.subject
+    read = [group[0] for b in subject.chosen for group in subject.groups(b)]
+    inputs = [subject.shapes[name][1] for name in read]
+    room: Room = room_of(subject.model, subject.shapes, q.ranks, config, inputs)
+    kept = config.run.save_every is not None
+    unfinished = room.unfinished + kept * q.stream(config.calibration.windows)  # a gradient
     logits = beyond = 0
-    if config.model.kept_logits is not None and config.run.save_every is not None:
+    if config.model.kept_logits is not None and kept:
         windows = config.model.windows + config.model.held_out
         logits = windows * config.calibration.length * bytes_a_token(config.model.kept_logits)
     if config.run.activation_memory is not None:
         limit = parse_bytes(config.run.activation_memory)
         beyond = max(0, max(q.calibration_stream, q.block_stream) - limit)
-    return Disk(size.most, room.unfinished, logits, beyond)
+    return Disk(size.most, unfinished, logits, beyond)
 
 
 def inference(

@@ -45,6 +45,11 @@ class Subject:
         return decoder_shapes(self.decoder, self.chosen)
 
     @cached_property
+    def all_shapes(self) -> Shapes:
+        """The same of all blocks, those that stay dense too."""
+        return decoder_shapes(self.decoder, range(len(self.decoder.blocks)))
+
+    @cached_property
     def dense_bytes(self) -> int:
         """Bytes of all parameters; tied ones once."""
         return tensor_bytes(self.model.parameters())

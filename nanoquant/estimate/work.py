@@ -76,7 +76,7 @@ def decomposition(subject: Subject, block: int, curvature: str) -> int:
 
 def block_activations(subject: Subject, block: int, tokens: int, itemsize: int) -> int:
     """What a dense block keeps for its backward pass: inputs, outputs twice, norms in float32; scores where eager."""
-    shapes = subject.shapes
+    shapes = subject.all_shapes
     inputs = sum(shapes[group[0]][1] for group in subject.groups(block))
     outputs = sum(shapes[name][0] for name in subject.names(block))
     return tokens * (itemsize * (inputs + 2 * outputs) + NORMS * subject.hidden)
