@@ -41,6 +41,9 @@ from nanoquant.sizes import Sizes, measure_sizes
 
 logger = logging.getLogger(__name__)
 
+LARGEST_SHARD = "1GB"
+"""Largest shard of a checkpoint by default."""
+
 
 def pack_model(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Replace every latent or frozen layer by a packed one, in place.
@@ -131,7 +134,7 @@ def save_pretrained(
     folder: str | Path,
     source: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    max_shard_size: int | str = "1GB",
+    max_shard_size: int | str = LARGEST_SHARD,
     recipe: dict[str, Any] | None = None,
 ) -> Path:
     """Write a packed model as a Hugging Face folder that needs nothing else to be loaded.

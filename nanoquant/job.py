@@ -77,7 +77,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     check_json_path(job.json)
     folder = find_model(job.source)
     check_dense(folder)
-    config = within_memory(folder, device, job, config)
+    planned = within_memory(folder, device, job, config)
     tokenizer = load_tokenizer(folder)
     plan = plan_text(job.text, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
@@ -100,7 +100,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
         report = quantize(
             model,
             plan,
-            config,
+            planned,  # on record is what was asked, so that the same command goes on
             tokenizer,
             progress=progress,
             recorder=tracker,

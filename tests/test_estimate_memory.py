@@ -7,15 +7,14 @@ import sys
 
 import pytest
 import torch
-from command_line import SMALL, WORDS, refused
+from command_line import SMALL, WORDS, call, refused
 from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant.config import nanoquant_config
 from nanoquant.estimate.limits import CHANGES, Plan, fit
 from nanoquant.estimate.subject import subject_of
 from nanoquant.estimate.terms import ACTIVATIONS, Use
-from nanoquant.job import run_job
-from nanoquant.job_config import JobConfig
+from nanoquant.training import RunConfig
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -100,29 +99,25 @@ def test_quantize_refuses_a_promise_before_it_loads_anything(place, tmp_path, ca
     assert not (tmp_path / "new").exists()
 
 
-def test_the_plan_is_what_quantize_runs(place, tmp_path, monkeypatch):
+def test_the_plan_is_what_quantize_runs_and_the_question_is_on_record(
+    place, tmp_path, capsys, monkeypatch
+):
     given = {}
 
-    def stop(folder, device, job, config, *rest):
+    def stop(model, plan, config, *rest, **more):
         given["config"] = config
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nanoquant.job.load_checked", stop)
-    job = JobConfig(
-        source=str(place / "dense"),
-        output=str(tmp_path / "new"),
-        text=str(place / "text.txt"),
-        max_memory="1000GB",
+    run = RunConfig(activation_memory="1kB")
+    monkeypatch.setattr("nanoquant.job.quantize", stop)
+    monkeypatch.setattr(
+        "nanoquant.job.fit", lambda subject, config, *rest: dataclasses.replace(config, run=run)
     )
-    config = nanoquant_config(
-        2.0,
-        budget={"rank_multiple": 8},
-        calibration={"windows": 8, "length": 16},
-        model={"windows": 8},
-    )
-    with pytest.raises(KeyboardInterrupt):
-        run_job(job, config)
-    assert given["config"] == config
+    command = ["quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt", *SMALL]
+    assert call(capsys, *command, "--max-memory", "1000GB")[0] == 130
+    assert given["config"].run == run
+    record = json.loads((tmp_path / "new.run" / "run.json").read_text())
+    assert record["config"]["run"]["activation_memory"] is None
 
 
 PHASES = ("calibrate", "ranks", "blocks", "model")

@@ -23,7 +23,6 @@ from nanoquant.estimate.size import Size, size_of
 from nanoquant.estimate.subject import Subject
 from nanoquant.estimate.terms import Need, Use
 from nanoquant.file_budget import file_options
-from nanoquant.kept_logits import bytes_a_token
 from nanoquant.units import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -58,8 +57,6 @@ class Disk:
     """Weight files of the checkpoint."""
     unfinished: int
     """Work that a killed run goes on with, at most."""
-    logits: int
-    """Kept logits of the dense model."""
     activations: int
     """Activations beyond ``run.activation_memory``."""
 
@@ -129,14 +126,11 @@ def disk(q: Quantities, size: Size) -> Disk:
     room: Room = room_of(subject.model, subject.shapes, q.ranks, config, inputs)
     kept = config.run.save_every is not None
     unfinished = room.unfinished + kept * q.stream(config.calibration.windows)  # a gradient
-    logits = beyond = 0
-    if config.model.kept_logits is not None and kept:
-        windows = config.model.windows + config.model.held_out
-        logits = windows * config.calibration.length * bytes_a_token(config.model.kept_logits)
+    beyond = 0
     if config.run.activation_memory is not None:
         limit = parse_bytes(config.run.activation_memory)
         beyond = max(0, max(q.calibration_stream, q.block_stream) - limit)
-    return Disk(size.most, unfinished, logits, beyond)
+    return Disk(size.most, unfinished, beyond)
 
 
 def inference(

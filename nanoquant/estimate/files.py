@@ -16,14 +16,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nanoquant.checkpoint import LARGEST_SHARD
 from nanoquant.checkpoint_files import CHECKPOINT_KEY, INDEX_FILE, SINGLE_FILE, StoredTensor
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.hf_quantizer import BYTES, FLOATS, PARTS, swap_modules
 from nanoquant.model_embeddings import find_embeddings, swap_embeddings
 from nanoquant.sizes import Sizes, measure_sizes
 
-SHARD = "5GB"
-"""Largest shard, as ``save_pretrained`` takes it by default."""
 WIDTHS = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 """Types as safetensors orders them; wider ones come first in a file."""
 NAMES = {dtype: name for name, dtype in FLOATS.items()} | BYTES
@@ -57,7 +56,7 @@ def weight_files(
     dense: PreTrainedModel,
     ranks: Mapping[str, int],
     embedding: EmbeddingConfig,
-    shard: int | str = SHARD,
+    shard: int | str = LARGEST_SHARD,
 ) -> WeightFiles:
     """Files of the checkpoint that a dense model on the meta device becomes.
 

@@ -97,7 +97,6 @@ def disk_lines(found: Estimate) -> str:
     parts = {
         "checkpoint": found.disk.checkpoint,
         "work that a killed run goes on with, at most": found.disk.unfinished,
-        "kept logits": found.disk.logits,
         "activations": found.disk.activations,
     }
     listed = ", ".join(f"{amount(size)} {name}" for name, size in parts.items() if size)
