@@ -112,6 +112,7 @@ def test_operations_of_a_pass_are_counted(tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     config = nanoquant_config(2.0, budget={"rank_multiple": 8})
     q = quantities(subject_of_folder(tmp_path, config), config, Use(0))
+    model.set_attn_implementation("eager")  # whose products are counted
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(32)[None], use_cache=False)
     assert counter.get_total_flops() == pytest.approx(32 * forward(q, 32), rel=0.02)

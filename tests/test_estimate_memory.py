@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("untouched_process")
 
 BASE = 500 * 10**6
 CONFIG = nanoquant_config(
-    2.0, budget={"rank_multiple": 8}, calibration={"windows": 512, "length": 64}
+    2.0, budget={"rank_multiple": 8}, calibration={"windows": 1 << 17, "length": 64}
 )
 
 

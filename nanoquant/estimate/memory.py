@@ -11,6 +11,9 @@ from nanoquant.estimate.terms import Need, Term
 CUDA = 600 * 10**6
 """Bytes that CUDA and its libraries take on a GPU, and again in main memory; assumed, nobody has measured it."""
 
+HEAP = 256 << 20
+"""Bytes of tokenizer, texts, records, and of what the heap keeps; at most 0.22 GB on a model of 135M."""
+
 
 def needs(q: Quantities) -> list[Need]:
     """What each phase takes at most, in order."""
@@ -26,6 +29,7 @@ def needs(q: Quantities) -> list[Need]:
         ("measure in a fresh process", student.measure_fresh, q.use.length is not None),
     ]
     always = [Term("the process with its libraries", q.use.base, host=True)]
+    always.append(Term("texts, tokenizer, and what the heap keeps", HEAP, host=True))
     if q.use.gpu:
         always += [Term("CUDA", CUDA), Term("CUDA in main memory", CUDA, host=True)]
     return [Need(name, (*always, *terms(q)), q.use.gpu) for name, terms, runs in phases if runs]

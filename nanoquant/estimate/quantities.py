@@ -45,6 +45,12 @@ class Quantities:
         blocks = range(len(self.subject.decoder.blocks))
         return self.subject.dense_bytes - sum(self.block_bytes(b) for b in blocks)
 
+    @cached_property
+    def kept(self) -> int:
+        """Bytes of what stays dense: all but the linears of the chosen blocks."""
+        body = sum(d_out * d_in for d_out, d_in in self.subject.shapes.values())
+        return self.subject.dense_bytes - self.subject.itemsize * body
+
     @property
     def paged(self) -> bool:
         """Whether weights stay in their files and come into memory a block at a time."""

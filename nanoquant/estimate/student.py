@@ -6,6 +6,7 @@ Shapes: N windows, T tokens a window, V vocabulary.
 from __future__ import annotations
 
 from nanoquant.estimate import work
+from nanoquant.estimate.initialization import CHECKED
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.terms import Term
 from nanoquant.kept_logits import PORTION, bytes_a_token
@@ -92,9 +93,10 @@ def activations(q: Quantities) -> list[Term]:
 def pack(q: Quantities) -> list[Term]:
     """Packing and writing: signs and scales, once more while they are packed, and what is not quantized."""
     return [
-        q.weights,
         Term("packed linears", 2 * q.packed),
+        Term("what stays dense", q.kept),
         Term("embedding and head", q.around),
+        Term("a check of weights", 2 * work.F32 * CHECKED),
     ]
 
 
@@ -103,7 +105,7 @@ def measure_fresh(q: Quantities) -> list[Term]:
     tokens = q.use.length or 0
     return [
         Term("the other process with its libraries", q.use.base, host=True),
-        Term("the checkpoint, and its files while it loads", 2 * (q.packed + q.around)),
+        Term("the checkpoint, and its files while it loads", 2 * (q.packed + q.kept)),
         unpacked(q),
         Term("activations of a window", work.forward(q.subject, tokens)),
         Term("logits of a window", work.scored(q.subject, tokens), "--eval-length"),
