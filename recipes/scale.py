@@ -15,6 +15,7 @@ from nanoquant.console import quiet
 from nanoquant.estimate.command import find_subject
 from nanoquant.estimate.estimate import Estimate, make_estimate
 from nanoquant.estimate.request import EstimateConfig
+from nanoquant.estimate.subject import Subject
 from nanoquant.memory import process_bytes
 
 MODELS = ("llama-2-7b", "llama-3.1-70b", "llama-3.1-405b")
@@ -25,10 +26,11 @@ PLACES = (("here", 1), ("h100", 1), ("h100", 8), ("h100", 64))
 HEADER = ("model", "trains", "on", "GPU, GB", "main, GB", "disk, GB", "checkpoint, GB", "hours")
 
 
-def row(name: str, run: str, config: NanoQuantConfig, machine: str, devices: int) -> list[str]:
+def row(
+    subject: Subject, run: str, config: NanoQuantConfig, machine: str, devices: int
+) -> list[str]:
     """One estimate."""
-    request = EstimateConfig(source=name, machine=machine, devices=devices, eval_windows=64)
-    subject = find_subject(name, config)
+    request = EstimateConfig(source=subject.name, machine=machine, devices=devices, eval_windows=64)
     found = make_estimate(subject, config, request, process_bytes(), torch.device("cpu"))
     gpu = machine != "here"
     place = f"{devices} H100" if gpu else f"{torch.get_num_threads()} CPU threads"
@@ -37,7 +39,7 @@ def row(name: str, run: str, config: NanoQuantConfig, machine: str, devices: int
     hours = f"{low:.1f} to {high:.1f}"
     disk = sum(vars(found.disk).values()) / 1e9
     checkpoint = found.sizes[0].most / 1e9
-    return [name, run, place, *memory, f"{disk:.0f}", f"{checkpoint:.2f}", hours]
+    return [subject.name, run, place, *memory, f"{disk:.0f}", f"{checkpoint:.2f}", hours]
 
 
 def most(found: Estimate, device: bool) -> str:
@@ -52,9 +54,10 @@ def main() -> None:
     quiet()
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for name in sys.argv[1:] or MODELS:
+        subject = find_subject(name, SIGNS)
         for run, config in RUNS.items():
             for machine, devices in PLACES:
-                print(f"| {' | '.join(row(name, run, config, machine, devices))} |", flush=True)
+                print(f"| {' | '.join(row(subject, run, config, machine, devices))} |", flush=True)
 
 
 if __name__ == "__main__":

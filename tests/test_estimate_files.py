@@ -27,7 +27,7 @@ MODELS = {
     "float32, Conv1D": lambda: tiny_gpt2(dtype=torch.float32),
     "float16": lambda: tiny_llama(dtype=torch.float16),
 }
-OWN = SMALL[: SMALL.index("--verify")] if "--verify" in SMALL else SMALL
+OWN = SMALL[: SMALL.index("--verify")]  # the rest is about the checkpoint
 FLAGS = [*OWN, "--budget.allocation", "uniform", "--importance.curvature", "diagonal"]
 FLAGS += ["--model.train", "none", "--admm.iterations", 2, "--bits", 2]
 

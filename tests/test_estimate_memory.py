@@ -131,8 +131,8 @@ RUNS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_phases_stay_below_their_estimates_which_are_near(kind, tmp_path):
-    wide = {"hidden_size": 768, "intermediate_size": 2048, "vocab_size": 4096}
-    tiny_llama(layers=4, dtype=torch.bfloat16, **wide).save_pretrained(tmp_path / "dense")
+    wide = {"hidden_size": 512, "intermediate_size": 1408, "vocab_size": 4096}
+    tiny_llama(layers=3, dtype=torch.bfloat16, **wide).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(WORDS * 400)
     flags = "--admm.iterations 2 --sensitivity.iterations 2 --calibration.windows 16 --calibration.length 64".split()
