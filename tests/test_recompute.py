@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 from test_model_reconstruction import HELD_OUT, SCALES, SIGNS, TRAINING, teacher_and_student
-from tiny_models import FAMILIES, random_windows, tiny_llama
+from tiny_models import random_windows, tiny_llama
 
 from nanoquant.architectures import find_decoder
 from nanoquant.model_reconstruction import ModelReconstructor
