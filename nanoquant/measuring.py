@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import math
 import subprocess
 import sys
 from contextlib import suppress
@@ -108,7 +107,7 @@ def measure_in_fresh_process(
     Raises:
         ValueError: that process failed; it has said why.
     """
-    flags = ["--verify", "--most-perplexity", str(most_perplexity or math.inf)] * job.verify
+    flags = ["--verify", "--most-perplexity", str(most_perplexity or sys.float_info.max)] * job.verify
     if job.evaluation is not None:
         data = job.evaluation
         flags += ["--text", data.text, "--windows", str(data.windows), "--length", str(data.length)]
