@@ -107,7 +107,11 @@ def measure_in_fresh_process(
     Raises:
         ValueError: that process failed; it has said why.
     """
-    flags = ["--verify", "--most-perplexity", str(most_perplexity or sys.float_info.max)] * job.verify
+    flags = [
+        "--verify",
+        "--most-perplexity",
+        str(most_perplexity or sys.float_info.max),
+    ] * job.verify
     if job.evaluation is not None:
         data = job.evaluation
         flags += ["--text", data.text, "--windows", str(data.windows), "--length", str(data.length)]

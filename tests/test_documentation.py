@@ -85,6 +85,7 @@ def test_readme_commands_parse():
         "generate",
         "inspect",
         "doctor",
+        "estimate",
         "bench",
         "advise",
         "report",
