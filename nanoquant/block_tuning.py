@@ -17,6 +17,7 @@ from nanoquant.decoder import BlockCall, run_block
 from nanoquant.early_stop import EarlyStop
 from nanoquant.mapped import forget
 from nanoquant.optimizer import OptimizerConfig
+from nanoquant.processes import divided
 from nanoquant.training import FitResult, fit
 
 CHUNK_ELEMENTS = 1 << 26
@@ -175,10 +176,13 @@ class BlockTuner:
     def _held_out_loss(self, objective: BlockObjective, batch: int) -> float:
         """Mean loss of the held-out windows, in the precision of the training."""
         pair = (self.data.inputs[-self.held_out :], self.data.targets[-self.held_out :])
-        device, losses = objective.weight.device, []
+        device = objective.weight.device
+
+        def loss_of(part: tuple[Tensor, Tensor]) -> float:
+            loss = objective(tuple(x.to(device) for x in part))
+            forget(part)
+            return float(loss) * len(part[0])
+
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
-            for part in zip(*(x.split(batch) for x in pair), strict=True):
-                loss = objective(tuple(x.to(device) for x in part))
-                losses.append(float(loss) * len(part[0]))
-                forget(part)
+            losses = divided(loss_of, zip(*(x.split(batch) for x in pair), strict=True))
         return sum(losses) / self.held_out

@@ -34,6 +34,10 @@ commands:
 NANOQUANT_DEBUG=1 shows the traceback of an error.
 """
 MOST_CHARACTERS = 1000
+LOST = (
+    "another process of this run has ended or does not answer; what is finished is kept, and the same command goes on "
+    "there, with any number of processes"
+)
 
 
 def run() -> NoReturn:
@@ -53,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line, by default those of the process.
 
     Returns:
-        The exit code: 0, 2 for bad input (one line on stderr says what), 130 when interrupted, 1 or
-        its own for a library that leaves the process.
+        The exit code: 0, 2 for bad input (one line on stderr says what), 130 when interrupted, 1 when another process
+        of the run is lost, 1 or its own for a library that leaves the process.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     quiet()
@@ -83,16 +87,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write(f"nanoquant: error: {stop.code}\n")
         return 1
     except Exception as error:
+        if _another_is_lost(error):
+            _tell(f"nanoquant: error: {LOST}", unless_told=True)
+            return 1
         if os.environ.get("NANOQUANT_DEBUG") or not _is_input_error(error):
             raise
-        sys.stderr.write(f"nanoquant: error: {_one_line(error)}\n")
+        _tell(f"nanoquant: error: {_one_line(error)}")
         return 2
     return 0
 
 
 def _stopped() -> int:
-    sys.stderr.write("nanoquant: interrupted\n")
+    _tell("nanoquant: interrupted", unless_told=True)
     return 130
+
+
+def _tell(message: str, unless_told: bool = False) -> None:
+    """Write to stderr how the command ends; of several processes that end alike one does."""
+    if "torch" in sys.modules:
+        from nanoquant.processes import tells
+
+        if not tells(message, unless_told):
+            return
+    sys.stderr.write(f"{message}\n")
+
+
+def _another_is_lost(error: Exception) -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from nanoquant.processes import lost
+
+    return lost(error)
 
 
 def _is_input_error(error: Exception) -> bool:

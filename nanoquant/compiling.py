@@ -65,6 +65,7 @@ def compiled(blocks: list[nn.Module], *methods: tuple[object, str]) -> Iterator[
     methods = (*((block, "forward") for block in blocks), *methods)
     # parameters count as constants otherwise, and every rank would be compiled on its own
     settings = {"force_parameter_static_shapes": False, "recompile_limit": MOST_VARIANTS}
+    settings["optimize_ddp"] = False  # a block is small enough to wait for its gradients
     with torch._dynamo.config.patch(**settings):
         for owner, name in methods:
             setattr(owner, name, torch.compile(getattr(owner, name)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.checkpoint_files import check_writable
+from nanoquant.processes import first
 from nanoquant.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -56,6 +57,8 @@ def show_logs(verbose: bool) -> None:
     logger.handlers = [_AboveBars()]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     logger.propagate = False
+    if not first():  # the first process says the same
+        logger.setLevel(logging.ERROR)
 
 
 class _AboveBars(logging.Handler):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.compiling import uncompiled
+from nanoquant.processes import divided
 
 Piece = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -150,8 +151,8 @@ def held_out_divergence(
     device = next(student.parameters()).device
     mixed = precision == "bf16-mixed"
     with uncompiled(), torch.autocast(device.type, dtype=torch.bfloat16, enabled=mixed):
-        losses = [
-            float(logits_divergence(student, teacher, [x.to(device) for x in batch]))
-            for batch in windows
-        ]
+        losses = divided(
+            lambda batch: float(logits_divergence(student, teacher, [x.to(device) for x in batch])),
+            windows,
+        )
     return sum(losses) / len(losses)

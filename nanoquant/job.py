@@ -42,6 +42,8 @@ from nanoquant.job_config import JobConfig
 from nanoquant.lock import exclusive
 from nanoquant.measuring import evaluation_windows, free_memory, measure_dense
 from nanoquant.memory import process_bytes
+from nanoquant.processes import first, join, on_first
+from nanoquant.progress import Progress
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
 from nanoquant.self_text import check_kept
 from nanoquant.sources import (
@@ -59,18 +61,22 @@ from nanoquant.tracking.tracker import RunTracker, TrackedProgress
 from nanoquant.unfinished import check_settings, discard
 
 
-def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
+def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult | None:
     """Quantize a model, measure it before and after, and print one table.
+
+    Of several processes the first one does all but the quantization itself, and has the result; the others give None.
 
     Raises:
         ValueError: any input does not allow it, and nothing has been written; or the checkpoint is
             written, but measuring it failed. Then the table and the JSON hold all other figures.
     """
-    show_logs(job.verbose)
     device = device_of(config.run.accelerator)
-    if left_unmeasured(job, config):
+    join(device.type, config.run.timeout)
+    show_logs(job.verbose)
+    if on_first(lambda: left_unmeasured(job, config)):
         check_json_path(job.json)
-        return finish_left(job, device)
+        with exclusive(run_folder(job.output)):
+            return finish_left(job, device) if first() else None
     if not torn_checkpoint(job.output):
         check_output_folder(job.output)
     check_can_be_made(run_folder(job.output), "the record of the run")
@@ -81,15 +87,19 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
     tokenizer = load_tokenizer(folder)
     plan = plan_text(job.text, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
-    begun, progress = time.perf_counter(), TrackedProgress(job_phases(job, config, plan))
+    phases = job_phases(job, config, plan)
+    begun, progress = time.perf_counter(), TrackedProgress(phases) if first() else Progress()
     with progress.phase("load", 1):
         model = load_checked(folder, device, job, config, plan, windows)
     with ExitStack() as held:
         held.enter_context(exclusive(run_folder(job.output)))
-        if torn_checkpoint(job.output):  # of a run that was killed while it saved
-            shutil.rmtree(job.output)
-        check_output_folder(job.output)  # another process may have ended meanwhile
+        on_first(lambda: clear_output(job.output))
         check_settings(run_folder(job.output), model, plan, config)
+        places = {name: run_folder(job.output) for name in ("sensitivity_file", "work")}
+        places["self_text_file"] = job.self_text_file or run_folder(job.output)
+        if not first():
+            quantize(model, plan, config, tokenizer, **places)
+            return None
         tracker = start_record(job, config, begun)
         progress.follow(tracker)
         held.enter_context(tracker.following())
@@ -104,9 +114,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult:
             tokenizer,
             progress=progress,
             recorder=tracker,
-            self_text_file=job.self_text_file or run_folder(job.output),
-            sensitivity_file=run_folder(job.output),
-            work=run_folder(job.output),
+            **places,
         )
         ending = Ending.of(job, model, dense, report)
         tracker.folder.update(**{UNMEASURED: asdict(ending)})
@@ -129,6 +137,13 @@ def within_memory(
     length = job.eval_length if job.evaluation is not None else None
     use = Use(process_bytes(), device.type == "cuda", length)
     return fit(subject_of_folder(folder, config), config, use, *limits)
+
+
+def clear_output(output: str) -> None:
+    """Delete what a run left that was killed while it saved; errors as of :func:`check_output_folder`."""
+    if torn_checkpoint(output):
+        shutil.rmtree(output)
+    check_output_folder(output)  # another process may have ended meanwhile
 
 
 def load_checked(

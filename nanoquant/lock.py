@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from nanoquant.processes import first, on_first
+
 logger = logging.getLogger(__name__)
 
 _held: dict[Path, int | None] = {}
@@ -16,7 +18,7 @@ _held: dict[Path, int | None] = {}
 
 @contextlib.contextmanager
 def exclusive(folder: str | Path | None) -> Iterator[None]:
-    """Keep other processes off a folder, which is made where it is absent; within one process calls may be nested.
+    """Keep other runs off a folder, which is made where it is absent; within one process calls may be nested.
 
     The system lets go when the process ends, however it ends; no file stays behind. None keeps nobody off, nor does a
     folder that can't be locked, which is said.
@@ -28,7 +30,8 @@ def exclusive(folder: str | Path | None) -> Iterator[None]:
     if path is None or path in _held:
         yield
         return
-    _held[path] = _lock(path)
+    handle = on_first(lambda: _lock(path))
+    _held[path] = handle if first() else None
     try:
         yield
     finally:

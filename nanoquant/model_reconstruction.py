@@ -27,12 +27,13 @@ from nanoquant.kept_logits import as_rows, collate
 from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_state import ModelState
+from nanoquant.non_finite import first_non_finite
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recompute import recomputed
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.resuming import Order, Start
 from nanoquant.student import binary_layers, norm_parameters
-from nanoquant.training import Reconstruction, first_non_finite, fit
+from nanoquant.training import Reconstruction, fit
 
 logger = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from nanoquant.activations import Activations
 from nanoquant.admm import Initializer
 from nanoquant.architectures import Decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
+from nanoquant.block_tuning import BlockData
 from nanoquant.calibration import BlockwiseCalibration, passes
 from nanoquant.config import NanoQuantConfig
 from nanoquant.heap import give_back
@@ -28,9 +29,11 @@ from nanoquant.importance import Importance
 from nanoquant.kept_logits import KEPT, keep_logits, portion
 from nanoquant.mapped import forget, paged
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
+from nanoquant.processes import gather, world_size
 from nanoquant.progress import Progress
 from nanoquant.ranks import choose_ranks
 from nanoquant.recorder import BlockRecorder, Recorder
+from nanoquant.shared_blocks import make_blocks
 from nanoquant.text import Text
 from nanoquant.unfinished import Initialized, Unfinished
 
@@ -106,6 +109,7 @@ def calibrate(
     """Phase 1: importances of the linears of the chosen blocks, kept as they come, but those that are kept already."""
     blocks = len(decoder.blocks)
     done, gradient = unfinished.calibrated(blocks, chosen)
+    gather(None)  # all processes have read before the first one writes
     if done == chosen.start:
         return
     calibration = BlockwiseCalibration(
@@ -122,6 +126,7 @@ def calibrate(
 
     with progress.phase("calibrate", passes(done, chosen.start)):
         calibration(chosen, keep, progress.advance, done, gradient)
+    gather(None)  # the first one has written what all read from now on
 
 
 def reconstruct_blocks(
@@ -143,39 +148,37 @@ def reconstruct_blocks(
     """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix.
 
     A block that an earlier run has finished is taken from there; ``option`` is what the ranks belong to, and
-    ``importances`` gives those of a block by full name.
+    ``importances`` gives those of a block by full name. Several processes make a block together where it is tuned,
+    else each makes one of its own.
     """
-    reports = {}
+    reports, ahead = {}, {}
     activations = (
         Activations(model, decoder, text.calibration[: config.block.windows], memory)
         if config.block.tunes
         else None
     )
+
+    def make(b: int, records: Recorder) -> BlockReport:
+        known = (importances, ranks, data, config, precision_of(model, config), loggers)
+        return _make_block(decoder, b, reconstructor, *known, records)
+
     with progress.phase("blocks", len(chosen)):
         for b, block in enumerate(decoder.blocks[: chosen.stop]):
             data = None if activations is None else activations.targets_of(b, block)
             dense = list(block.parameters())
-            kept = unfinished.take_block(decoder, b, ranks, option) if b in chosen else None
+            due = b in chosen and b not in ahead
+            kept = unfinished.take_block(decoder, b, ranks, option) if due else None
             if kept is not None:
                 reports[b] = kept
                 progress.advance(1, note="as it was kept")
             elif b in chosen:
-                full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
-                begun = time.perf_counter()
-                reports[b] = reconstructor(
-                    block,
-                    decoder.groups[b],
-                    _named(importances(b), full),
-                    {name: ranks[full[name]] for name in full},
-                    data,
-                    name=f"block {b}",
-                    precision=precision_of(model, config),
-                    freeze=config.model.train != "signs",
-                    loggers=loggers,
-                    recorder=BlockRecorder(recorder, b, full),
-                )
+                if b not in ahead:
+                    turn = [n for n in chosen if n >= b][
+                        : 1 if config.block.tunes else world_size()
+                    ]
+                    ahead |= make_blocks(decoder, turn, config.block.tunes, make, recorder)
+                reports[b] = ahead[b]
                 unfinished.keep_block(decoder, b, ranks, option, reports[b])
-                recorder.record("block", block=b, seconds=time.perf_counter() - begun)
                 worst = _worst(reports[b])
                 logger.info("block %d: %s", b, worst)
                 progress.advance(1, note=worst)
@@ -186,9 +189,35 @@ def reconstruct_blocks(
     return reports
 
 
-def _named(known: Mapping[str, Importance], full: Mapping[str, str]) -> dict[str, Importance]:
-    """Importances of a block by the names of its linears inside it, which have full names."""
-    return {name: known[full[name]] for name in full}
+def _make_block(
+    decoder: Decoder,
+    b: int,
+    reconstructor: BlockReconstructor,
+    importances: Callable[[int], Mapping[str, Importance]],
+    ranks: dict[str, int],
+    data: BlockData | None,
+    config: NanoQuantConfig,
+    precision: str,
+    loggers: list[Any] | None,
+    recorder: Recorder,
+) -> BlockReport:
+    """Make one block binary, and record how long it took."""
+    full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
+    begun, known = time.perf_counter(), importances(b)
+    report = reconstructor(
+        decoder.blocks[b],
+        decoder.groups[b],
+        {name: known[full[name]] for name in full},
+        {name: ranks[full[name]] for name in full},
+        data,
+        name=f"block {b}",
+        precision=precision,
+        freeze=config.model.train != "signs",
+        loggers=loggers,
+        recorder=BlockRecorder(recorder, b, full),
+    )
+    recorder.record("block", block=b, seconds=time.perf_counter() - begun)
+    return report
 
 
 def _worst(report: BlockReport) -> str:

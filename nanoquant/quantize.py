@@ -18,6 +18,7 @@ from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
+from nanoquant.data_parallel import check_batch
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
 from nanoquant.lock import exclusive
@@ -31,6 +32,7 @@ from nanoquant.model_embeddings import (
 )
 from nanoquant.model_reconstruction import ModelReport
 from nanoquant.phases import initialize, precision_of, reconstruct_model
+from nanoquant.processes import broadcast, first, gather, join
 from nanoquant.progress import Progress
 from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.recorder import UNRECORDED, Recorder
@@ -82,6 +84,8 @@ def quantize(
 ) -> QuantizationReport:
     """Quantize a causal language model in place: calibrate, reconstruct blocks, reconstruct the model, pack.
 
+    Under torchrun or SLURM all processes call this alike, share the work, and have the same model afterwards.
+
     Example::
 
         quantize(model, "text.txt", nanoquant_config(bits=0.8), tokenizer)
@@ -114,6 +118,8 @@ def quantize(
             raise ValueError(
                 f"{name} and an own initializer exclude each other: what is kept does not tell which one made it"
             )
+    join(model.device.type, config.run.timeout)
+    recorder = recorder if first() else UNRECORDED
     memory = ActivationMemory(config.run.activation_memory, work)
     plan = plan_text(data, tokenizer, config)
     check_model(model, plan, config)
@@ -122,7 +128,7 @@ def quantize(
     shapes = decoder_shapes(decoder, chosen)
     options = check_budget(model, decoder, chosen, config)
     write = SelfText(model, tokenizer, config.self_text, config.run.seed, self_text_file, progress)
-    text = split_text(plan, tokenizer, config, write)
+    text = broadcast(split_text(plan, tokenizer, config, write))
     unfinished = Unfinished(work, model, text, config)
     model.requires_grad_(False)
     teacher = twin(model) if config.model.train != "none" else None
@@ -131,6 +137,10 @@ def quantize(
         reconstructor = BlockReconstructor(config.block, initial, config.run.seed)
         run = (progress, loggers, recorder)
         found = unfinished.read(decoder, chosen)
+        if len(set(gather(found is None))) > 1:
+            raise ValueError(
+                f"not all processes see the files in {work}; give them one file system"
+            )
         if found is None:
             found = initialize(
                 *(model, decoder, chosen, text, options, reconstructor, *run),
@@ -175,6 +185,7 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
             f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
         )
     check_finite(model)
+    check_batches(config)
     if config.embedding.bits is not None:
         check_embeddings(model, config.embedding)
     if model.dtype not in (torch.bfloat16, torch.float32):
@@ -193,6 +204,21 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
         raise ValueError(
             f"the text has token {plan.largest}, but the model knows {known}; tokenize it with its own tokenizer"
         )
+
+
+def check_batches(config: NanoQuantConfig) -> None:
+    """Refuse batches that the processes of this run can't divide.
+
+    Raises:
+        ValueError: names the setting and what is allowed.
+    """
+    block, model = config.block, config.model
+    if block.dense_epochs:
+        check_batch("block.dense_batch", block.dense_batch)
+    if block.refine_epochs or block.joint_epochs:
+        check_batch("block.refine_batch", block.refine_batch)
+    if model.train != "none":
+        check_batch("model.batch", model.batch)
 
 
 def check_finite(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from nanoquant.config import NanoQuantConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.file_budget import embedding_divergence, file_options
 from nanoquant.importance import Importance
+from nanoquant.processes import divided, world_size
 from nanoquant.progress import Progress
 from nanoquant.recorder import Recorder
 from nanoquant.roles import layer_places
@@ -189,14 +190,21 @@ class Measurement:
                 progress.advance(
                     1, note=f"embedding: divergence {known.groups[key].divergence:.4f}"
                 )
-            at, importances = None, {}
-            for key, (b, names) in groups.items():
-                if b != at:  # those of the block before are let go of first
-                    importances = {}
-                    at, importances = b, self.importances(b)
-                known.add(key, probe.measure(b, names, importances))
-                note = f"block {b}: divergence {known.groups[key].divergence:.4f}"
-                progress.advance(1, note=note)
+            held: dict[int, Mapping[str, Importance]] = {}
+
+            def measure(group: tuple[int, tuple[str, ...]]) -> GroupLoss:
+                b, names = group
+                if b not in held:
+                    held.clear()  # those of the block before are let go of first
+                    held[b] = self.importances(b)
+                return probe.measure(b, names, held[b])
+
+            for begin in range(0, len(groups), world_size()):
+                turn = list(groups.items())[begin : begin + world_size()]
+                losses = divided(measure, [group for _, group in turn])
+                for (key, (b, _)), loss in zip(turn, losses, strict=True):
+                    known.add(key, loss)
+                    progress.advance(1, note=f"block {b}: divergence {loss.divergence:.4f}")
         costs = [known.groups[key].divergence for key in tables] or [0.0]
         return responses(known.groups, self.uniform), costs
 

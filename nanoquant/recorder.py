@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 PHASES = ("calibrate", "ranks", "initialize", "block", "model", "evaluate")
@@ -47,6 +47,23 @@ class Unrecorded:
 
 
 UNRECORDED = Unrecorded()
+
+
+@dataclass
+class RecordBuffer:
+    """Keeps records for a recorder in another process, or for later."""
+
+    wanted: bool
+    records: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    def record(self, phase: str, **metrics: Any) -> None:  # noqa: ANN401
+        """Keep it."""
+        self.records.append((phase, metrics))
+
+    def replay(self, recorder: Recorder) -> None:
+        """Pass all of them on, in order."""
+        for phase, metrics in self.records:
+            recorder.record(phase, **metrics)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from nanoquant.divergence import ForwardKL
 from nanoquant.importance import Importance, stack
 from nanoquant.json_files import write_json
 from nanoquant.mapped import forget
+from nanoquant.processes import first, on_first
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,7 @@ class SensitivityFile:
         self.path, self.fingerprint = None if path is None else Path(path), fingerprint
         if self.path is not None and (self.path.suffix != SUFFIX or self.path.is_dir()):
             self.path /= f"sensitivity-{fingerprint[:12]}{SUFFIX}"
-        self.groups: dict[str, GroupLoss] = self._read()
+        self.groups: dict[str, GroupLoss] = on_first(self._read)
 
     def add(self, key: str, group: GroupLoss) -> None:
         """Keep a group; the file is whole before and after.
@@ -111,7 +112,7 @@ class SensitivityFile:
         self.groups[key] = group
         groups = {key: asdict(group) for key, group in self.groups.items()}
         content = {"format": FORMAT, "fingerprint": self.fingerprint, "groups": groups}
-        if self.path is None:
+        if self.path is None or not first():
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)

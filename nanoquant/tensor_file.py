@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanoquant.commit import commit, refused
 from nanoquant.lock import hold_again
+from nanoquant.processes import first
 
 VALUES = "values"
 TORN = ".partial"
@@ -77,13 +78,14 @@ class TensorFile:
         return content.values if content else {}
 
     def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
-        """Replace the file.
+        """Replace the file; of several processes the first one alone writes.
 
         Raises:
             OSError: the disk refuses it; what was there before is whole.
             ValueError: somebody removed the folder, and another process is at work there now.
         """
-        if self.path is None:
+        if self.path is None or not first():
+            self.written = time.monotonic()
             return
         hold_again(self.path.parent)
         partial = (
@@ -106,8 +108,11 @@ class TensorFile:
         self.written = time.monotonic()
 
     def delete(self) -> None:
-        """Delete the file where there is one; what can't be deleted stays, and is read or written over."""
-        if self.path is not None:
+        """Delete the file where there is one; what can't be deleted stays, and is read or written over.
+
+        Of several processes the first one does.
+        """
+        if self.path is not None and first():
             with suppress(OSError):
                 self.path.unlink()
 

@@ -22,8 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from nanoquant.compiling import uncompiled
+from nanoquant.data_parallel import mean, part_of, placement
+from nanoquant.non_finite import first_non_finite, has_bad_gradient
 from nanoquant.optimizer import OptimizerConfig, adamw
+from nanoquant.processes import gather, world_size
 from nanoquant.resuming import Start
 from nanoquant.units import parse_bytes
 
@@ -45,12 +47,16 @@ class RunConfig:
     save_every: float | None = 600.0
     """Seconds between two copies of an unfinished whole-model phase on the disk, where a killed run goes on; a copy
     takes 16 bytes a latent. null: none, and a killed run begins anew."""
+    timeout: float = 1800.0
+    """Seconds that one of several processes waits for the others before it gives them up for lost."""
 
     activation_memory: str | None = None
     """Most memory of the activations that calibration and blocks keep, such as 4GB; the rest lies in files without a
     name in the work folder, and decides nothing. null: all in memory."""
 
     def __post_init__(self) -> None:
+        if not self.timeout > 0:
+            raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}")
         if self.activation_memory is not None:
             parse_bytes(self.activation_memory, "run.activation_memory")
         if self.save_every is not None and not 0 <= self.save_every < math.inf:
@@ -117,6 +123,7 @@ class Reconstruction(L.LightningModule):
         self.batch = self.start.batch
         self.result = FitResult(undone=self.start.undone)
         self.good: list[Tensor] = []
+        self.bad: tuple[str, str] | None = None  # what is not finite in this step, and where
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and the schedule of the config."""
@@ -141,24 +148,27 @@ class Reconstruction(L.LightningModule):
         """Steps done, those of an earlier run included."""
         return self.start.step + self.global_step
 
-    def training_step(self, batch: Any, index: int) -> Tensor | None:  # noqa: ANN401
-        """Loss of the objective; None, which skips the step, when it is not finite."""
+    def training_step(self, batch: Any, index: int) -> Tensor:  # noqa: ANN401
+        """Loss of the objective; one that is not finite is undone before the optimizer's step."""
         self.batch = self.start.batch + index
         due = self.batch % self.snapshot_every == 0
         if due and self.at_snapshot is not None:
             self.at_snapshot(self)
-        loss = self.objective(batch)
-        value = float(loss.detach())
+        windows = 1 if world_size() == 1 else len(batch[0]) if batch else 0
+        loss = self.objective(batch) if windows else 0 * sum(p.sum() for p in self.trained())
+        value, factor = mean(float(loss.detach()), windows)
         if not math.isfinite(value):
-            self.undo(f"loss is {value}", first_non_finite(self.objective, batch))
-            return None
+            found = first_non_finite(self.objective, batch) if windows else ""
+            where = next(filter(None, gather(found)))
+            self.bad = (f"loss is {value}", where)
+            return loss
         if due:
             self.good = [p.detach().clone() for p in self.trained()]
         self.result.losses.append(value)
         self.log(f"{self.objective.name}/loss", value)
         if self.on_step is not None:
             self.on_step(self.step, value)
-        return loss
+        return loss if factor == 1 else loss * factor
 
     def configure_gradient_clipping(
         self,
@@ -168,9 +178,13 @@ class Reconstruction(L.LightningModule):
     ) -> None:
         """Clip by the norm of all gradients; drop them, so that nothing moves, when one is not finite."""
         trained = self.trained()
+        if self.bad is not None:
+            self.undo(*self.bad)
+            self.bad = None
+            return
         norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if not norm.isfinite():
-            names = (name for name, p in self.objective.named_parameters() if _has_bad_gradient(p))
+            names = (name for name, p in self.objective.named_parameters() if has_bad_gradient(p))
             self.count_undone("a gradient is not finite", next(names, "the norm of all of them"))
             for parameter in trained:
                 parameter.grad = None
@@ -188,6 +202,7 @@ class Reconstruction(L.LightningModule):
         with torch.no_grad():
             for parameter, value in zip(self.trained(), self.good, strict=True):
                 parameter.copy_(value)
+                parameter.grad = None
         self.optimizers(use_pl_optimizer=False).state.clear()
 
     def count_undone(self, what: str, where: str, remedy: str = "the step is undone") -> None:
@@ -199,35 +214,6 @@ class Reconstruction(L.LightningModule):
                 f"{message}; lower its learning rate, or look at its input activations"
             )
         logger.warning("%s; %s", message, remedy)
-
-
-@torch.no_grad()
-def first_non_finite(objective: nn.Module, batch: Any) -> str:  # noqa: ANN401
-    """Name of a parameter that is not finite, else of the first module whose output is not."""
-    found = [name for name, p in objective.named_parameters() if not p.isfinite().all()]
-    if found:
-        return found[0]
-
-    def watch(name: str, output: object) -> None:
-        if isinstance(output, Tensor) and not output.isfinite().all():
-            found.append(name)
-
-    handles = [
-        module.register_forward_hook(lambda _, args, output, name=name: watch(name, output))
-        for name, module in objective.named_modules()
-        if name and not any(True for _ in module.children())
-    ]
-    try:
-        with uncompiled():
-            objective(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else "the loss itself"
-
-
-def _has_bad_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
 
 
 def fit(
@@ -244,6 +230,8 @@ def fit(
     callbacks: list[L.Callback] | None = None,
 ) -> FitResult:
     """Train ``objective`` on ``batches`` for ``epochs`` with Lightning, on the device where it is.
+
+    Several processes each take a part of every batch; the gradient is that of the whole one.
 
     Args:
         objective: see :class:`Objective`; it is trained in place and left on the device it was on.
@@ -268,9 +256,8 @@ def fit(
     module = Reconstruction(objective, config, steps, on_step, start, at_snapshot)
     with _quiet():
         trainer = L.Trainer(
+            **placement(device),
             max_epochs=epochs,
-            accelerator="gpu" if device.type == "cuda" else device.type,
-            devices=1 if device.index is None else [device.index],
             precision=precision,
             logger=loggers or False,
             callbacks=callbacks,
@@ -279,7 +266,7 @@ def fit(
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        trainer.fit(module, batches)
+        trainer.fit(module, part_of(batches))
         module.result.epochs = trainer.current_epoch
     objective.to(device)  # Lightning leaves it on the CPU
     return module.result

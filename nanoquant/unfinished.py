@@ -27,6 +27,7 @@ from nanoquant.importance_store import ImportanceStore
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.mapped import map_tensors
 from nanoquant.model_state import ModelState
+from nanoquant.processes import first, on_first
 from nanoquant.tensor_file import TensorFile, forget_torn
 from nanoquant.text import Text
 from nanoquant.text_plan import TextPlan
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 PATTERN = "unfinished-*.safetensors"
 SIGNS = ("U", "V", "u_signs", "v_signs")
 """Parts of a binary layer that stay in its file; whoever trains latents gives them memory of their own."""
-IDLE = ("preset", "run.save_every", "run.accelerator", "run.activation_memory")
+IDLE = ("preset", *(f"run.{name}" for name in ("save_every", "accelerator", "activation_memory", "timeout")))
 """Fields that decide nothing of the result."""
 
 
@@ -168,30 +169,29 @@ class Unfinished:
                 f"{file.path} was made with other ranks than losses give now, so they were measured elsewhere or lost: "
                 f"put back the sensitivity file of that run, or delete the {PATTERN} files beside it"
             )
-        stored = _stored(file)
-        for name in decoder.linears[b]:
-            dense = decoder.blocks[b].get_submodule(name)
-            layer = _layer(dense, stored[decoder.full_name(b, name)])
-            decoder.blocks[b].set_submodule(name, layer)
+        put_layers(decoder, b, _stored(file))
         return BlockReport(**values["report"])
 
     def keep_block(
         self, decoder: Decoder, b: int, ranks: Mapping[str, int], option: int, report: BlockReport
     ) -> None:
-        """Keep the binary layers of a finished block, whose signs live in the file from then on."""
+        """Keep the binary layers of a finished block, whose signs live in the file from then on.
+
+        Of several processes the first one keeps them; the others have them in memory.
+        """
         layers = {
             decoder.full_name(b, name): decoder.blocks[b].get_submodule(name)
             for name in decoder.linears[b]
         }
         tensors = {
             f"{full}.{part}": tensor
-            for full, layer in layers.items()
-            for part, tensor in layer.state_dict().items()
+            for full, parts in layer_parts(decoder, b).items()
+            for part, tensor in parts.items()
         }
         values = {"option": option, "ranks": {full: ranks[full] for full in layers}}
         file = self._block(b)
         file.write(tensors, values | {"report": asdict(report)})
-        if file.path is None:
+        if file.path is None or not first():
             return
         for full, parts in _stored(file).items():
             if layers[full].s1.device.type == "cpu":
@@ -201,11 +201,12 @@ class Unfinished:
     def keep_logits(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, from its file where there is one."""
         file = self._file(f"logits-{name}", "logits of the teacher")
-        if not file.values():
+        if not on_first(file.values):
             tensors = make()
             file.write(tensors, {"tensors": len(tensors)})
             if file.path is None:
                 return tensors
+        on_first(lambda: None)  # when it is written
         return map_tensors(read_header(file.path)[0])
 
 
@@ -226,6 +227,21 @@ def _stored(file: TensorFile) -> dict[str, dict[str, Tensor]]:
         full, _, part = name.rpartition(".")
         layers.setdefault(full, {})[part] = tensor if part in SIGNS else tensor.clone()
     return layers
+
+
+def layer_parts(decoder: Decoder, b: int) -> dict[str, dict[str, Tensor]]:
+    """Parts of the binary layers of a block, by full name."""
+    return {
+        decoder.full_name(b, name): dict(decoder.blocks[b].get_submodule(name).state_dict())
+        for name in decoder.linears[b]
+    }
+
+
+def put_layers(decoder: Decoder, b: int, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Binary layers of these parts, as of :func:`layer_parts`, in the place of the linears of a block."""
+    for name in decoder.linears[b]:
+        layer = _layer(decoder.blocks[b].get_submodule(name), layers[decoder.full_name(b, name)])
+        decoder.blocks[b].set_submodule(name, layer)
 
 
 def _layer(dense: nn.Module, parts: Mapping[str, Tensor]) -> BinaryLowRankLinear:

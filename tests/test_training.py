@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from nanoquant.non_finite import first_non_finite
 from nanoquant.optimizer import OptimizerConfig
-from nanoquant.training import FitResult, first_non_finite, fit
+from nanoquant.training import FitResult, fit
 
 
 class Regression(nn.Module):

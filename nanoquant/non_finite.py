@@ -1,0 +1,40 @@
+"""Where values stop being finite: the layer that a message names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanoquant.compiling import uncompiled
+
+
+@torch.no_grad()
+def first_non_finite(objective: nn.Module, batch: Any) -> str:  # noqa: ANN401
+    """Name of a parameter that is not finite, else of the first module whose output is not."""
+    found = [name for name, p in objective.named_parameters() if not p.isfinite().all()]
+    if found:
+        return found[0]
+
+    def watch(name: str, output: object) -> None:
+        if isinstance(output, Tensor) and not output.isfinite().all():
+            found.append(name)
+
+    handles = [
+        module.register_forward_hook(lambda _, args, output, name=name: watch(name, output))
+        for name, module in objective.named_modules()
+        if name and not any(True for _ in module.children())
+    ]
+    try:
+        with uncompiled():
+            objective(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[0] if found else "the loss itself"
+
+
+def has_bad_gradient(parameter: nn.Parameter) -> bool:
+    """Whether a parameter has a gradient that is not finite."""
+    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
