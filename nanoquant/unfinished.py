@@ -240,8 +240,11 @@ def layer_parts(decoder: Decoder, b: int) -> dict[str, dict[str, Tensor]]:
 def put_layers(decoder: Decoder, b: int, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Binary layers of these parts, as of :func:`layer_parts`, in the place of the linears of a block."""
     for name in decoder.linears[b]:
-        layer = _layer(decoder.blocks[b].get_submodule(name), layers[decoder.full_name(b, name)])
-        decoder.blocks[b].set_submodule(name, layer)
+        module, parts = decoder.blocks[b].get_submodule(name), layers[decoder.full_name(b, name)]
+        if isinstance(module, BinaryLowRankLinear):  # this process has made it as well
+            module.load_state_dict(parts)
+        else:
+            decoder.blocks[b].set_submodule(name, _layer(module, parts))
 
 
 def _layer(dense: nn.Module, parts: Mapping[str, Tensor]) -> BinaryLowRankLinear:
