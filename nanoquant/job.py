@@ -83,7 +83,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult | None:
     check_json_path(job.json)
     folder = find_model(job.source)
     check_dense(folder)
-    planned = within_memory(folder, device, job, config)
+    planned = on_first(lambda: within_memory(folder, device, job, config))
     tokenizer = load_tokenizer(folder)
     plan = plan_text(job.text, tokenizer, config)
     windows = None if job.evaluation is None else evaluation_windows(job.evaluation, tokenizer)
@@ -98,7 +98,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult | None:
         places = {name: run_folder(job.output) for name in ("sensitivity_file", "work")}
         places["self_text_file"] = job.self_text_file or run_folder(job.output)
         if not first():
-            quantize(model, plan, config, tokenizer, **places)
+            quantize(model, plan, planned, tokenizer, **places)
             return None
         tracker = start_record(job, config, begun)
         progress.follow(tracker)

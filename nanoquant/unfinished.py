@@ -17,17 +17,17 @@ from typing import Any
 from torch import Tensor, nn
 
 import nanoquant
-from nanoquant.architectures import Decoder, linear_shape
+from nanoquant.architectures import Decoder
 from nanoquant.block_reconstruction import BlockReport
 from nanoquant.checkpoint_files import check_can_be_made, read_header
 from nanoquant.config import NanoQuantConfig
 from nanoquant.digest import code_digest, model_digest
 from nanoquant.importance import Importance
 from nanoquant.importance_store import ImportanceStore
-from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.mapped import map_tensors
 from nanoquant.model_state import ModelState
 from nanoquant.processes import first, on_first
+from nanoquant.shared_blocks import layer_parts, put_layers
 from nanoquant.tensor_file import TensorFile, forget_torn
 from nanoquant.text import Text
 from nanoquant.text_plan import TextPlan
@@ -37,7 +37,10 @@ logger = logging.getLogger(__name__)
 PATTERN = "unfinished-*.safetensors"
 SIGNS = ("U", "V", "u_signs", "v_signs")
 """Parts of a binary layer that stay in its file; whoever trains latents gives them memory of their own."""
-IDLE = ("preset", *(f"run.{name}" for name in ("save_every", "accelerator", "activation_memory", "timeout")))
+IDLE = (
+    "preset",
+    *(f"run.{name}" for name in ("save_every", "accelerator", "activation_memory", "timeout")),
+)
 """Fields that decide nothing of the result."""
 
 
@@ -227,35 +230,6 @@ def _stored(file: TensorFile) -> dict[str, dict[str, Tensor]]:
         full, _, part = name.rpartition(".")
         layers.setdefault(full, {})[part] = tensor if part in SIGNS else tensor.clone()
     return layers
-
-
-def layer_parts(decoder: Decoder, b: int) -> dict[str, dict[str, Tensor]]:
-    """Parts of the binary layers of a block, by full name."""
-    return {
-        decoder.full_name(b, name): dict(decoder.blocks[b].get_submodule(name).state_dict())
-        for name in decoder.linears[b]
-    }
-
-
-def put_layers(decoder: Decoder, b: int, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Binary layers of these parts, as of :func:`layer_parts`, in the place of the linears of a block."""
-    for name in decoder.linears[b]:
-        module, parts = decoder.blocks[b].get_submodule(name), layers[decoder.full_name(b, name)]
-        if isinstance(module, BinaryLowRankLinear):  # this process has made it as well
-            module.load_state_dict(parts)
-        else:
-            decoder.blocks[b].set_submodule(name, _layer(module, parts))
-
-
-def _layer(dense: nn.Module, parts: Mapping[str, Tensor]) -> BinaryLowRankLinear:
-    """The binary layer of kept parts, without a copy, in the place of a dense linear or Conv1D."""
-    d_out, d_in = linear_shape(dense)
-    latent = "U" in parts
-    rank = parts["U"].shape[1] if latent else len(parts["v_signs"])
-    layer = BinaryLowRankLinear(d_in, d_out, rank, "bias" in parts, "meta")
-    layer = layer if latent else layer.freeze()
-    layer.load_state_dict({p: t.to(dense.weight.device) for p, t in parts.items()}, assign=True)
-    return layer
 
 
 def check_settings(
