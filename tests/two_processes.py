@@ -33,14 +33,14 @@ TUNED = {
     "scale_lr": 1e-3,
 }
 MODEL = {"windows": 9, "batch": 4, "epochs": 3, "held_out": 3, "latent_lr": 3e-3}
+KEPT = {"block": TUNED, "model": MODEL | {"kept_logits": 8, "recompute": True}}
 
 
-def quantized(**stages):
+def quantized(work=None, **stages):
     """Packed tensors, held-out divergences and losses of a tiny model."""
     model = tiny_llama(layers=3)
-    report = quantize(
-        model, random_windows(40, 16).flatten(), nanoquant_config(1.0, **SMALL, **stages)
-    )
+    config = nanoquant_config(1.0, **SMALL, **stages)
+    report = quantize(model, random_windows(40, 16).flatten(), config, work=work)
     found = {"held out": report.model.held_out, "losses": report.model.losses}
     return {"tensors": dict(model.state_dict()), "ranks": report.ranks, **found}
 
@@ -64,7 +64,7 @@ class Spoilt(nn.Module):
 def spoilt():
     """Weight, losses and steps undone where one sample of one process is not finite."""
     targets = torch.randn(23, 4, generator=torch.manual_seed(0))
-    targets[20, 1] = float("nan")
+    targets[6, 1] = float("nan")  # of the second process
     objective = Spoilt()
     loader = DataLoader(TensorDataset(targets), batch_size=4)
     result = fit(objective, loader, OptimizerConfig(), epochs=2, precision="32-true")
@@ -94,16 +94,18 @@ def exchanged():
     }
 
 
-def cases():
-    """All of it."""
+def cases(folder):
+    """All of it; "kept" with work in a folder."""
     processes.join("cpu", 60.0)
     return {
         "exchanged": exchanged(),
         "spoilt": spoilt(),
         "untuned": quantized(model={"train": "none"}),
         "tuned": quantized(block=TUNED, model=MODEL),
+        "kept": quantized(folder, run={"save_every": 0.0, "activation_memory": "1KB"}, **KEPT),
     }
 
 
 if __name__ == "__main__":
-    torch.save(cases(), Path(sys.argv[1], f"{processes.rank()}.pt"))
+    folder = Path(sys.argv[1])
+    torch.save(cases(folder), folder / f"{processes.rank()}.pt")
