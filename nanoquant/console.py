@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.checkpoint_files import check_writable
-from nanoquant.processes import first
 from nanoquant.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -57,7 +56,9 @@ def show_logs(verbose: bool) -> None:
     logger.handlers = [_AboveBars()]
     logger.setLevel(logging.INFO if verbose else logging.WARNING)
     logger.propagate = False
-    if not first():  # the first process says the same
+    from nanoquant.processes import first  # torch, which help does without
+
+    if not first():  # that one says the same
         logger.setLevel(logging.ERROR)
 
 
