@@ -6,6 +6,7 @@ Shapes: N windows, T tokens a window, d hidden size.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -169,6 +170,7 @@ class BlockTuner:
         )
         if stop:
             stop.restore()
+        gc.collect()  # the trainer and its moments refer to each other
         self.block.requires_grad_(False)
         return result
 

@@ -6,6 +6,7 @@ Shapes: N windows, T tokens a window, d hidden size.
 import contextlib
 import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -65,14 +66,15 @@ class _StopForwardError(Exception):
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch every module to evaluation, and each back to its own former mode on exit."""
-    modes = [(module, module.training) for module in model.modules()]
+    """Switch every module to evaluation, and each that is still there back to its own former mode on exit."""
+    modes = [(weakref.ref(module), module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
-            module.training = mode
+        for reference, mode in modes:
+            if (module := reference()) is not None:
+                module.training = mode
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+import nanoquant_kernels
 from nanoquant.mapped import forget
 
 SAMPLED_WEIGHTS = 256
@@ -25,11 +26,12 @@ def model_digest(model: nn.Module) -> str:
 
 
 def code_digest() -> str:
-    """Digest of the source files of the library, which an editable install changes without a new version.
+    """Digest of the source files of library and kernels, which an editable install changes without a new version.
 
     Packages inside, which measure and report, don't count.
     """
     digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.name.encode() + file.read_bytes())
+    for place in (__file__, nanoquant_kernels.__file__):
+        for file in sorted(Path(place).parent.glob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

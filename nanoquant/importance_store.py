@@ -56,6 +56,10 @@ class ImportanceStore:
                 found |= from_tensors(self.file(b).read(_is_diagonal))
         return found
 
+    def release(self) -> None:
+        """Let go of those that are in memory: nothing asks for a block any more."""
+        self._held.clear()
+
 
 def as_tensors(importances: Mapping[str, Importance]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and values of a file; a correlation that linears share is in it once."""

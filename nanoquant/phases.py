@@ -93,7 +93,9 @@ def initialize(
         option,
         memory,
     )
-    return Initialized(option, choice.ranks, reports, importances.diagonals(chosen))
+    diagonals = importances.diagonals(chosen)
+    importances.release()
+    return Initialized(option, choice.ranks, reports, diagonals)
 
 
 def calibrate(

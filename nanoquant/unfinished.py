@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from torch import Tensor, nn
 
 import nanoquant
@@ -241,7 +243,11 @@ def check_settings(
         ValueError: names the difference.
     """
     settings = _settings(model, config) | {"text": plan.digest[:16]}
-    for name in ("importance-*", "model") if config.run.save_every is not None else ():
+    for name in (
+        ("gradient", "importance-*", "block-*", "model")
+        if config.run.save_every is not None
+        else ()
+    ):
         for path in sorted(Path(folder).glob(PATTERN.replace("*", name, 1)))[:1]:
             TensorFile(path, settings, "unfinished work").values()
 
@@ -252,6 +258,8 @@ def _settings(model: nn.Module, config: NanoQuantConfig) -> dict[str, str]:
         "model weights": model_digest(model)[:16],
         "version": nanoquant.__version__,
         "nanoquant's source code": code_digest()[:16],
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
     }
     return found | {
         name: json.dumps(value) for name, value in _flat(config.to_dict()) if name not in IDLE

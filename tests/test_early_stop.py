@@ -70,7 +70,8 @@ def test_a_good_rate_gains_on_windows_that_do_not_train(monkeypatch):
     fit = block_tuning.fit
 
     def record(objective, loader, *args, **kwargs):
-        seen.append(loader.dataset.tensors[0])
+        data = loader.dataset
+        seen.append(torch.stack([data[k][0] for k in range(len(data))]))
         result = fit(objective, loader, *args, **kwargs)
         assert result.epochs * len(loader) == len(result.losses)
         return result

@@ -13,10 +13,10 @@ from large_models import write_llama
 
 CGROUP = Path("/sys/fs/cgroup/memory")
 FLAGS = (
-    "--text text.txt --budget.allocation uniform --admm.iterations 2 --calibration.windows 8 "
-    "--calibration.length 64 --model.windows 4 --model.held_out 1 --model.batch 1 --model.evaluations 1 "
-    "--model.train scales --model.kept_logits 16 --model.recompute --model.compile_from null "
-    "--run.accelerator cpu"
+    "--text text.txt --budget.allocation uniform --importance.curvature diagonal --admm.iterations 2 "
+    "--calibration.windows 8 --calibration.length 64 --model.windows 4 --model.held_out 1 "
+    "--model.batch 1 --model.evaluations 1 --model.train scales "
+    "--model.kept_logits 16 --model.recompute --model.compile_from null --run.accelerator cpu"
 ).split()
 WINDOW = 8 * 64 * 1024 * 2  # bytes of the hidden states of all windows
 

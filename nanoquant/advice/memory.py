@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nanoquant.advice.anatomy import Anatomy
@@ -45,20 +46,28 @@ def cache_bytes(model: Anatomy, use: Use, context: int | None = None) -> int:
     return math.ceil(use.batch * entries * use.cache_bits / 8)
 
 
-def activation_bytes(model: Anatomy, option: Option, use: Use, context: int | None = None) -> int:
+def activation_bytes(
+    model: Anatomy,
+    option: Option,
+    use: Use,
+    context: int | None = None,
+    ranks: Mapping[str, int] | None = None,
+) -> int:
     """Estimated peak of what a forward pass over the whole context holds besides weights and cache.
 
     Of each token: two hidden states and one in float32 for a norm, and three vectors as long as the
     widest linear (gate, its activation and up). Then logits of the last token, in bf16 and float32.
-    Packed layers unpack signs of one linear for many tokens; attention over blocks is assumed.
+    Packed layers, of ``ranks`` or at equal bits, unpack signs of one linear for many tokens; attention
+    over blocks is assumed.
     Against the allocations of SmolLM2-135M on a CPU, 512 to 2048 tokens, it was 0.99 to 1.15 times.
     """
     tokens = use.batch * (use.context if context is None else context)
     peak = tokens * (BF16 * (2 * model.hidden + 3 * model.widest) + 4 * model.hidden)
     peak += use.batch * model.vocabulary * (BF16 + 4)
     if option.tool == "nanoquant":
-        ranks = our_ranks(model, option.bits)
-        sides = ((min(s), max(s), ranks[name]) for name, s in model.linears.items())
+        ranks = our_ranks(model, option.bits) if ranks is None else ranks
+        shapes = ((model.linears[name], rank) for name, rank in ranks.items())
+        sides = ((min(shape), max(shape), rank) for shape, rank in shapes)
         widest = max(max(small, rank) * large for small, large, rank in sides) * BF16
         peak += widest if use.device == "cpu" else min(widest, SCRATCH)
     return peak

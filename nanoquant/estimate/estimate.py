@@ -146,12 +146,13 @@ def inference(
         logger.warning("%s", error)
         return None
     option = Option("own", "nanoquant", size.config.budget.bits, "nanoquant")
+    ranks = size.ranks if size.ranks.keys() <= model.linears.keys() else None  # inside a composite
     return Inference(
         use.context,
         use.batch,
         size.files.sizes.bytes_resident + size.most - size.files.weight_bytes,
         cache_bytes(model, use),
-        activation_bytes(model, option, use),
+        activation_bytes(model, option, use, ranks=ranks),
         base,
     )
 

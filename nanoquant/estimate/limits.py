@@ -102,12 +102,16 @@ def fit(
         gpu: the same of the GPU.
 
     Raises:
-        ValueError: it can't be kept; with the phase, its largest term, the smallest memory that would do, and settings
-            that change it.
+        ValueError: the run has no GPU to promise for; or it can't be kept: with the phase, its largest term, the
+            smallest memory that would do, and settings that change it.
     """
+    if gpu is not None and not use.gpu:
+        raise ValueError(
+            f"{PLACES[True]} {gpu} and a run on the CPU exclude each other: take run.accelerator=cuda or leave it out"
+        )
     plan = Plan(subject, config, use)
     room: list[int] = []
-    for device, text in ((False, memory), (True, gpu if use.gpu else None)):
+    for device, text in ((False, memory), (True, gpu)):
         if text is None:
             continue
         limit = parse_bytes(text, PLACES[device])
