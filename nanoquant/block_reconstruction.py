@@ -19,6 +19,7 @@ from nanoquant.admm import Initializer
 from nanoquant.architectures import as_linear, linear_shape
 from nanoquant.binary import relative_error
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
+from nanoquant.heap import give_back
 from nanoquant.importance import Importance, stack
 from nanoquant.layer_records import BlockWatch
 from nanoquant.linear import BinaryLowRankLinear
@@ -270,8 +271,11 @@ class BlockReconstructor(nn.Module):
             known = importances[linear]
             kinds = (known.input_correlation is None, known.output_correlation is None)
             batches[(*shape, *kinds, ranks[linear])].append(linear)
-        parts = [self._factorize(block, m, importances, key[-1]) for key, m in batches.items()]
-        return {linear: error for part in parts for linear, error in part.items()}
+        errors = {}
+        for (*_, rank), linears in batches.items():
+            errors |= self._factorize(block, linears, importances, rank)
+            give_back()  # else what these freed lies beside what the next ones take
+        return errors
 
     def _factorize(
         self, block: nn.Module, names: list[str], importances: Mapping[str, Importance], rank: int

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.architectures import Decoder, as_linear
+from nanoquant.heap import give_back
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.mapped import forget
@@ -73,6 +74,7 @@ def record_model_errors(
                 error = layer_error(layer, dense, importances[full])
                 forget([dense])
                 recorder.record("model", block=block, layer=full, error=error)
+        give_back()
 
 
 class SignSample:

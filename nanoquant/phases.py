@@ -250,6 +250,7 @@ def reconstruct_model(
                 known_windows(teacher, dense, name, tokens, config, unfinished)
                 for name, tokens in zip(names, windows, strict=True)
             ]
+            give_back()
         with paged(dense.blocks):
             report = ModelReconstructor(settings, config.run.seed)(
                 model,

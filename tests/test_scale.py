@@ -50,6 +50,4 @@ def test_a_model_larger_than_memory_is_quantized(tmp_path):
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     record = json.loads((tmp_path / "out.run" / "run.json").read_text())
     peaks = record["memory_bytes"]
-    assert max(peaks.values()) < 0.65 * size, (
-        peaks
-    )  # pages of files included, which the limit may take back
+    assert max(peaks.values()) < bound, peaks  # pages of files included
