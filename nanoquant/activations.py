@@ -14,6 +14,7 @@ from nanoquant.activation_memory import ActivationMemory
 from nanoquant.block_tuning import BlockData
 from nanoquant.decoder import BlockCall, Decoder, capture_block_inputs, forgetting, run_block
 from nanoquant.mapped import forget
+from nanoquant.offload import at_work
 
 BATCH = 4
 """Windows that run through a block at once."""
@@ -64,8 +65,9 @@ def run_windows(
 ) -> Tensor:
     """Run a block over all windows (N, T, d), a few at a time; into ``out``, which may be the same tensor."""
     out = torch.empty_like(hidden) if out is None else out
-    device = next((p.device for p in block.parameters()), hidden.device)
-    for given, own in zip(hidden.split(batch), out.split(batch), strict=True):
-        own.copy_(run_block(block, given.to(device), call))
-        forget([given, own])
+    with at_work(block):
+        device = next((p.device for p in block.parameters()), hidden.device)
+        for given, own in zip(hidden.split(batch), out.split(batch), strict=True):
+            own.copy_(run_block(block, given.to(device), call))
+            forget([given, own])
     return out

@@ -26,6 +26,7 @@ from nanoquant.importance import (
     cross_entropy_gradient,
 )
 from nanoquant.mapped import forget
+from nanoquant.offload import at_work
 from nanoquant.segments import Segments
 
 
@@ -108,7 +109,13 @@ class BlockwiseCalibration:
                 self.inputs[b] = hidden
             if b == end - 1:
                 break
-            following = hidden if b < first else None
+            hidden = self._past(b, hidden, hidden if b < first else None)
+            self._done_with(b)
+            advance(1)
+
+    def _past(self, b: int, hidden: Tensor, following: Tensor | None) -> Tensor:
+        """Hidden states (N, T, d) moved past a block, into ``following``, made where it is absent."""
+        with at_work(self.decoder.blocks[b]):
             for begin, ids in self._parts():
                 part = self.segments(b, ids, hidden[begin : begin + len(ids)])
                 if not part.isfinite().all():
@@ -117,16 +124,14 @@ class BlockwiseCalibration:
                     )
                 forget([hidden[begin : begin + len(ids)]])
                 following = self._filled(following, begin, part)
-            hidden = following
-            self._done_with(b)
-            advance(1)
+        return following
 
     def _backward(self, b: int, names: tuple[str, ...]) -> dict[str, Importance]:
         """Importances of linears of a block; the gradient moves from its output to its input."""
         block, inputs = self.decoder.blocks[b], self.inputs.pop(b)
         linears = {self.decoder.full_name(b, name): block.get_submodule(name) for name in names}
         collector = ImportanceCollector(linears, self.config)
-        with torch.enable_grad(), collector:
+        with at_work(block), torch.enable_grad(), collector:
             for begin, ids in self._parts():
                 part = inputs[begin : begin + len(ids)]
                 own = self._gradient_at(b, begin, ids, part.detach().requires_grad_())

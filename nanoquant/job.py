@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from nanoquant.architectures import find_decoder
 from nanoquant.checkpoint import save_pretrained
 from nanoquant.checkpoint_files import check_can_be_made, check_output_folder, torn_checkpoint
 from nanoquant.config import NanoQuantConfig
@@ -42,6 +43,7 @@ from nanoquant.job_config import JobConfig
 from nanoquant.lock import exclusive
 from nanoquant.measuring import evaluation_windows, free_memory, measure_dense
 from nanoquant.memory import process_bytes
+from nanoquant.offload import offload
 from nanoquant.processes import first, join, on_first
 from nanoquant.progress import Progress
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
@@ -164,7 +166,14 @@ def load_checked(
             f'--self-text-file {job.self_text_file} is given, but the model writes nothing; ask with --text "self" '
             "or --self-text.windows N, or leave it out"
         )
-    model = load_model(folder, device, trainable=True)
+    if config.run.offload and device.type == "cpu":
+        raise ValueError(
+            "run.offload and a run on the CPU exclude each other: blocks are in main memory there anyway; leave it out"
+        )
+    home = torch.device("cpu") if config.run.offload else device
+    model = load_model(folder, home, trainable=True)
+    if config.run.offload:
+        offload(model, find_decoder(model).blocks, device)
     check_model(model, plan, config)
     if plan.written:
         check_kept(job.self_text_file, model, config.self_text, config.run.seed, plan.own)

@@ -24,6 +24,7 @@ from nanoquant.decoder import (
 from nanoquant.dense_prefix import skipped
 from nanoquant.divergence import ForwardKL, most_probable
 from nanoquant.mapped import forget, paged
+from nanoquant.offload import at_work
 
 PORTION = 1 << 28
 """Bytes of hidden states and kept tensors that one pass through the model works on."""
@@ -93,11 +94,12 @@ def _run_blocks(decoder: Decoder, calls: list[BlockCall], hidden: Tensor) -> tup
     """Run all blocks over hidden states (N, T, d), in place; gives what the last one returns besides them."""
     more: tuple = ()
     for block, call in zip(decoder.blocks, calls, strict=True):
-        for part in hidden.split(BATCH):
-            out = call_block(block, part, call)
-            states, *rest = out if isinstance(out, tuple) else (out,)
-            part.copy_(states)
-            more = tuple(rest)
+        with at_work(block):
+            for part in hidden.split(BATCH):
+                out = call_block(block, part, call)
+                states, *rest = out if isinstance(out, tuple) else (out,)
+                part.copy_(states)
+                more = tuple(rest)
         forget(block.parameters())
     return more
 

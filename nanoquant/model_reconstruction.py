@@ -28,6 +28,7 @@ from nanoquant.layer_records import ModelWatch
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_state import ModelState
 from nanoquant.non_finite import first_non_finite
+from nanoquant.offload import visits
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recompute import recomputed
 from nanoquant.recorder import UNRECORDED, Recorder
@@ -114,7 +115,8 @@ class ModelObjective(nn.Module):
         blocks = binary_blocks(self.student)
         names = {name for name, module in self.student.named_modules() if module in blocks}
         if self._teacher[0] is not None:
-            blocks += [module for name, module in self._teacher[0].named_modules() if name in names]
+            teacher = self._teacher[0].named_modules()
+            blocks += [block for name, block in teacher if name in names and not visits(block)]
         return compiled(blocks, (self, "piece"))
 
 

@@ -29,6 +29,7 @@ from nanoquant.importance import Importance
 from nanoquant.kept_logits import KEPT, keep_logits, portion
 from nanoquant.mapped import forget, paged
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
+from nanoquant.offload import at_work
 from nanoquant.processes import gather, world_size
 from nanoquant.progress import Progress
 from nanoquant.ranks import choose_ranks
@@ -162,7 +163,8 @@ def reconstruct_blocks(
 
     def make(b: int, records: Recorder) -> BlockReport:
         known = (importances, ranks, data, config, precision_of(model, config), loggers)
-        return _make_block(decoder, b, reconstructor, *known, records)
+        with at_work(decoder.blocks[b]):
+            return _make_block(decoder, b, reconstructor, *known, records)
 
     with progress.phase("blocks", len(chosen)):
         for b, block in enumerate(decoder.blocks[: chosen.stop]):

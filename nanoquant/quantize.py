@@ -31,6 +31,7 @@ from nanoquant.model_embeddings import (
     round_embeddings,
 )
 from nanoquant.model_reconstruction import ModelReport
+from nanoquant.offload import settle
 from nanoquant.phases import initialize, precision_of, reconstruct_model
 from nanoquant.processes import broadcast, first, gather, join
 from nanoquant.progress import Progress
@@ -92,7 +93,8 @@ def quantize(
         nanoquant.save_pretrained(model, "out", tokenizer=tokenizer)
 
     Args:
-        model: dense, in bfloat16 or float32; afterwards its linears are packed.
+        model: dense, in bfloat16 or float32; afterwards its linears are packed. One that is larger than the memory
+            of its GPU is given after ``nanoquant.offload.offload(model, blocks, device)``.
         data: calibration text, several, or token ids, see :func:`read_sources`; "self" lets the model write all.
         config: bits, preset and everything else.
         tokenizer: of the model; needed for text.
@@ -149,6 +151,7 @@ def quantize(
         config = options[found.option]
         report = QuantizationReport(config.to_dict(), found.ranks, text=text.origin)
         report.bits, report.blocks = body_bits(shapes, found.ranks), found.blocks
+        settle(model)
         tables = embedding_tables(model, config.embedding)
         if teacher is not None:
             round_embeddings(model, tables)  # so that training sees what is stored

@@ -32,6 +32,7 @@ from nanoquant.divergence import ForwardKL
 from nanoquant.importance import Importance, stack
 from nanoquant.json_files import write_json
 from nanoquant.mapped import forget
+from nanoquant.offload import at_work
 from nanoquant.processes import first, on_first
 
 logger = logging.getLogger(__name__)
@@ -180,12 +181,13 @@ class SensitivityProbe:
             ValueError: the model gives non-finite logits with this group binary; names it.
         """
         binary, errors = {}, {}
-        for name in names:
-            full = self.decoder.full_name(block, name)
-            binary[name], errors[full] = self._factorize(block, name, full, importances[full])
-        forget(self.decoder.blocks[block].parameters())
-        with _replaced(self.decoder.blocks[block], binary):
-            logits = self.dense.logits_from(block)
+        with at_work(self.decoder.blocks[block]):
+            for name in names:
+                full = self.decoder.full_name(block, name)
+                binary[name], errors[full] = self._factorize(block, name, full, importances[full])
+            forget(self.decoder.blocks[block].parameters())
+            with _replaced(self.decoder.blocks[block], binary):
+                logits = self.dense.logits_from(block)
         divergence = float(ForwardKL.apply(logits.flatten(0, 1), self.dense.logits.flatten(0, 1)))
         if not divergence < float("inf"):
             raise ValueError(

@@ -54,6 +54,11 @@ class RunConfig:
     """Most memory of the activations that calibration and blocks keep, such as 4GB; the rest lies in files without a
     name in the work folder, and decides nothing. null: all in memory."""
 
+    offload: bool = False
+    """Whether decoder blocks of the dense model stay in main memory, or in their files, and visit the GPU when they
+    run, at most two at once. With model.kept_logits none of them does while the student trains. Decides nothing of the
+    result."""
+
     def __post_init__(self) -> None:
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}")

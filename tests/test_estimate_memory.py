@@ -74,6 +74,18 @@ def test_on_a_gpu_the_model_is_there_and_the_process_in_main_memory():
     assert all(need.bytes(device=True) == 0 for need in plain.needs())
 
 
+def test_blocks_that_visit_a_gpu_count_there_one_at_a_time():
+    subject, use = tiny_subject(), Use(BASE, True, None)
+    stays, visits = (
+        {need.phase: need.bytes(device=True) for need in Plan(subject, config, use).needs()}
+        for config in (CONFIG, CHANGES["--run.offload"](CONFIG))
+    )
+    one = subject.dense_bytes // 4  # three blocks, embedding and head
+    for phase in ("calibrate", "blocks", "model"):
+        assert stays[phase] - visits[phase] > one, phase
+    assert max(visits.values()) < max(stays.values())
+
+
 def test_settings_that_make_phases_smaller_do():
     plan = Plan(tiny_subject(), CONFIG, Use(BASE, False, 64))
     before = {need.phase: need.bytes() for need in plan.needs()}
@@ -96,6 +108,7 @@ def test_quantize_refuses_a_promise_before_it_loads_anything(place, tmp_path, ca
     assert "--max-memory 1.0 MB can't be kept: the phase 'load' takes" in line
     assert "for the process with its libraries; the smallest that would do is" in line
     assert "max_memory must be a number above 0" in refused(capsys, *command, "--max-memory", "16")
+    assert "run.offload and a run on the CPU exclude" in refused(capsys, *command, "--run.offload")
     assert not (tmp_path / "new").exists()
 
 

@@ -22,6 +22,7 @@ ORDER = (
     "mapped",
     "heap",
     "recorder",
+    "offload",
     "decoder",
     "architectures",
     "roles",

@@ -19,7 +19,7 @@ def load(q: Quantities) -> list[Term]:
     """Reading the weights; where they are paged only one is looked at, a part at a time."""
     largest = max(p.nbytes for p in q.subject.model.parameters())
     weights = Term("the largest weight", largest) if q.paged else q.whole
-    converted = 0 if q.subject.mapped and not q.use.gpu else q.subject.file_bytes
+    converted = 0 if q.subject.mapped and q.paged else q.subject.file_bytes
     return [
         weights,
         Term("the weight files, which are converted or sent to the GPU", converted, host=True),

@@ -48,8 +48,9 @@ CHANGES: dict[str, Change] = {
     "--calibration.batch 1": _stage("calibration", batch=1),
     "--importance.curvature diagonal": _stage("importance", curvature="diagonal"),
     "--model.compile_from null": _stage("model", compile_from=None),
+    "--run.offload": _stage("run", offload=True),
 }
-"""Settings that make a run smaller and change its result; each is tried alone, then all."""
+"""Settings that make a run smaller, at the cost of quality or time; each is tried alone, then all."""
 
 
 @dataclass(frozen=True)

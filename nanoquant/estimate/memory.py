@@ -32,4 +32,5 @@ def needs(q: Quantities) -> list[Need]:
     always.append(Term("texts, tokenizer, and what the heap keeps", HEAP, host=True))
     if q.use.gpu:
         always += [Term("CUDA", CUDA), Term("CUDA in main memory", CUDA, host=True)]
+        always.append(Term("dense weights in main memory", q.at_home, host=True))
     return [Need(name, (*always, *terms(q)), q.use.gpu) for name, terms, runs in phases if runs]

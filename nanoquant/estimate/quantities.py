@@ -53,8 +53,15 @@ class Quantities:
 
     @property
     def paged(self) -> bool:
-        """Whether weights stay in their files and come into memory a block at a time."""
-        return self.subject.mapped and not self.use.gpu
+        """Whether weights come to where they are used a block at a time."""
+        return self.config.run.offload if self.use.gpu else self.subject.mapped
+
+    @property
+    def at_home(self) -> int:
+        """Bytes of dense weights in main memory while blocks visit a GPU: of one on its way, of all if not mapped."""
+        if not (self.use.gpu and self.config.run.offload):
+            return 0
+        return self.block_bytes(self.block) if self.subject.mapped else self.subject.dense_bytes
 
     @property
     def whole(self) -> Term:

@@ -1,0 +1,126 @@
+"""Decoder blocks that stay in main memory, or in their files, and visit the device that computes one at a time.
+
+A model larger than the memory of a GPU is calibrated and made binary there in the memory of one block. What lies
+around the blocks, embedding, norm and head, is on the device all the time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanoquant.mapped import forget
+
+VISIT = "offload_visit"
+"""Attribute of a block that visits."""
+
+
+@dataclass
+class Visit:
+    """A block's visits to a device."""
+
+    device: torch.device
+    depth: int = 0
+    """How many wait for the end of the present visit."""
+    homes: dict[int, tuple[Tensor, Tensor, int, int]] = field(default_factory=dict)
+    """By id: each tensor on the device, the one at home, and address and version of the former when it came."""
+
+
+def offload(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
+    """Put a model on a device, all but its blocks, which go there while their forward runs.
+
+    A copy of the model (``copy.deepcopy``) does the same. Gradients need a visit that lasts until the backward pass
+    has ended, see :func:`at_work`. :func:`settle` undoes it.
+
+    Args:
+        model: on the CPU; its weights may be mapped.
+        blocks: of the model; none that visits already.
+        device: where it computes.
+    """
+    guests = list(blocks)
+    inside = {module for block in guests for module in block.modules()}
+    for module in model.modules():
+        if module not in inside:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+    for block in guests:
+        setattr(block, VISIT, Visit(device))
+        block.forward = functools.partial(_visiting, block)  # a copy of the block calls the copy
+
+
+def settle(model: nn.Module) -> None:
+    """Put all blocks of a model where they visited until now; they stay there."""
+    for block in [module for module in model.modules() if visits(module)]:
+        device = getattr(block, VISIT).device
+        delattr(block, VISIT)
+        del block.forward
+        block.to(device)
+
+
+def visits(module: nn.Module) -> bool:
+    """Whether a module is a block that visits a device."""
+    return VISIT in vars(module)
+
+
+@contextlib.contextmanager
+def at_work(block: nn.Module) -> Iterator[None]:
+    """While active, a block that visits a device is there, new parts of it too; others are where they are.
+
+    Tensors that were not changed return to what they were at home, others are copied there.
+    """
+    if not visits(block):
+        yield
+        return
+    visit = getattr(block, VISIT)
+    visit.depth += 1
+    try:
+        if visit.depth == 1:
+            _arrive(block, visit)
+        yield
+    finally:
+        visit.depth -= 1
+        if not visit.depth:
+            _leave(block, visit)
+
+
+def _visiting(block: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    """The forward of a block, on a visit."""
+    with at_work(block):
+        return type(block).forward(block, *args, **kwargs)
+
+
+def _stores(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Where each parameter and buffer of a block is held, under which name, and it itself."""
+    for module in block.modules():
+        for store in (module._parameters, module._buffers):
+            yield from ((store, name, t) for name, t in list(store.items()) if t is not None)
+
+
+def _arrive(block: nn.Module, visit: Visit) -> None:
+    """Copy a block to the device; pages of its files are given back."""
+    for store, name, home in _stores(block):
+        away = store[name] = _like(home, home.data.to(visit.device, copy=True))
+        visit.homes[id(away)] = (away, home, away.data_ptr(), away._version)
+        forget([home])
+
+
+def _leave(block: nn.Module, visit: Visit) -> None:
+    """Put back what a block was; what is new or changed goes to the CPU."""
+    for store, name, away in _stores(block):
+        _, home, *then = visit.homes.get(id(away), (None, None))
+        if then != [away.data_ptr(), away._version]:
+            home = _like(away, away.data.to("cpu"))
+        store[name] = home
+    visit.homes.clear()
+
+
+def _like(tensor: Tensor, values: Tensor) -> Tensor:
+    """A parameter or buffer of other values."""
+    if not isinstance(tensor, nn.Parameter):
+        return values
+    return nn.Parameter(values, requires_grad=tensor.requires_grad)
