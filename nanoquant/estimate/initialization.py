@@ -81,6 +81,7 @@ def choose_ranks(q: Quantities) -> list[Term]:
         Term("logits, dense and binary", work.logits(subject, tokens, 3), "--sensitivity.windows"),
         *initializer(q),
         Term("binary weights of a group", subject.itemsize * q.block_weights),
+        Term("the block after it, on its visit", q.block_bytes(q.block) * q.visits),
     ]
 
 

@@ -57,9 +57,14 @@ class Quantities:
         return self.config.run.offload if self.use.gpu else self.subject.mapped
 
     @property
+    def visits(self) -> bool:
+        """Whether blocks visit a GPU."""
+        return self.use.gpu and self.config.run.offload
+
+    @property
     def at_home(self) -> int:
         """Bytes of dense weights in main memory while blocks visit a GPU: of one on its way, of all if not mapped."""
-        if not (self.use.gpu and self.config.run.offload):
+        if not self.visits:
             return 0
         return self.block_bytes(self.block) if self.subject.mapped else self.subject.dense_bytes
 
