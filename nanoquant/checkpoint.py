@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -154,7 +155,7 @@ def save_pretrained(
     Raises:
         ValueError: the folder is not empty, the model is not packed, a value is not finite (named),
             a tensor is of another dtype than the model, or the source can't be found.
-        OSError: the disk refuses it; nothing is left there.
+        OSError: the disk refuses it; nothing is left there, so that the same call can be made again.
     """
     folder = check_output_folder(folder)
     check_model(model)
@@ -183,14 +184,20 @@ def save_pretrained(
 
 
 def _move_in(partial: Path, folder: Path) -> None:
-    """Give files their place once the disk has them, ``config.json`` when it has all others there."""
+    """Give files their place once the disk has them, ``config.json`` when it has all others there; else none of them."""
     sync_tree(partial)
-    for file in partial.iterdir():
-        if file.name != "config.json":
-            file.rename(folder / file.name)
-    sync(folder)
-    commit(partial / "config.json", folder / "config.json")
-    sync(folder.parent)
+    *others, last = sorted((file.name for file in partial.iterdir()), key="config.json".__eq__)
+    try:
+        for name in others:
+            (partial / name).rename(folder / name)
+        sync(folder)
+        commit(partial / last, folder / last)
+        sync(folder.parent)
+    except BaseException:
+        for name in (last, *others):
+            with suppress(OSError):  # it never came there
+                (folder / name).rename(partial / name)
+        raise
 
 
 def load(

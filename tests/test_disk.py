@@ -16,9 +16,9 @@ import torch
 from command_line import SMALL, refused
 from packed_models import pack_randomly
 from test_unfinished import QUICK, TOKENS, Killed, run
-from tiny_models import tiny_llama
+from tiny_models import tiny_llama, tiny_tokenizer
 
-from nanoquant import commit, disk
+from nanoquant import checkpoint, commit, disk
 from nanoquant.checkpoint import load, save_pretrained
 from nanoquant.json_files import write_json
 from nanoquant.quantize import quantize
@@ -79,6 +79,36 @@ def test_a_full_disk_leaves_no_checkpoint_and_says_so(tmp_path):
         save_pretrained(model, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     assert load(save_pretrained(model, tmp_path / "out")) is not None
+
+
+@pytest.mark.parametrize("refused_at", ["model.safetensors", "config.json", "sync"])
+def test_a_move_that_fails_midway_leaves_nothing_and_the_same_call_goes_through(
+    refused_at, tmp_path, monkeypatch
+):
+    model, out = pack_randomly(tiny_llama()), tmp_path / "out"
+    rename, replace, sync = Path.rename, Path.replace, checkpoint.sync
+
+    def refuse(how):
+        def move(path, target):
+            if path.name == refused_at and Path(target).parent == out:
+                raise OSError(5, "Input/output error")
+            return how(path, target)
+
+        return move
+
+    def last_sync(path):
+        if refused_at == "sync" and path == tmp_path:
+            raise OSError(5, "Input/output error")
+        sync(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse(rename))
+        patch.setattr(Path, "replace", refuse(replace))
+        patch.setattr(checkpoint, "sync", last_sync)
+        with pytest.raises(OSError, match="the checkpoint .*out can't be written"):
+            save_pretrained(model, out, tokenizer=tiny_tokenizer())
+    assert list(out.iterdir()) == []
+    assert load(save_pretrained(model, out)) is not None
 
 
 def test_figures_that_can_not_be_written_leave_the_file_before_them(tmp_path):
