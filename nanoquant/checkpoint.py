@@ -18,14 +18,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nanoquant.checkpoint_files import (
-    PARTIAL,
-    QUANT_METHOD,
-    check_output_folder,
-    copy_other_files,
-    resolve_folder,
-    verify_folder,
-)
+from nanoquant.checkpoint_files import QUANT_METHOD, copy_other_files, resolve_folder, verify_folder
 from nanoquant.commit import commit, sync, sync_tree
 from nanoquant.hf_quantizer import (
     PARTS,
@@ -37,6 +30,7 @@ from nanoquant.hf_quantizer import (
 )
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_embeddings import swap_embeddings
+from nanoquant.output_folder import PARTIAL, check_output_folder
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.sizes import Sizes, measure_sizes
 
@@ -184,7 +178,7 @@ def save_pretrained(
 
 
 def _move_in(partial: Path, folder: Path) -> None:
-    """Give files their place once the disk has them, ``config.json`` when it has all others there; else none of them."""
+    """Give files their place once the disk has them, ``config.json`` when it has all others there; all or none."""
     sync_tree(partial)
     *others, last = sorted((file.name for file in partial.iterdir()), key="config.json".__eq__)
     try:

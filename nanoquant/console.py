@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nanoquant.checkpoint_files import check_writable
+from nanoquant.output_folder import check_writable
 from nanoquant.progress import Progress
 
 SECONDS_BETWEEN_LINES = 10.0

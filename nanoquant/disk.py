@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from nanoquant.architectures import find_decoder
 from nanoquant.budget import allocate_ranks, layer_bits
-from nanoquant.checkpoint_files import check_writable
 from nanoquant.config import NanoQuantConfig
 from nanoquant.kept_logits import bytes_a_token
+from nanoquant.output_folder import check_writable
 from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.sizes import tensor_bytes
 from nanoquant.unfinished import PATTERN

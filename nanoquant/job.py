@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 
 from nanoquant.architectures import find_decoder
 from nanoquant.checkpoint import save_pretrained
-from nanoquant.checkpoint_files import check_can_be_made, check_output_folder, torn_checkpoint
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import check_json_path, show_logs
 from nanoquant.disk import check_run
@@ -44,6 +43,7 @@ from nanoquant.lock import exclusive
 from nanoquant.measuring import evaluation_windows, free_memory, measure_dense
 from nanoquant.memory import process_bytes
 from nanoquant.offload import offload
+from nanoquant.output_folder import check_can_be_made, check_output_folder, torn_checkpoint
 from nanoquant.processes import first, join, on_first
 from nanoquant.progress import Progress
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 import nanoquant
 from nanoquant.architectures import Decoder
 from nanoquant.block_reconstruction import BlockReport
-from nanoquant.checkpoint_files import check_can_be_made, read_header
+from nanoquant.checkpoint_files import read_header
 from nanoquant.config import NanoQuantConfig
 from nanoquant.digest import code_digest, model_digest
 from nanoquant.importance import Importance
 from nanoquant.importance_store import ImportanceStore
 from nanoquant.mapped import map_tensors
 from nanoquant.model_state import ModelState
+from nanoquant.output_folder import check_can_be_made
 from nanoquant.processes import first, on_first
 from nanoquant.shared_blocks import layer_parts, put_layers
 from nanoquant.tensor_file import TensorFile, forget_torn

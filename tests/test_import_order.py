@@ -18,6 +18,7 @@ ORDER = (
     "json_files",
     "lock",
     "tensor_file",
+    "output_folder",
     "checkpoint_files",
     "mapped",
     "heap",

@@ -12,11 +12,12 @@ from nanoquant.baselines.records import read_comparable, rows_of
 from nanoquant.baselines.registry import needs_text
 from nanoquant.baselines.report import check_plottable, plot_pareto, records_table
 from nanoquant.baselines.run import BaselineRuns, Measurement, chosen_names
-from nanoquant.checkpoint_files import check_can_be_made, read_json
+from nanoquant.checkpoint_files import read_json
 from nanoquant.console import ConsoleProgress, say
 from nanoquant.data import bos_of, load_tokens, make_windows
 from nanoquant.evaluation.record import prepare_windows
 from nanoquant.evaluation.request import EvaluationRequest
+from nanoquant.output_folder import check_can_be_made
 from nanoquant.sources import (
     device_of,
     find_model,
