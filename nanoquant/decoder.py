@@ -97,6 +97,22 @@ def observe_calls(
             handle.remove()
 
 
+@contextlib.contextmanager
+def replaced_forwards(forwards: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+    """While active, modules have other forwards."""
+    pairs = list(forwards)
+    before = [(module, vars(module).get("forward")) for module, _ in pairs]
+    for module, forward in pairs:
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module, forward in before:
+            del module.forward
+            if forward is not None:
+                module.forward = forward
+
+
 def around_blocks(model: nn.Module) -> list[nn.Module]:
     """Embedding and head of a model, as far as it has them."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -163,8 +179,8 @@ def capture_block_inputs(
     return whole, calls
 
 
-def call_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Any:  # noqa: ANN401
-    """What one decoder block returns for hidden states (B, T, d): such states, or a tuple that begins with them."""
+def call_block(block: Callable[..., Any], hidden: Tensor, call: BlockCall) -> Any:  # noqa: ANN401
+    """What a block, or its forward, returns for hidden states (B, T, d): such, or a tuple that begins with them."""
     if call.hidden_key is None:
         return block(hidden, *call.args, **call.kwargs)
     return block(*call.args, **{call.hidden_key: hidden}, **call.kwargs)

@@ -6,13 +6,19 @@ Shapes: N windows, T tokens a window, d hidden size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanoquant.decoder import Decoder, evaluation_mode, forgetting, input_device
+from nanoquant.decoder import (
+    Decoder,
+    evaluation_mode,
+    forgetting,
+    input_device,
+    replaced_forwards,
+)
 
 
 class DensePrefix:
@@ -49,18 +55,8 @@ class DensePrefix:
             return self.model(input_ids=self.windows, use_cache=False).logits
 
 
-@contextlib.contextmanager
-def skipped(blocks: Iterable[nn.Module], output: Callable[[], Any]) -> Iterator[None]:
+def skipped(
+    blocks: Iterable[nn.Module], output: Callable[[], Any]
+) -> contextlib.AbstractContextManager[None]:
     """While active, none of ``blocks`` runs: each returns ``output()`` instead."""
-    blocks = list(blocks)
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = lambda *args, **kwargs: output()
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
+    return replaced_forwards((block, lambda *args, **kwargs: output()) for block in blocks)

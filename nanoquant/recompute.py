@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nanoquant.decoder import split_call
+from nanoquant.decoder import call_block, replaced_forwards, split_call
 
 
-@contextlib.contextmanager
-def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
+def recomputed(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
     """While active, each block first runs without gradients, and again, with them, in the backward pass.
 
     Between the two only its hidden states are kept, so that activations of one block at a time are in memory, for a
@@ -24,16 +23,7 @@ def recomputed(blocks: Sequence[nn.Module]) -> Iterator[None]:
     Args:
         blocks: decoder blocks of a model in evaluation mode.
     """
-    before = [vars(block).get("forward") for block in blocks]
-    for block in blocks:
-        block.forward = _again(block.forward)
-    try:
-        yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            del block.forward
-            if forward is not None:
-                block.forward = forward
+    return replaced_forwards((block, _again(block.forward)) for block in blocks)
 
 
 def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,9 +33,7 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
         hidden, call = split_call(args, kwargs)
 
         def inner(hidden: Tensor) -> Any:  # noqa: ANN401
-            if call.hidden_key is None:
-                return forward(hidden, *call.args, **call.kwargs)
-            return forward(**{call.hidden_key: hidden}, **call.kwargs)
+            return call_block(forward, hidden, call)
 
         if not torch.is_grad_enabled():
             return inner(hidden)

@@ -9,13 +9,12 @@ Shapes: B windows of a batch, T tokens a window, d hidden size.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
-from nanoquant.decoder import Decoder, call_block, split_call
+from nanoquant.decoder import Decoder, call_block, replaced_forwards, split_call
 
 
 class _EnteredError(Exception):
@@ -62,7 +61,7 @@ class Segments:
 
     def _run(self, ids: Tensor, forwards: dict[int, Callable[..., Any]]) -> Tensor:
         """The model's forward with those of some blocks replaced: logits, or hidden states where it stops."""
-        with self._replaced(forwards):
+        with replaced_forwards((self.blocks[k], forward) for k, forward in forwards.items()):
             try:
                 return self.model(input_ids=ids, use_cache=False).logits
             except _EnteredError as entered:
@@ -88,20 +87,6 @@ class Segments:
             return out
 
         return run
-
-    @contextlib.contextmanager
-    def _replaced(self, forwards: dict[int, Callable[..., Any]]) -> Iterator[None]:
-        """While active, blocks have other forwards."""
-        before = {k: vars(self.blocks[k]).get("forward") for k in forwards}
-        for k, forward in forwards.items():
-            self.blocks[k].forward = forward
-        try:
-            yield
-        finally:
-            for k, forward in before.items():
-                del self.blocks[k].forward
-                if forward is not None:
-                    self.blocks[k].forward = forward
 
 
 def _stop(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
