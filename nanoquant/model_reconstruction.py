@@ -78,6 +78,13 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.train not in ("signs", "scales", "none"):
             raise ValueError(f"train must be signs, scales or none, got {self.train!r}")
+        idle = {"kept_logits": self.kept_logits, "recompute": self.recompute}
+        for name, value in idle.items() if self.train == "none" else ():
+            if value:
+                raise ValueError(
+                    f"{name}={value} and train=none exclude each other: there is no phase for it; train signs or "
+                    "scales, or leave it out"
+                )
         for name in ("windows", "epochs", "batch", "held_out", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activation_memory import ActivationMemory
 from nanoquant.admm import ADMMInitializer, Initializer
-from nanoquant.architectures import evaluation_mode, find_decoder
+from nanoquant.architectures import find_decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.data_parallel import check_batch
+from nanoquant.decoder import capture_block_inputs, evaluation_mode, forgetting
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
 from nanoquant.lock import exclusive
@@ -180,8 +181,8 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
 
     Raises:
         ValueError: a step of torchao is asked for, weights are not finite (named) or float16, the precision or the
-            embedding's group size does not fit, the text has tokens that the model does not know, or fewer tokens
-            exist than logits are to be kept.
+            embedding's group size does not fit, the text has tokens that the model does not know, or logits are to be
+            kept and fewer tokens exist or the model can't run block by block.
     """
     if config.step:
         raise ValueError(
@@ -203,10 +204,24 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
         raise ValueError(
             f"model.kept_logits={kept} is more than the {known} tokens that the model knows; give fewer, or null"
         )
+    if kept is not None:
+        check_calls(model)
     if plan.largest >= known:
         raise ValueError(
             f"the text has token {plan.largest}, but the model knows {known}; tokenize it with its own tokenizer"
         )
+
+
+def check_calls(model: PreTrainedModel) -> None:
+    """Refuse a model that :func:`keep_logits` can't run block by block, by two short texts.
+
+    Raises:
+        ValueError: what a block is called with depends on the text.
+    """
+    decoder = find_decoder(model)
+    tokens = torch.arange(4) % model.get_input_embeddings().num_embeddings
+    with forgetting(model, decoder.blocks):
+        capture_block_inputs(model, decoder, torch.stack([tokens, tokens.flip(0)]))
 
 
 def check_batches(config: NanoQuantConfig) -> None:

@@ -38,6 +38,7 @@ from nanoquant.text_plan import TextPlan
 logger = logging.getLogger(__name__)
 
 PATTERN = "unfinished-*.safetensors"
+LOGITS = "logits of the teacher"
 SIGNS = ("U", "V", "u_signs", "v_signs")
 """Parts of a binary layer that stay in its file; whoever trains latents gives them memory of their own."""
 IDLE = (
@@ -105,6 +106,11 @@ class Unfinished:
     def _block(self, b: int) -> TensorFile:
         return self._file(f"block-{b:03}", f"block {b}")
 
+    def _logits(self) -> list[TensorFile]:
+        """Files of :meth:`keep_logits` that are there."""
+        paths = () if self.folder is None else self.folder.glob(PATTERN.replace("*", "logits-*"))
+        return [TensorFile(path, self.settings, LOGITS) for path in sorted(paths)]
+
     def read(self, decoder: Decoder, chosen: range) -> Initialized | None:
         """Put kept binary layers into the dense model when all blocks have them; None where some do not.
 
@@ -113,7 +119,7 @@ class Unfinished:
         """
         files, refusals = {b: self._block(b) for b in chosen}, []
         calibration = (*(self.importances.file(b) for b in chosen), self.gradient)
-        for file in (*calibration, *files.values(), self.model.file):
+        for file in (*calibration, *files.values(), self.model.file, *self._logits()):
             try:
                 file.values()
             except ValueError as error:
@@ -209,7 +215,7 @@ class Unfinished:
 
     def keep_logits(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, from its file where there is one."""
-        file = self._file(f"logits-{name}", "logits of the teacher")
+        file = self._file(f"logits-{name}", LOGITS)
         if not on_first(file.values):
             tensors = make()
             file.write(tensors, {"tensors": len(tensors)})
@@ -248,7 +254,7 @@ def check_settings(
     """
     settings = _settings(model, config) | {"text": plan.digest[:16]}
     for name in (
-        ("gradient", "importance-*", "block-*", "model")
+        ("gradient", "importance-*", "block-*", "logits-*", "model")
         if config.run.save_every is not None
         else ()
     ):

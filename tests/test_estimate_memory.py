@@ -65,6 +65,25 @@ def test_a_refusal_names_phase_term_smallest_memory_and_settings_that_are_true()
     fit(subject, smaller, use, f"{least}B", None)
 
 
+def test_a_refusal_names_no_setting_that_the_run_would_refuse():
+    config = nanoquant_config(
+        2.0,
+        budget={"rank_multiple": 8},
+        model={"train": "none"},
+        importance={"curvature": "inputs", "temper": 0.25},
+    )
+    with pytest.raises(ValueError, match="--max-memory 1.0 kB can't be kept") as caught:
+        fit(tiny_subject(config), config, Use(10**6, False, None), "1kB", None)
+    assert "--model.recompute" not in str(caught.value)
+    assert "--importance.curvature" not in str(caught.value)
+
+
+@pytest.mark.parametrize("memory", [None, "1kB"])
+def test_a_promise_for_a_gpu_is_refused_where_the_run_has_none(memory):
+    with pytest.raises(ValueError, match="--max-gpu-memory 16GB and a run on the CPU exclude"):
+        fit(tiny_subject(), CONFIG, Use(BASE, False, None), memory, "16GB")
+
+
 def test_on_a_gpu_the_model_is_there_and_the_process_in_main_memory():
     plan = Plan(tiny_subject(), CONFIG, Use(BASE, True, 64))
     for need in plan.needs():
@@ -107,6 +126,9 @@ def test_quantize_refuses_a_promise_before_it_loads_anything(place, tmp_path, ca
     line = refused(capsys, *command, "--max-memory", "1MB")
     assert "--max-memory 1.0 MB can't be kept: the phase 'load' takes" in line
     assert "for the process with its libraries; the smallest that would do is" in line
+    if not torch.cuda.is_available():
+        line = refused(capsys, *command, "--max-gpu-memory", "16GB")
+        assert "--max-gpu-memory 16GB and a run on the CPU exclude each other" in line
     assert "max_memory must be a number above 0" in refused(capsys, *command, "--max-memory", "16")
     assert "run.offload and a run on the CPU exclude" in refused(capsys, *command, "--run.offload")
     assert not (tmp_path / "new").exists()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_mapped import is_mapped
 from test_model_reconstruction import HELD_OUT, SIGNS, TRAINING, teacher_and_student
-from test_unfinished import QUICK, killed, names, run
+from test_unfinished import QUICK, TOKENS, Killed, killed, names, run
 from tiny_models import FAMILIES, VOCAB, random_windows, tiny_llama
 from torch.utils.data import TensorDataset
 
@@ -19,6 +19,7 @@ from nanoquant.model_reconstruction import ModelConfig, ModelReconstructor
 from nanoquant.quantize import quantize
 
 WINDOWS = random_windows(5, 16)
+BRIEF = dataclasses.replace(QUICK, model=dataclasses.replace(QUICK.model, epochs=1))
 KEEPING = dataclasses.replace(QUICK, model=dataclasses.replace(QUICK.model, kept_logits=4))
 
 
@@ -82,6 +83,21 @@ def test_a_run_writes_it_beside_its_other_work_and_goes_on_with_it(tmp_path, mon
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.parametrize("part", ["training", "held-out"])
+def test_a_damaged_file_is_refused_at_once_by_name(part, tmp_path):
+    killed(tmp_path, 20, config=KEEPING)
+    file = tmp_path / f"unfinished-logits-{part}-000.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    progress = Killed()
+    with pytest.raises(
+        ValueError, match=f"{file.name} can't be read .*logits of the teacher will be made anew"
+    ):
+        quantize(tiny_llama(), TOKENS, KEEPING, progress=progress, work=tmp_path)
+    assert progress.counts == {}
+    file.unlink()
+    run(tmp_path, KEEPING)
+
+
 def test_portions_of_windows_change_nothing(tmp_path, monkeypatch):
     expected, whole, _ = run(None, KEEPING)
     monkeypatch.setattr(kept_logits, "PORTION", 16 * (4 * 64 + bytes_a_token(4)) * 3 + 1)
@@ -104,6 +120,24 @@ def test_kept_rows_lie_in_their_file_and_are_forgotten_when_they_are_read(tmp_pa
     monkeypatch.setattr("nanoquant.model_reconstruction.collate", look)
     run(tmp_path, KEEPING)
     assert seen and all(all(mapped) for mapped in seen)
+
+
+def test_blocks_that_are_called_with_the_text_are_refused_before_anything_runs(tmp_path):
+    model, progress = tiny_llama(), Killed()
+    block, embed = model.model.layers[1], model.get_input_embeddings()
+    seen = {}
+    embed.register_forward_hook(lambda _, args, output: seen.update(text=output))
+    block.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"text": seen["text"]}),
+        with_kwargs=True,
+        prepend=True,
+    )
+    plain = block.forward
+    block.forward = lambda hidden, text=None, **others: plain(hidden, **others)
+    with pytest.raises(ValueError, match="model.layers.1 receives tensors that depend on the text"):
+        quantize(model, TOKENS, KEEPING, progress=progress, work=tmp_path)
+    assert progress.counts == {} and names(tmp_path) == []
+    quantize(model, TOKENS, BRIEF, progress=Killed())
 
 
 @pytest.mark.parametrize("value", [0, -3])

@@ -173,6 +173,12 @@ def test_none_skips_the_phase():
     assert same_state(start, frozen_copy(student)) == start.state_dict().keys()
 
 
+@pytest.mark.parametrize("idle", [{"kept_logits": 8}, {"recompute": True}], ids=str)
+def test_what_would_be_of_no_use_without_the_phase_is_refused(idle):
+    with pytest.raises(ValueError, match=f"{next(iter(idle))}=.* and train=none exclude each"):
+        ModelConfig(train="none", **idle)
+
+
 def test_a_student_without_binary_layers_is_refused():
     model = tiny_llama()
     with pytest.raises(ValueError, match="no BinaryLowRankLinear"):

@@ -149,10 +149,14 @@ def _alternatives(plan: Plan, least: int, device: bool) -> list[str]:
     """Settings that lower the smallest memory, each with what it would be, and all of them together."""
     found, all_of = [], plan.config
     for flag, change in CHANGES.items():
-        changed = Plan(plan.subject, change(plan.config), plan.use).least(device)
-        if changed < least:
-            found.append(f"{amount(changed)} with {flag}")
-            all_of = change(all_of)
+        try:
+            changed, together = change(plan.config), change(all_of)
+        except ValueError:  # other settings of the run exclude it
+            continue
+        size = Plan(plan.subject, changed, plan.use).least(device)
+        if size < least:
+            found.append(f"{amount(size)} with {flag}")
+            all_of = together
     if len(found) > 1:
         found.append(
             f"{amount(Plan(plan.subject, all_of, plan.use).least(device))} with all of these"
