@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -59,6 +59,21 @@ class ImportanceStore:
     def release(self) -> None:
         """Let go of those that are in memory: nothing asks for a block any more."""
         self._held.clear()
+
+
+def statistics_bytes(
+    shapes: Sequence[tuple[int, int]], inputs: Sequence[int], curvature: str
+) -> int:
+    """Bytes of importances: correlations of inputs and of outputs with their spreads, and each channel's own.
+
+    Args:
+        shapes: (d_out, d_in) of the linears.
+        inputs: d_in of every tensor that they read.
+        curvature: of :class:`nanoquant.importance.ImportanceConfig`.
+    """
+    known = [*inputs] if curvature != "diagonal" else []
+    known += [d_out for d_out, _ in shapes] if curvature == "both" else []
+    return 4 * (sum(d * (d + 1) for d in known) + sum(map(sum, shapes)))
 
 
 def as_tensors(importances: Mapping[str, Importance]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -19,7 +19,7 @@ from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.data_parallel import check_batch
-from nanoquant.decoder import capture_block_inputs, evaluation_mode, forgetting
+from nanoquant.decoder import Decoder, capture_block_inputs, evaluation_mode, forgetting
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
 from nanoquant.lock import exclusive
@@ -44,7 +44,7 @@ from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import split_text
 from nanoquant.text_plan import TextPlan, plan_text
 from nanoquant.twin import twin
-from nanoquant.unfinished import Unfinished
+from nanoquant.unfinished import Initialized, Unfinished
 
 logger = logging.getLogger(__name__)
 
@@ -116,11 +116,8 @@ def quantize(
         OSError: the disk refuses unfinished work; what was kept until then is whole.
     """
     config, progress = config or nanoquant_config(), progress or Progress()
-    for name, place in {"work": work, "sensitivity_file": sensitivity_file}.items():
-        if initializer is not None and place is not None:
-            raise ValueError(
-                f"{name} and an own initializer exclude each other: what is kept does not tell which one made it"
-            )
+    if initializer is not None:
+        check_nothing_kept(work=work, sensitivity_file=sensitivity_file)
     join(model.device.type, config.run.timeout)
     recorder = recorder if first() else UNRECORDED
     memory = ActivationMemory(config.run.activation_memory, work)
@@ -139,16 +136,10 @@ def quantize(
         initial = initializer or ADMMInitializer(config.admm)
         reconstructor = BlockReconstructor(config.block, initial, config.run.seed)
         run = (progress, loggers, recorder)
-        found = unfinished.read(decoder, chosen)
-        if len(set(gather(found is None))) > 1:
-            raise ValueError(
-                f"not all processes see the files in {work}; give them one file system"
-            )
-        if found is None:
-            found = initialize(
-                *(model, decoder, chosen, text, options, reconstructor, *run),
-                *(unfinished, memory, sensitivity_file, initializer),
-            )
+        found = read_alike(unfinished, decoder, chosen) or initialize(
+            *(model, decoder, chosen, text, options, reconstructor, *run),
+            *(unfinished, memory, sensitivity_file, initializer),
+        )
         config = options[found.option]
         report = QuantizationReport(config.to_dict(), found.ranks, text=text.origin)
         report.bits, report.blocks = body_bits(shapes, found.ranks), found.blocks
@@ -167,6 +158,33 @@ def quantize(
         progress.advance(1)
     report.sizes, report.seconds = measure_sizes(model), progress.seconds
     return report
+
+
+def check_nothing_kept(**places: str | Path | None) -> None:
+    """Refuse places that keep what an own initializer made.
+
+    Raises:
+        ValueError: names the argument that gives one.
+    """
+    for name, place in places.items():
+        if place is not None:
+            raise ValueError(
+                f"{name} and an own initializer exclude each other: what is kept does not tell which one made it"
+            )
+
+
+def read_alike(unfinished: Unfinished, decoder: Decoder, chosen: range) -> Initialized | None:
+    """What an earlier run has left of the phases before the whole-model one, on all processes or none.
+
+    Raises:
+        ValueError: only some have it, or it belongs to another run.
+    """
+    found = unfinished.read(decoder, chosen)
+    if len(set(gather(found is None))) > 1:
+        raise ValueError(
+            f"not all processes see the files in {unfinished.folder}; give them one file system"
+        )
+    return found
 
 
 def phase_names(config: NanoQuantConfig, writes: bool) -> list[str]:

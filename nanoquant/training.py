@@ -45,8 +45,8 @@ class RunConfig:
     seed: int = 0
     """Seed of the choice of text, the order of batches and the start of ADMM."""
     save_every: float | None = 600.0
-    """Seconds between two copies of an unfinished whole-model phase on the disk, where a killed run goes on; a copy
-    takes 16 bytes a latent. null: none, and a killed run begins anew."""
+    """Seconds between two copies, on the disk, of calibration's gradient and of an unfinished whole-model phase, at 16
+    bytes a latent: a killed run goes on there. Blocks are kept one by one. null: none, and it begins anew."""
     timeout: float = 1800.0
     """Seconds that one of several processes waits for the others before it gives them up for lost."""
 

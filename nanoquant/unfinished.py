@@ -79,8 +79,10 @@ class Unfinished:
     def __init__(
         self, folder: str | Path | None, model: nn.Module, text: Text, config: NanoQuantConfig
     ) -> None:
-        every = config.run.save_every
-        self.folder = None if folder is None or every is None else Path(folder)
+        self.every = config.run.save_every or 0.0
+        """Seconds between two copies of what is large and changes all the time."""
+        kept = folder is not None and config.run.save_every is not None
+        self.folder = Path(folder) if kept else None
         self.settings = {}
         if self.folder is not None:
             check_can_be_made(self.folder, f"unfinished work in {self.folder}")
@@ -94,7 +96,7 @@ class Unfinished:
                 config.model.optimizer.state_bits,
             )
             state.path = None
-        self.model = ModelState(state, every or 0.0)
+        self.model = ModelState(state, self.every)
 
     def _file(self, name: str, what: str) -> TensorFile:
         path = None if self.folder is None else self.folder / PATTERN.replace("*", name)
@@ -140,6 +142,7 @@ class Unfinished:
         """The block from which on all have been calibrated, and the gradient (N, T, d) at its input.
 
         All ``blocks`` of a model, and no gradient, where none is; the first chosen one where nothing is left to do.
+        Blocks before may have been calibrated since that gradient was kept; they are again, to the same result.
         """
         if all(self.importances.has(b) for b in chosen):
             return chosen.start, None
@@ -151,13 +154,16 @@ class Unfinished:
     def keep_calibrated(
         self, b: int, chosen: range, importances: Mapping[str, Importance], gradient: Tensor
     ) -> None:
-        """Keep what a calibrated block gave: its importances, if it is chosen, and the gradient at its input."""
-        if b in chosen:
+        """Keep a calibrated block's importances, if it is chosen, and now and then the gradient at its input.
+
+        The gradient of a large model takes long to write; a killed run calibrates again from where it was written last.
+        """
+        if b in chosen and not self.importances.has(b):
             self.importances.keep(b, importances)
-        if b > chosen.start:
-            self.gradient.write({"gradient": gradient}, {"block": b})
-        else:
+        if b == chosen.start:
             self.gradient.delete()
+        elif self.gradient.age() >= self.every:
+            self.gradient.write({"gradient": gradient}, {"block": b})
 
     def take_block(
         self, decoder: Decoder, b: int, ranks: Mapping[str, int] | None = None, option: int = 0

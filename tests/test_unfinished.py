@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -251,11 +252,15 @@ def test_settings_can_be_checked_before_anything_is_done(tmp_path):
     [
         ("nanoquant.__version__", "version '0.1.0', not '9'"),
         ("nanoquant.unfinished.code_digest", "nanoquant's source code '[0-9a-f]{16}', not '9'"),
+        ("nanoquant.unfinished.torch", "torch '[^']*', not '9'"),
+        ("nanoquant.unfinished.transformers", "transformers '[^']*', not '9'"),
     ],
 )
 def test_work_of_other_code_is_refused(where, named, tmp_path, monkeypatch):
     killed(tmp_path, 2)
-    monkeypatch.setattr(where, (lambda: "9") if where.endswith("digest") else "9")
+    other = {"code_digest": lambda: "9", "__version__": "9"}
+    library = SimpleNamespace(__version__="9")
+    monkeypatch.setattr(where, other.get(where.rpartition(".")[2], library))
     with pytest.raises(ValueError, match=named):
         run(tmp_path)
 

@@ -1,6 +1,10 @@
-"""What comes before the whole-model phase is kept piece by piece: a kill loses the block at work, nothing else."""
+"""What comes before the whole-model phase is kept piece by piece: a kill loses the block at work, nothing else.
+
+Calibration's gradient is kept at every block here, because ``save_every`` is 0.
+"""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -12,9 +16,12 @@ from tiny_models import tiny_llama
 from nanoquant import phases, tensor_file
 from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.importance import ImportanceConfig
+from nanoquant.importance_store import as_tensors
 from nanoquant.mapped import forget
 from nanoquant.model_reconstruction import ModelReconstructor, binary_layers
-from nanoquant.unfinished import SIGNS
+from nanoquant.tensor_file import TensorFile
+from nanoquant.training import RunConfig
+from nanoquant.unfinished import SIGNS, Unfinished
 
 TUNED = dataclasses.replace(
     QUICK,
@@ -50,6 +57,53 @@ def test_a_run_that_is_killed_before_the_model_phase_loses_the_block_at_work(
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     assert report.blocks == whole.blocks and report.ranks == whole.ranks
+
+
+@pytest.mark.parametrize(
+    ("written", "at", "left"),
+    [((), 7, 11), ((3,), 7, 8), ((3,), 5, 8), ((2,), 7, 5), ((3, 1), 7, 2)],
+    ids=str,
+)
+def test_a_kill_between_two_copies_of_the_gradient_calibrates_again_to_the_same_bits(
+    written, at, left, tmp_path, monkeypatch
+):
+    """``written``: blocks whose gradient is kept; ``at``, ``left``: passes before and after the kill, as above."""
+    expected, whole, _ = run(None, TUNED, model=tiny_llama(layers=4))
+    config = dataclasses.replace(TUNED, run=RunConfig(save_every=60))
+    keep, given = Unfinished.keep_calibrated, {}
+
+    def kept(self, b, chosen, importances, gradient):
+        self.gradient.written = -math.inf if b in written else math.inf
+        given[b] = as_tensors(importances)[0]
+        keep(self, b, chosen, importances, gradient)
+
+    monkeypatch.setattr(Unfinished, "keep_calibrated", kept)
+    killed(tmp_path, at, phase="calibrate", config=config, model=tiny_llama(layers=4))
+    assert (tmp_path / "unfinished-gradient.safetensors").is_file() == bool(written)
+    begun, before = min(written, default=4), dict(given)
+    given.clear()
+    found, report, counts = run(tmp_path, config, model=tiny_llama(layers=4))
+    assert counts["calibrate"] == [left, left] and given.keys() == set(range(begun))
+    for b in before.keys() & given.keys():
+        assert all(torch.equal(given[b][name], tensor) for name, tensor in before[b].items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert report.blocks == whole.blocks and report.ranks == whole.ranks
+
+
+@pytest.mark.parametrize(("seconds", "writes"), [(0, 3), (3600, 0)])
+def test_the_gradient_is_written_when_its_copy_is_old_enough(
+    seconds, writes, tmp_path, monkeypatch
+):
+    found, write = [], TensorFile.write
+
+    def count(self, tensors, values=None):
+        found.extend([self.path] * ("gradient" in tensors))
+        write(self, tensors, values)
+
+    monkeypatch.setattr(TensorFile, "write", count)
+    config = dataclasses.replace(TUNED, run=RunConfig(save_every=seconds))
+    killed(tmp_path, 0, phase="ranks", config=config, model=tiny_llama(layers=4))
+    assert len(found) == writes
 
 
 def test_what_linears_share_is_kept_once(tmp_path):

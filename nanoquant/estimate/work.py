@@ -10,6 +10,7 @@ from nanoquant.block_reconstruction import SCHEDULES, BlockConfig
 from nanoquant.estimate.subject import Subject
 from nanoquant.evaluation.perplexity import CHUNK_ELEMENTS
 from nanoquant.importance import LOSS_CHUNK
+from nanoquant.importance_store import statistics_bytes
 
 F32 = 4
 """Bytes of a float32, in which the initializer and all training work."""
@@ -58,12 +59,10 @@ def initializer(
 
 
 def statistics(subject: Subject, block: int, curvature: str) -> int:
-    """Importances of a block: pairs of each distinct input, of each output, and the vectors."""
-    shapes = subject.shapes
-    inputs = sum(shapes[group[0]][1] ** 2 for group in subject.groups(block))
-    outputs = sum(shapes[name][0] ** 2 for name in subject.names(block))
-    vectors = sum(sum(shapes[name]) for name in subject.names(block))
-    return F32 * (inputs * (curvature != "diagonal") + outputs * (curvature == "both") + vectors)
+    """Importances of a block."""
+    shapes = [subject.shapes[name] for name in subject.names(block)]
+    inputs = [subject.shapes[group[0]][1] for group in subject.groups(block)]
+    return statistics_bytes(shapes, inputs, curvature)
 
 
 def decomposition(subject: Subject, block: int, curvature: str) -> int:
