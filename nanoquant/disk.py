@@ -6,22 +6,24 @@ Shapes: a linear is (d_out, d_in).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
+from mmap import PAGESIZE
 from pathlib import Path
 
-from torch import nn
 from transformers import PreTrainedModel
 
-from nanoquant.architectures import find_decoder
-from nanoquant.budget import allocate_ranks, layer_bits
+from nanoquant.activation_memory import SETTING
+from nanoquant.architectures import Decoder, find_decoder
+from nanoquant.budget import Shapes, allocate_ranks, layer_bits
 from nanoquant.config import NanoQuantConfig
+from nanoquant.importance_store import statistics_bytes
 from nanoquant.kept_logits import bytes_a_token
 from nanoquant.output_folder import check_writable
 from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.sizes import tensor_bytes
 from nanoquant.unfinished import PATTERN
-from nanoquant.units import amount
+from nanoquant.units import amount, parse_bytes
 
 KEPT_BYTES = 4
 """Bytes of a latent, or a scale, in the file of its block; frozen signs are packed."""
@@ -36,51 +38,103 @@ class Room:
     """Most bytes of what a run writes."""
 
     checkpoint: int
+    """Weight files of the checkpoint."""
     unfinished: int
+    """Work that a killed run goes on with."""
+    activations: int = 0
+    """Activations beyond ``run.activation_memory``, in files without a name."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """Activations of all windows that a phase keeps between blocks, in tensors of one size."""
+
+    tensors: int
+    each: int
+    """Bytes."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return self.tensors * self.each
+
+    def beyond(self, limit: str | None) -> int:
+        """Bytes on the disk of those that a limit for memory leaves no room: whole tensors, in whole pages."""
+        if limit is None:
+            return 0
+        kept = min(self.tensors, parse_bytes(limit) // self.each)
+        return (self.tensors - kept) * -(-self.each // PAGESIZE) * PAGESIZE
+
+
+def streams(
+    model: PreTrainedModel, blocks: int, chosen: range, config: NanoQuantConfig
+) -> tuple[Streams, Streams]:
+    """Inputs of every block from the first chosen one, and a gradient; outputs of dense and binary prefix.
+
+    Args:
+        model: dense; may be on the meta device.
+        blocks: of the model.
+        chosen: those that are quantized.
+        config: of the run.
+
+    Returns:
+        What calibration keeps, and what is kept while blocks are tuned; of no tensor where they are not.
+    """
+    width = model.config.get_text_config().hidden_size * model.dtype.itemsize
+    window, windows = config.calibration.length * width, config.calibration.windows
+    tuned = min(config.block.windows, windows)
+    return (
+        Streams(blocks - chosen.start + 1, windows * window),
+        Streams(2 * config.block.tunes, tuned * window),
+    )
 
 
 def room_of(
-    model: nn.Module,
-    shapes: Mapping[str, tuple[int, int]],
+    model: PreTrainedModel,
+    decoder: Decoder,
+    chosen: range,
     ranks: Mapping[str, int],
     config: NanoQuantConfig,
-    inputs: Sequence[int] | None = None,
 ) -> Room:
     """Bytes of a run.
 
     Args:
         model: dense; may be on the meta device.
-        shapes: of the linears that are quantized, by full name.
-        ranks: of the same, as the bits give them.
+        decoder: its blocks.
+        chosen: those that are quantized.
+        ranks: of their linears by full name, as the bits give them.
         config: of the run.
-        inputs: d_in of every tensor that linears read; None where it is not known which of them read the same one.
     """
-    inputs = [d_in for _, d_in in shapes.values()] if inputs is None else inputs
+    shapes = decoder_shapes(decoder, chosen)
     dense = sum(d_out * d_in for d_out, d_in in shapes.values())
     kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * dense
     packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
+    calibration, tuning = streams(model, len(decoder.blocks), chosen, config)
+    limit = config.run.activation_memory
+    beyond = max(calibration.beyond(limit), tuning.beyond(limit))
     if config.run.save_every is None:
-        return Room(kept + packed, 0)
+        return Room(kept + packed, 0, beyond)
+    groups = [decoder.full_name(b, group[0]) for b in chosen for group in decoder.groups[b]]
+    inputs = [shapes[name][1] for name in groups]
+    work = statistics_bytes(list(shapes.values()), inputs, config.importance.curvature)
+    work += max(2 * calibration.each, _trained_bytes(shapes, ranks, packed, config))
+    return Room(kept + packed, work + HEADERS * len(shapes), beyond)
+
+
+def _trained_bytes(
+    shapes: Shapes, ranks: Mapping[str, int], packed: int, config: NanoQuantConfig
+) -> int:
+    """Binary layers, the whole-model phase, and what it keeps of the teacher; calibration's gradient is gone then."""
+    settings, each = config.model, KEPT_BYTES
     scales = sum(d_out + d_in for d_out, d_in in shapes.values())
     latents = sum((d_out + d_in) * ranks[name] for name, (d_out, d_in) in shapes.items())
-    each = KEPT_BYTES
-    if config.model.train != "none" and config.model.optimizer.state_bits == 32:
+    if settings.train != "none" and settings.optimizer.state_bits == 32:
         each += 2 * STATE_BYTES  # the old one is there until the new one is whole
-    signs = each * latents if config.model.train == "signs" else packed
-    other = _statistics_bytes(shapes, inputs, config.importance.curvature)
-    if (k := config.model.kept_logits) is not None and config.model.train != "none":
-        windows = config.model.windows + config.model.held_out
-        other += bytes_a_token(k) * windows * config.calibration.length
-    return Room(kept + packed, signs + each * scales + HEADERS * len(shapes) + other)
-
-
-def _statistics_bytes(
-    shapes: Mapping[str, tuple[int, int]], inputs: Sequence[int], curvature: str
-) -> int:
-    """Most bytes of the importances: correlations of inputs and of outputs, and each channel's own."""
-    pairs = sum(d_in**2 for d_in in inputs) * (curvature != "diagonal")
-    pairs += sum(d_out**2 for d_out, _ in shapes.values()) * (curvature == "both")
-    return 4 * (pairs + sum(d_out + d_in for d_out, d_in in shapes.values()))
+    found = (each * latents if settings.train == "signs" else packed) + each * scales
+    if (k := settings.kept_logits) is not None:
+        windows = settings.windows + settings.held_out
+        found += bytes_a_token(k) * windows * config.calibration.length
+    return found
 
 
 def check_room(output: str | Path, room: Room, work: str | Path | None = None) -> str:
@@ -100,14 +154,17 @@ def check_room(output: str | Path, room: Room, work: str | Path | None = None) -
     place = place if place.is_dir() else place.parent
     check_writable(place, "the checkpoint")
     there = sum(file.stat().st_size for file in Path(work).glob(PATTERN)) if work else 0
-    needed, free = room.checkpoint + max(0, room.unfinished - there), shutil.disk_usage(place).free
+    needed = room.checkpoint + max(0, room.unfinished - there) + room.activations
+    free = shutil.disk_usage(place).free
     text = (
         f"{amount(room.checkpoint)} checkpoint and up to {amount(room.unfinished)} of unfinished work, "
         + (f"{amount(there)} of it there, " if there else "")
+        + (f"{amount(room.activations)} of activations, " if room.activations else "")
         + f"{amount(free)} free in {place}"
     )
     if needed > free:
         keep = ", or keep none of the work: --run.save_every null" if room.unfinished else ""
+        keep += f", or raise {SETTING}" if room.activations else ""
         raise ValueError(
             f"{text}: {amount(needed - free)} too little; make room or take another output{keep}"
         )
@@ -125,8 +182,5 @@ def check_run(
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
     option = check_budget(model, decoder, chosen, config)[0]
-    shapes = decoder_shapes(decoder, chosen)
-    groups = [(b, group[0]) for b in chosen for group in decoder.groups[b]]
-    inputs = [shapes[decoder.full_name(b, name)][1] for b, name in groups]
-    room = room_of(model, shapes, allocate_ranks(shapes, option.budget), option, inputs)
-    return check_room(output, room, work)
+    ranks = allocate_ranks(decoder_shapes(decoder, chosen), option.budget)
+    return check_room(output, room_of(model, decoder, chosen, ranks, option), work)

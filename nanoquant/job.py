@@ -92,7 +92,7 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult | None:
     phases = job_phases(job, config, plan)
     begun, progress = time.perf_counter(), TrackedProgress(phases) if first() else Progress()
     with progress.phase("load", 1):
-        model = load_checked(folder, device, job, config, plan, windows)
+        model = load_checked(folder, device, job, planned, plan, windows)
     with ExitStack() as held:
         held.enter_context(exclusive(run_folder(job.output)))
         on_first(lambda: clear_output(job.output))
@@ -137,7 +137,7 @@ def within_memory(
     if limits == (None, None):
         return config
     length = job.eval_length if job.evaluation is not None else None
-    use = Use(process_bytes(), device.type == "cuda", length)
+    use = Use(process_bytes(), device.type == "cuda", length, job.verify)
     return fit(subject_of_folder(folder, config), config, use, *limits)
 
 

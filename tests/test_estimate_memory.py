@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 from command_line import SMALL, WORDS, call, refused
-from tiny_models import tiny_llama, tiny_tokenizer
+from tiny_models import random_windows, tiny_llama, tiny_tokenizer
 
 from nanoquant.config import nanoquant_config
 from nanoquant.estimate.limits import CHANGES, Plan, fit
 from nanoquant.estimate.subject import subject_of
 from nanoquant.estimate.terms import ACTIVATIONS, Use
+from nanoquant.importance_store import ImportanceStore, as_tensors
+from nanoquant.quantize import quantize
 from nanoquant.training import RunConfig
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
@@ -103,6 +105,52 @@ def test_blocks_that_visit_a_gpu_count_there_one_at_a_time():
     for phase in ("calibrate", "blocks", "model"):
         assert stays[phase] - visits[phase] > one, phase
     assert max(visits.values()) < max(stays.values())
+
+
+def test_statistics_of_all_blocks_are_counted_where_no_file_keeps_them(monkeypatch):
+    config = nanoquant_config(
+        2.0,
+        calibration={"windows": 4, "length": 16},
+        sensitivity={"iterations": 2, "length": 8},
+        importance={"curvature": "both"},
+        admm={"iterations": 2},
+        model={"train": "none"},
+        run={"save_every": None},
+    )
+    held, release = [], ImportanceStore.release
+
+    def look(store):
+        tensors = {id(t): t for b in range(3) for t in as_tensors(store(b))[0].values()}
+        held.append(sum(t.nbytes for t in tensors.values()))
+        release(store)
+
+    monkeypatch.setattr(ImportanceStore, "release", look)
+    quantize(tiny_llama(layers=3), random_windows(8, 16).flatten(), config)
+    kept = dataclasses.replace(config, run=RunConfig())
+    for phase in ("calibrate", "ranks", "blocks"):
+        all_of, one = (
+            next(
+                term.bytes
+                for need in Plan(tiny_subject(c), c, Use(BASE)).needs()
+                for term in need.terms
+                if need.phase == phase and term.name.startswith("statistics of")
+            )
+            for c in (config, kept)
+        )
+        assert held == [all_of] and all_of == 3 * one
+
+
+@pytest.mark.parametrize("length", [None, 64])
+@pytest.mark.parametrize("verify", [True, False])
+def test_the_process_that_verifies_is_counted_without_held_out_text_too(verify, length):
+    needs = {
+        need.phase: need
+        for need in Plan(tiny_subject(), CONFIG, Use(BASE, False, length, verify)).needs()
+    }
+    assert ("measure dense" in needs) == (length is not None)
+    assert ("measure in a fresh process" in needs) == (verify or length is not None)
+    if verify:
+        assert needs["measure in a fresh process"].bytes() > 2 * BASE
 
 
 def test_settings_that_make_phases_smaller_do():

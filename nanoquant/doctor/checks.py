@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from nanoquant.admm import ADMMConfig, ADMMInitializer
+from nanoquant.architectures import find_skeleton_decoder
 from nanoquant.benchmark.shapes import linear_shapes, skeleton
 from nanoquant.budget import allocate_ranks, body_bits, rank_limits
 from nanoquant.checkpoint_files import StoredTensor, read_headers, shard_files
@@ -88,14 +89,12 @@ def check_ranks(
 
 
 def check_disk(
-    output: str,
-    model: PreTrainedModel,
-    shapes: dict[str, tuple[int, int]],
-    ranks: dict[str, int],
-    config: NanoQuantConfig,
+    output: str, model: PreTrainedModel, ranks: dict[str, int], config: NanoQuantConfig
 ) -> str:
-    """Room for the checkpoint and for the unfinished work that a killed run goes on with."""
-    return check_room(output, room_of(model, shapes, ranks, config))
+    """Room for the checkpoint, and for what a run writes until then."""
+    decoder = find_skeleton_decoder(model)
+    chosen = config.block_range(len(decoder.blocks))
+    return check_room(output, room_of(model, decoder, chosen, ranks, config))
 
 
 def check_save(

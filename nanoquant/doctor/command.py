@@ -69,7 +69,7 @@ def doctor_command(
     skeleton, shapes = found.check("parts", checks.check_parts, folder) or (None, None)
     stored = found.check("tensors", checks.check_tensors, folder, skeleton)
     ranks = found.check("ranks", checks.check_ranks, shapes, config)
-    found.check("disk", checks.check_disk, output, skeleton, shapes, ranks, config)
+    found.check("disk", checks.check_disk, output, skeleton, ranks, config)
     found.check("save", checks.check_save, stored, shapes, ranks)
     found.check("extension", checks.check_extension, grave=False)
     found.check("compiler", checks.check_compiler, grave=False)

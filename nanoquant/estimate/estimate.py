@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,7 +23,6 @@ from nanoquant.estimate.size import Size, size_of
 from nanoquant.estimate.subject import Subject
 from nanoquant.estimate.terms import Need, Use
 from nanoquant.file_budget import file_options
-from nanoquant.units import parse_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,18 +49,6 @@ class Inference:
 
 
 @dataclass(frozen=True)
-class Disk:
-    """Bytes that a run needs on the disk."""
-
-    checkpoint: int
-    """Weight files of the checkpoint."""
-    unfinished: int
-    """Work that a killed run goes on with, at most."""
-    activations: int
-    """Activations beyond ``run.activation_memory``."""
-
-
-@dataclass(frozen=True)
 class Estimate:
     """All that is known beforehand."""
 
@@ -70,7 +57,7 @@ class Estimate:
     sizes: list[Size]
     """One, or one for each storage of the embedding that a budget for the file leaves."""
     needs: list[Need]
-    disk: Disk
+    disk: Room
     inference: Inference | None
     """None where the cache of the model is not one of keys and values."""
     seconds: dict[str, tuple[float, float]]
@@ -118,19 +105,11 @@ def make_estimate(
     return found
 
 
-def disk(q: Quantities, size: Size) -> Disk:
+def disk(q: Quantities, size: Size) -> Room:
     """What a run leaves on the disk at most, while it runs and afterwards."""
-    config, subject = q.config, q.subject
-    read = [group[0] for b in subject.chosen for group in subject.groups(b)]
-    inputs = [subject.shapes[name][1] for name in read]
-    room: Room = room_of(subject.model, subject.shapes, q.ranks, config, inputs)
-    kept = config.run.save_every is not None
-    unfinished = room.unfinished + kept * q.stream(config.calibration.windows)  # a gradient
-    beyond = 0
-    if config.run.activation_memory is not None:
-        limit = parse_bytes(config.run.activation_memory)
-        beyond = max(0, max(q.calibration_stream, q.block_stream) - limit)
-    return Disk(size.most, unfinished, beyond)
+    subject = q.subject
+    room = room_of(subject.model, subject.decoder, subject.chosen, q.ranks, q.config)
+    return replace(room, checkpoint=size.most)
 
 
 def inference(

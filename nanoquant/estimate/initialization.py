@@ -43,13 +43,12 @@ def calibrate(q: Quantities) -> list[Term]:
     tokens = config.batch * config.length
     own = work.block_activations(subject, q.block, tokens, subject.itemsize)
     own += work.scores(subject, config.batch, config.length)
-    known = work.statistics(subject, q.block, curvature)
     return [
         q.weights,
-        streams(q, q.calibration_stream),
+        streams(q, q.streams[0].bytes),
         Term("activations of a block", own, "--calibration.batch"),
         Term("a linear's inputs in float32", work.moments(subject, tokens), "--calibration.batch"),
-        Term("statistics of a block", known, "--importance.curvature"),
+        statistics(q),
         Term(
             "a decomposition",
             work.decomposition(subject, q.block, curvature),
@@ -57,6 +56,15 @@ def calibrate(q: Quantities) -> list[Term]:
         ),
         Term("logits and their gradient", work.logits(subject, tokens, 3), "--calibration.batch"),
     ]
+
+
+def statistics(q: Quantities) -> Term:
+    """Importances: of the block at work where files keep those of the others, else of all chosen blocks."""
+    held = q.subject.chosen if q.config.run.save_every is None else (q.block,)
+    curvature = q.config.importance.curvature
+    size = sum(work.statistics(q.subject, b, curvature) for b in held)
+    name = "statistics of a block" if len(held) == 1 else "statistics of all blocks"
+    return Term(name, size, "--importance.curvature")
 
 
 def streams(q: Quantities, size: int) -> Term:
@@ -90,11 +98,7 @@ def initializer(q: Quantities) -> list[Term]:
     curvature = q.config.importance.curvature
     own = work.initializer(q.subject, q.block, q.most, q.config.block, curvature)
     return [
-        Term(
-            "statistics of a block",
-            work.statistics(q.subject, q.block, curvature),
-            "--importance.curvature",
-        ),
+        statistics(q),
         Term("the initializer", own, "--importance.curvature"),
     ]
 
@@ -117,6 +121,6 @@ def tuning(q: Quantities) -> list[Term]:
         Term("the block in float32, and as it was", 2 * work.F32 * q.numbers, "--preset fast"),
         Term("gradients, moments and copies", copies * work.F32 * trained, "--preset fast"),
         Term("weights in the type of products", q.item * q.numbers, "--preset fast"),
-        streams(q, q.block_stream),
+        streams(q, q.streams[1].bytes),
         Term("activations of the block", activations, "--block.dense_batch"),
     ]

@@ -17,16 +17,17 @@ HEAP = 256 << 20
 
 def needs(q: Quantities) -> list[Need]:
     """What each phase takes at most, in order."""
+    measured = q.use.length is not None
     phases: list[tuple[str, Callable[[Quantities], list[Term]], bool]] = [
         ("load", initialization.load, True),
-        ("measure dense", initialization.measure_dense, q.use.length is not None),
+        ("measure dense", initialization.measure_dense, measured),
         ("calibrate", initialization.calibrate, True),
         ("ranks", initialization.choose_ranks, q.config.budget.allocation == "measured"),
         ("blocks", initialization.blocks, True),
         ("model", student.model, q.config.model.train != "none"),
         ("pack", student.pack, True),
         ("save", student.pack, True),
-        ("measure in a fresh process", student.measure_fresh, q.use.length is not None),
+        ("measure in a fresh process", student.measure_fresh, measured or q.use.verify),
     ]
     always = [Term("the process with its libraries", q.use.base, host=True)]
     always.append(Term("texts, tokenizer, and what the heap keeps", HEAP, host=True))

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from nanoquant.budget import layer_bits
 from nanoquant.config import NanoQuantConfig
+from nanoquant.disk import Streams, streams
 from nanoquant.estimate.subject import Subject
 from nanoquant.estimate.terms import Term, Use
 from nanoquant.sizes import tensor_bytes
@@ -121,19 +122,8 @@ class Quantities:
         full = self.subject.itemsize == 4 or self.config.run.precision == "32-true"
         return 4 if full else 2
 
-    def stream(self, windows: int) -> int:
-        """Hidden states of windows, N T d numbers in the model's type."""
-        length = self.config.calibration.length
-        return windows * length * self.subject.hidden * self.subject.itemsize
-
-    @property
-    def calibration_stream(self) -> int:
-        """Inputs of every block from the first chosen one, and a gradient, of all calibration windows."""
-        kept = len(self.subject.decoder.blocks) - self.subject.chosen.start + 1
-        return kept * self.stream(self.config.calibration.windows)
-
-    @property
-    def block_stream(self) -> int:
-        """Outputs of dense and binary prefix of the windows that blocks are tuned on; nothing where none is."""
-        windows = min(self.config.block.windows, self.config.calibration.windows)
-        return 2 * self.stream(windows) if self.config.block.tunes else 0
+    @cached_property
+    def streams(self) -> tuple[Streams, Streams]:
+        """Activations between blocks, of calibration and of blocks that are tuned."""
+        subject = self.subject
+        return streams(subject.model, len(subject.decoder.blocks), subject.chosen, self.config)

@@ -21,7 +21,7 @@ class EstimateConfig:
     batch: int = 1
     """Texts at once."""
     eval_windows: int = DataConfig.windows
-    """Held-out windows of quantize; 0: no --eval-text is given, and no model is measured."""
+    """Held-out windows of quantize; 0: no --eval-text is given, and the checkpoint is only verified."""
     eval_length: int = DataConfig.length
     """Tokens of such a window."""
     machine: str = HERE

@@ -10,11 +10,14 @@ from nanoquant.estimate.initialization import CHECKED
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.terms import Term
 from nanoquant.kept_logits import PORTION, bytes_a_token
+from nanoquant.verification import PROMPT, TOKENS
 
 MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256, 4: 1 + 2 * 4 / 128}
 """Bytes of the two moments of a number by their bits; torchao adds a scale for 256 or 128 of them."""
 COPIES = 3
 """The best state, the last good one, and one of the two that is just made anew."""
+VERIFIED = 1 + len(PROMPT) + TOKENS
+"""Most tokens that a verification generates and scores; one that is read has a character at least."""
 COMPILER = 350 * 2**20
 """Bytes that compiling blocks adds to the process."""
 
@@ -101,8 +104,8 @@ def pack(q: Quantities) -> list[Term]:
 
 
 def measure_fresh(q: Quantities) -> list[Term]:
-    """Perplexity of the checkpoint in a process of its own, while this one waits."""
-    tokens = q.use.length or 0
+    """Verification and perplexity of the checkpoint in a process of its own, while this one waits."""
+    tokens = max(q.use.length or 0, VERIFIED)
     return [
         Term("the other process with its libraries", q.use.base, host=True),
         Term("the checkpoint, and its files while it loads", 2 * (q.packed + q.kept)),

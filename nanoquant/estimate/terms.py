@@ -17,6 +17,8 @@ class Use:
     """Whether the model is on a GPU."""
     length: int | None = None
     """Tokens of a held-out window; None: no model is measured."""
+    verify: bool = True
+    """Whether the checkpoint is verified in a process of its own."""
 
 
 @dataclass(frozen=True)
