@@ -78,12 +78,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.train not in ("signs", "scales", "none"):
             raise ValueError(f"train must be signs, scales or none, got {self.train!r}")
-        idle = {"kept_logits": self.kept_logits, "recompute": self.recompute}
-        for name, value in idle.items() if self.train == "none" else ():
-            if value:
+        for name in ("kept_logits", "recompute") if self.train == "none" else ():
+            if value := getattr(self, name):
                 raise ValueError(
-                    f"{name}={value} and train=none exclude each other: there is no phase for it; train signs or "
-                    "scales, or leave it out"
+                    f"{name}={value} and train=none exclude each other: nothing trains; leave one of them out"
                 )
         for name in ("windows", "epochs", "batch", "held_out", "evaluations"):
             if getattr(self, name) < 1:
