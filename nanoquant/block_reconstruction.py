@@ -8,7 +8,7 @@ error at the block's output, weighted per channel, against the dense block on th
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,28 +25,8 @@ from nanoquant.layer_records import BlockWatch
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import UNRECORDED, Recorder
+from nanoquant.schedules import SCHEDULES, Groups
 from nanoquant.training import FitResult
-
-Groups = tuple[tuple[str, ...], ...]
-
-
-def published_rounds(groups: Groups) -> Groups:
-    """One linear a round in the order of the published code: q, v, o, k, gate, up, down.
-
-    The first group of three (q, k, v) gives its second member back after the linear that follows it.
-    """
-    order = [name for group in groups for name in group]
-    if len(groups) > 1 and len(groups[0]) == 3:
-        k = order.pop(1)
-        order.insert(3, k)
-    return tuple((name,) for name in order)
-
-
-SCHEDULES: dict[str, Callable[[Groups], Groups]] = {
-    "published": published_rounds,
-    "grouped": lambda groups: groups,
-    "algorithm1": lambda groups: (tuple(name for group in groups for name in group),),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,16 +155,7 @@ class BlockReconstructor(nn.Module):
             ValueError: a linear has no importance or rank, or the config tunes and ``data`` is absent.
         """
         names = [linear for group in groups for linear in group]
-        for what, given in (("importance", importances), ("rank", ranks)):
-            missing = [linear for linear in names if linear not in given]
-            if missing:
-                raise ValueError(
-                    f"{name}: no {what} for {', '.join(missing)}; collect statistics for every linear"
-                )
-        if self.config.tunes and data is None:
-            raise ValueError(
-                f"{name}: the config tunes the block, so inputs and targets are needed"
-            )
+        self.check(name, names, importances, ranks, data)
         dtypes = {name: tensor.dtype for name, tensor in _others(block, names)}
         block.requires_grad_(False)
         if self.config.tunes:
@@ -217,6 +188,26 @@ class BlockReconstructor(nn.Module):
         for other, tensor in _others(block, names):
             tensor.data = tensor.data.to(dtypes[other])
         return report
+
+    def check(
+        self,
+        name: str,
+        names: list[str],
+        importances: Mapping[str, Importance],
+        ranks: Mapping[str, int],
+        data: BlockData | None,
+    ) -> None:
+        """Refuse what does not suffice for the linears ``names`` of the block ``name``; raises as :meth:`forward`."""
+        for what, given in (("importance", importances), ("rank", ranks)):
+            missing = [linear for linear in names if linear not in given]
+            if missing:
+                raise ValueError(
+                    f"{name}: no {what} for {', '.join(missing)}; collect statistics for every linear"
+                )
+        if self.config.tunes and data is None:
+            raise ValueError(
+                f"{name}: the config tunes the block, so inputs and targets are needed"
+            )
 
     def _prepare(self, block: nn.Module, names: list[str]) -> None:
         """Conv1D to Linear, and copies in float32 of everything while the block is tuned."""

@@ -14,11 +14,12 @@ from nanoquant import block_tuning
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import capture_block_inputs, find_decoder, run_block
 from nanoquant.binary import BinaryFactors, sign
-from nanoquant.block_reconstruction import SCHEDULES, BlockConfig, BlockReconstructor
+from nanoquant.block_reconstruction import BlockConfig, BlockReconstructor
 from nanoquant.block_tuning import BlockData, BlockObjective
 from nanoquant.calibration import collect_importances
 from nanoquant.importance import ImportanceConfig
 from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.schedules import SCHEDULES
 from nanoquant.training import FitResult
 
 INITIALIZE_ONLY = BlockConfig(schedule="grouped", windows=4, dense_epochs=0, refine_epochs=0)

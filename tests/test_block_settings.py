@@ -9,8 +9,9 @@ from torch import nn
 
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import find_decoder
-from nanoquant.block_reconstruction import SCHEDULES, BlockConfig
+from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.optimizer import OptimizerConfig
+from nanoquant.schedules import SCHEDULES
 
 GROUPS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
 ROUNDS = {

@@ -55,6 +55,7 @@ ORDER = (
     "early_stop",
     "block_tuning",
     "activations",
+    "schedules",
     "block_reconstruction",
     "dense_prefix",
     "divergence",

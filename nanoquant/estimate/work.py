@@ -6,11 +6,12 @@ near; tests measure whole phases against their sums.
 
 from __future__ import annotations
 
-from nanoquant.block_reconstruction import SCHEDULES, BlockConfig
+from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.estimate.subject import Subject
 from nanoquant.evaluation.perplexity import CHUNK_ELEMENTS
 from nanoquant.importance import LOSS_CHUNK
 from nanoquant.importance_store import statistics_bytes
+from nanoquant.schedules import SCHEDULES
 
 F32 = 4
 """Bytes of a float32, in which the initializer and all training work."""
