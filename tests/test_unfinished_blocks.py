@@ -29,6 +29,8 @@ TUNED = dataclasses.replace(
     block=BlockConfig(dense_epochs=1, refine_epochs=1, windows=4, latent_lr=1e-2, scale_lr=1e-2),
 )
 
+UNTUNED = dataclasses.replace(TUNED, block=QUICK.block)
+
 
 @pytest.mark.parametrize("train", ["signs", "scales", "none"])
 @pytest.mark.parametrize(
@@ -68,8 +70,8 @@ def test_a_kill_between_two_copies_of_the_gradient_calibrates_again_to_the_same_
     written, at, left, tmp_path, monkeypatch
 ):
     """``written``: blocks whose gradient is kept; ``at``, ``left``: passes before and after the kill, as above."""
-    expected, whole, _ = run(None, TUNED, model=tiny_llama(layers=4))
-    config = dataclasses.replace(TUNED, run=RunConfig(save_every=60))
+    expected, whole, _ = run(None, UNTUNED, model=tiny_llama(layers=4))
+    config = dataclasses.replace(UNTUNED, run=RunConfig(save_every=60))
     keep, given = Unfinished.keep_calibrated, {}
 
     def kept(self, b, chosen, importances, gradient):
@@ -101,7 +103,7 @@ def test_the_gradient_is_written_when_its_copy_is_old_enough(
         write(self, tensors, values)
 
     monkeypatch.setattr(TensorFile, "write", count)
-    config = dataclasses.replace(TUNED, run=RunConfig(save_every=seconds))
+    config = dataclasses.replace(UNTUNED, run=RunConfig(save_every=seconds))
     killed(tmp_path, 0, phase="ranks", config=config, model=tiny_llama(layers=4))
     assert len(found) == writes
 
