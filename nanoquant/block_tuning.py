@@ -19,6 +19,7 @@ from nanoquant.early_stop import EarlyStop
 from nanoquant.mapped import forget
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.processes import divided
+from nanoquant.shards import whole
 from nanoquant.training import FitResult, fit
 
 CHUNK_ELEMENTS = 1 << 26
@@ -103,7 +104,7 @@ def scale_groups(layer: nn.Module, lr: float, relative: bool) -> list[dict[str, 
 
 def vector_group(tensor: nn.Parameter, lr: float, relative: bool) -> dict[str, Any]:
     """Optimizer group of one vector; ``relative`` makes ``lr`` a share of its mean magnitude, at least 1e-3."""
-    size = max(float(tensor.detach().abs().mean()), 1e-3) if relative else 1.0
+    size = max(float(whole(tensor.detach()).abs().mean()), 1e-3) if relative else 1.0
     return {"params": [tensor], "lr": lr * size}
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from nanoquant.processes import gather, launcher, rank, world_size
@@ -62,25 +62,33 @@ def part_of(loader: DataLoader) -> DataLoader:
     )
 
 
-def placement(device: torch.device) -> dict[str, Any]:
-    """Arguments of Lightning's Trainer: the device, or with several processes those of this machine."""
+def placement(device: torch.device, sharded: bool = False) -> dict[str, Any]:
+    """Arguments of Lightning's Trainer: the device, or with several processes those of this machine.
+
+    Args:
+        device: where the objective is.
+        sharded: whether its parameters are shards.
+    """
     accelerator = "gpu" if device.type == "cuda" else device.type
     if world_size() == 1:
         devices = 1 if device.index is None else [device.index]
         return {"accelerator": accelerator, "devices": devices}
     found = launcher()
     local = 1 + max(gather(found.local_rank()))
-    strategy = DDPStrategy(
-        cluster_environment=found,
-        init_sync=False,  # all have the same state, and most of it is frozen
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-    )
+    if sharded:
+        strategy = ModelParallelStrategy(data_parallel_size=world_size(), tensor_parallel_size=1)
+    else:
+        strategy = DDPStrategy(
+            init_sync=False,  # all have the same state, and most of it is frozen
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )
     return {
         "accelerator": accelerator,
         "devices": local,
         "num_nodes": world_size() // local,
         "strategy": strategy,
+        "plugins": [found],
         "use_distributed_sampler": False,
     }
 

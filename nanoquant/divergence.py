@@ -139,6 +139,7 @@ def held_out_divergence(
     teacher: nn.Module | None,
     windows: Iterable[Sequence[Tensor]],
     precision: str,
+    idle: Callable[[], object] | None = None,
 ) -> float:
     """Mean KL(teacher || student) per token over windows, one window at a time.
 
@@ -147,6 +148,7 @@ def held_out_divergence(
         teacher: on the same device, see :func:`logits_divergence`.
         windows: batches of one window, moved to that device.
         precision: Lightning precision under which the student trains.
+        idle: see :func:`divided`.
     """
     device = next(student.parameters()).device
     mixed = precision == "bf16-mixed"
@@ -154,5 +156,6 @@ def held_out_divergence(
         losses = divided(
             lambda batch: float(logits_divergence(student, teacher, [x.to(device) for x in batch])),
             windows,
+            idle,
         )
     return sum(losses) / len(losses)

@@ -16,7 +16,9 @@ from nanoquant.heap import give_back
 from nanoquant.importance import Importance
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.mapped import forget
+from nanoquant.processes import broadcast
 from nanoquant.recorder import POINTS, Recorder
+from nanoquant.shards import whole
 
 SAMPLED_SIGNS = 4096
 """Signs of each latent matrix that are followed; over 200 layers a share of 2% is known to 0.01%."""
@@ -49,7 +51,7 @@ def latent_histogram(layer: BinaryLowRankLinear) -> dict[str, list[float]]:
     """Edges (n + 1) and counts (n) of the layer's latents, in units of each matrix's mean magnitude."""
     counts = torch.zeros(LATENT_BINS)
     for latent in (layer.U, layer.V):
-        x = latent.detach().float()
+        x = whole(latent.detach()).float()
         x = (x / x.abs().mean()).clamp(-LATENT_RANGE, LATENT_RANGE)
         counts += torch.histc(x, LATENT_BINS, -LATENT_RANGE, LATENT_RANGE).cpu()
     edges = torch.linspace(-LATENT_RANGE, LATENT_RANGE, LATENT_BINS + 1)
@@ -93,7 +95,7 @@ class SignSample:
     def _signs(self) -> list[Tensor]:
         with torch.no_grad():
             return [
-                x.detach().flatten()[p.to(x.device)].signbit().cpu()
+                whole(x.detach()).flatten()[p.to(x.device)].signbit().cpu()
                 for x, p in zip(self.latents, self.places, strict=True)
             ]
 
@@ -184,7 +186,8 @@ class ModelWatch:
     def __init__(
         self, recorder: Recorder, layers: Mapping[str, BinaryLowRankLinear], steps: int
     ) -> None:
-        latent = {n: m for n, m in layers.items() if not m.frozen} if recorder.wanted else {}
+        wanted = broadcast(recorder.wanted)  # all help to gather what the first one records
+        latent = {n: m for n, m in layers.items() if not m.frozen} if wanted else {}
         self.recorder = recorder
         self.signs = SignSample(list(latent.values())) if latent else None
         names = list(latent)

@@ -9,8 +9,8 @@ The state with the lowest divergence on held-out windows wins; the untouched sta
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,20 +21,22 @@ from torch.utils.data import DataLoader, Dataset
 from nanoquant.best_state import BestState, ModelReport
 from nanoquant.block_tuning import scale_groups, vector_group
 from nanoquant.compiling import binary_blocks, compiled, passed_blocks
+from nanoquant.course import Course
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.kept_logits import as_rows, collate
-from nanoquant.layer_records import ModelWatch
-from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_state import ModelState
 from nanoquant.non_finite import first_non_finite
 from nanoquant.offload import visits
 from nanoquant.optimizer import OptimizerConfig
+from nanoquant.processes import world_size
 from nanoquant.recompute import recomputed
 from nanoquant.recorder import UNRECORDED, Recorder
-from nanoquant.resuming import Order, Start
-from nanoquant.student import binary_layers, norm_parameters
-from nanoquant.training import Reconstruction, fit
+from nanoquant.resuming import Order
+from nanoquant.sharding import idle, put_back, sharded
+from nanoquant.shards import is_shard
+from nanoquant.student import binary_layers, make_trainable, norm_parameters
+from nanoquant.training import fit
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,9 @@ class ModelConfig:
     activations of one block at a time, for about a third more time."""
     compile_from: int | None = 64
     """Steps from which on the blocks are compiled before training; null: never."""
+    shard: bool = False
+    """Whether the processes of a run divide latents, their gradients, moments and copies, by FSDP2: each holds its
+    part of 28 bytes a latent, and a block is gathered where it runs. One process has all of it."""
     optimizer: OptimizerConfig = field(
         default_factory=lambda: OptimizerConfig(beta2=0.95, clip_norm=1.0, warmup=20)
     )
@@ -106,21 +111,33 @@ class ModelObjective(nn.Module):
     ) -> None:
         super().__init__()
         self.student, self._teacher, self.groups = student, [teacher], groups
+        self.sharded = any(map(is_shard, student.parameters()))
+
+    @property
+    def teacher(self) -> nn.Module | None:
+        """As given."""
+        return self._teacher[0]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Latents, scales, norms as the config chose."""
         return self.groups
 
     def forward(self, batch: Sequence[Tensor]) -> Tensor:
-        """Mean divergence of a batch, see :func:`logits_divergence`."""
-        return logits_divergence(self.student, self._teacher[0], batch, self.piece)
+        """Mean divergence of a batch, see :func:`logits_divergence`; 0 of an empty one."""
+        if not len(batch):
+            return self.idle()
+        return logits_divergence(self.student, self.teacher, batch, self.piece)
+
+    def idle(self) -> Tensor:
+        """0 of no window, see :func:`idle`."""
+        return idle(self.student)
 
     def compiled(self) -> AbstractContextManager[None]:
         """Context in which the blocks of student and teacher that differ, and the divergence, are compiled."""
         blocks = binary_blocks(self.student)
         names = {name for name, module in self.student.named_modules() if module in blocks}
-        if self._teacher[0] is not None:
-            teacher = self._teacher[0].named_modules()
+        if self.teacher is not None:
+            teacher = self.teacher.named_modules()
             blocks += [block for name, block in teacher if name in names and not visits(block)]
         return compiled(blocks, (self, "piece"))
 
@@ -175,27 +192,46 @@ class ModelReconstructor(nn.Module):
             raise ValueError(
                 "the student has no BinaryLowRankLinear layer; quantize its blocks first"
             )
-        windows, held = as_rows(windows), DataLoader(as_rows(held_out), collate_fn=collate)
         norms = [(norm, norm.dtype) for norm in norm_parameters(student)]
         with evaluation_mode(student), evaluation_mode(teacher) if teacher else nullcontext():
-            groups = self.parameter_groups(student, layers)
-            trained = [parameter for group in groups for parameter in group["params"]]
-            objective = ModelObjective(student, teacher, groups)
-            keeper = BestState(
-                trained,
-                measure=lambda: held_out_divergence(student, teacher, held, precision),
-                locate=lambda: locate_non_finite(objective, next(iter(held)), precision),
-                report=report,
-            )
+            divided = self.config.shard and world_size() > 1
+            body = sharded(student) if divided else self.prepared(student)
+            objective = ModelObjective(body, teacher, self.parameter_groups(body))
+            keeper = self.keeper(objective, as_rows(held_out), precision, report)
             self.train_objective(
-                objective, windows, keeper, precision, on_step, loggers, recorder, state
+                *(objective, as_rows(windows), keeper, precision, on_step, loggers),
+                *(recorder, state),
             )
+            if divided:
+                put_back(body, student)
         student.requires_grad_(False)
         for layer in layers.values():
             layer.freeze()
         for norm, dtype in norms:
             norm.data = norm.data.to(dtype)
         return report
+
+    def prepared(self, student: nn.Module) -> nn.Module:
+        """The student itself, ready to train."""
+        student.requires_grad_(False)
+        layers = binary_layers(student).values()
+        make_trainable(layers, norm_parameters(student), self.config.train == "signs")
+        return student
+
+    def keeper(
+        self, objective: ModelObjective, held_out: Dataset, precision: str, report: ModelReport
+    ) -> BestState:
+        """What chooses the best state by held-out windows."""
+        student, teacher = objective.student, objective.teacher
+        held = DataLoader(held_out, collate_fn=collate)
+        return BestState(
+            [parameter for group in objective.groups for parameter in group["params"]],
+            measure=lambda: held_out_divergence(
+                student, teacher, held, precision, objective.idle if objective.sharded else None
+            ),
+            locate=lambda: locate_non_finite(objective, next(iter(held)), precision),
+            report=report,
+        )
 
     def train_objective(
         self,
@@ -209,51 +245,30 @@ class ModelReconstructor(nn.Module):
         state: ModelState | None,
     ) -> None:
         """Run the loop, look at the held-out windows now and then, and put the best state back."""
-        config = self.config
+        config, report = self.config, keeper.report
         order = Order(len(windows), config.batch, config.epochs, self.seed)
-        loader, steps = DataLoader(windows, batch_sampler=order, collate_fn=collate), order.steps
-        report = keeper.report
-        start = Start() if state is None else state.resume(keeper)
+        layers, peak = binary_layers(objective.student), config.latent_lr
+        if config.train == "scales":
+            peak = config.scale_lr
+        course = Course(
+            *(keeper, layers, recorder, order.steps, config.evaluations),
+            rate=lambda step: peak * config.optimizer.rate(step, order.steps),
+            on_step=on_step,
+            state=state,
+        )
+        start = course.begin()
         order.start = start.batch
-        looks = None if state is None else state.looks()
-        if looks is None:
-            looks = sorted({steps * k // config.evaluations for k in range(config.evaluations)})
-        watch = ModelWatch(recorder, binary_layers(objective.student), steps)
-        peak = config.latent_lr if config.train == "signs" else config.scale_lr
-
-        def look(step: int) -> None:
-            keeper.consider(step)
-            recorder.record("model", step=step, held_out=report.held_out[step])
-
-        def follow(step: int, loss: float) -> None:
-            if looks and step >= looks[0]:  # a step that was undone is not followed
-                looks.pop(0)
-                look(step)
-            report.losses.append(loss)
-            watch.step(step, loss=loss, rate=peak * config.optimizer.rate(step, steps))
-            if on_step is not None:
-                on_step(step, loss)
-
-        def keep(module: Reconstruction) -> None:
-            if state is not None:
-                state.keep(module, keeper, looks)
-
-        if looks and looks[0] == 0:
-            look(looks.pop(0))
-        long = config.compile_from is not None and steps >= config.compile_from
-        again = passed_blocks(objective.student) if config.recompute else []
+        loader = DataLoader(windows, batch_sampler=order, collate_fn=collate)
         try:
-            with objective.compiled() if long else nullcontext(), recomputed(again):
+            with self.ways(objective, order.steps):
                 result = fit(
-                    objective,
-                    loader,
-                    config.optimizer,
+                    *(objective, loader, config.optimizer),
                     epochs=1,  # the order has all of them
                     precision=precision,
-                    on_step=follow,
+                    on_step=course.follow,
                     loggers=loggers,
                     start=start,
-                    at_snapshot=keep,
+                    at_snapshot=course.keep,
                 )
         except FloatingPointError as error:
             if not report.best_step:
@@ -262,33 +277,28 @@ class ModelReconstructor(nn.Module):
             logger.warning(text, error, report.best_step)
         else:
             report.undone = result.undone
-            watch.finish(steps)
-            look(steps)
+            course.finish()
         keeper.restore()
 
-    def parameter_groups(
-        self, student: nn.Module, layers: dict[str, BinaryLowRankLinear]
-    ) -> list[dict[str, Any]]:
-        """Choose what trains: scales and biases of binary layers; with "signs" latents and norms as well."""
-        config = self.config
-        student.requires_grad_(False)
-        groups = []
-        for layer in layers.values():
+    @contextmanager
+    def ways(self, objective: ModelObjective, steps: int) -> Iterator[None]:
+        """Context in which blocks are compiled where there are enough steps, and run again where that is asked for."""
+        least = self.config.compile_from
+        again = passed_blocks(objective.student) if self.config.recompute else []
+        long = least is not None and steps >= least
+        with objective.compiled() if long else nullcontext(), recomputed(again):
+            yield
+
+    def parameter_groups(self, student: nn.Module) -> list[dict[str, Any]]:
+        """Scales and biases of binary layers; with "signs" latents and norms as well; all ready to train."""
+        config, layers, groups = self.config, binary_layers(student).values(), []
+        for layer in layers:
             groups += scale_groups(layer, config.scale_lr, config.relative_rates)
         if config.train == "signs":
-            latents = []
-            for layer in layers.values():
-                layer.thaw()
-                for latent in (layer.U, layer.V):
-                    latent.data = latent.data / latent.data.abs().mean()  # it may lie in a file
-                    latents.append(latent)
+            latents = [latent for layer in layers for latent in (layer.U, layer.V)]
             groups.append({"params": latents, "lr": config.latent_lr})
             for norm in norm_parameters(student):
-                norm.data = norm.data.to(torch.float32, copy=True)  # until forward ends
                 groups.append(vector_group(norm, config.scale_lr, config.relative_rates))
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(True)
         return groups
 
 

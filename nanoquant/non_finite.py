@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.compiling import uncompiled
+from nanoquant.shards import whole
 
 
 @torch.no_grad()
 def first_non_finite(objective: nn.Module, batch: Any) -> str:  # noqa: ANN401
     """Name of a parameter that is not finite, else of the first module whose output is not."""
-    found = [name for name, p in objective.named_parameters() if not p.isfinite().all()]
+    found = [name for name, p in objective.named_parameters() if not all_finite(p)]
     if found:
         return found[0]
 
@@ -37,4 +38,9 @@ def first_non_finite(objective: nn.Module, batch: Any) -> str:  # noqa: ANN401
 
 def has_bad_gradient(parameter: nn.Parameter) -> bool:
     """Whether a parameter has a gradient that is not finite."""
-    return parameter.grad is not None and not bool(parameter.grad.isfinite().all())
+    return parameter.grad is not None and not all_finite(parameter.grad)
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, those of other processes' shards too."""
+    return bool(whole(tensor.detach()).isfinite().all())

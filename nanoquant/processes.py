@@ -176,13 +176,23 @@ def on_first(work: Callable[[], T]) -> T:
     return value
 
 
-def divided(work: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
-    """Results of ``work`` on each item, in order, on all processes; each does every n-th, and holds one at a time."""
+def divided(
+    work: Callable[[Any], T], items: Iterable[Any], idle: Callable[[], object] | None = None
+) -> list[T]:
+    """Results of ``work`` on each item, in order, on all processes; each does every n-th, and holds one at a time.
+
+    Args:
+        work: what a process does with an item.
+        items: the same on all.
+        idle: what a process does in the last turn, where others still have an item and it has none.
+    """
     count, own, items_seen = world_size(), [], 0
     for n, item in enumerate(items):
         items_seen = n + 1
         if n % count == rank():
             own.append(work(item))
+    if idle is not None and 0 < items_seen % count <= rank():
+        idle()
     shares = gather(own)
     return [shares[n % count][n // count] for n in range(items_seen)]
 

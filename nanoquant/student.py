@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from torch import nn
 
 from nanoquant.linear import BinaryLowRankLinear
@@ -30,3 +33,22 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
         for parameter in module.parameters(recurse=False)
         if parameter.ndim == 1
     ]
+
+
+def make_trainable(
+    layers: Iterable[BinaryLowRankLinear], norms: Iterable[nn.Parameter], signs: bool
+) -> None:
+    """Have scales and biases of layers take gradients; with ``signs`` latents, of mean magnitude 1, and norms as well.
+
+    Norms become float32.
+    """
+    for layer in layers:
+        if signs:
+            layer.thaw()
+            for latent in (layer.U, layer.V):
+                latent.data = latent.data / latent.data.abs().mean()  # it may lie in a file
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_(signs or name not in ("U", "V"))
+    for norm in norms if signs else ():
+        norm.data = norm.data.to(torch.float32, copy=True)
+        norm.requires_grad_(True)

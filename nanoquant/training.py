@@ -27,6 +27,7 @@ from nanoquant.non_finite import first_non_finite, has_bad_gradient
 from nanoquant.optimizer import OptimizerConfig, adamw
 from nanoquant.processes import gather, world_size
 from nanoquant.resuming import Start
+from nanoquant.shards import is_shard, whole
 from nanoquant.units import parse_bytes
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ class Objective(Protocol):
     name: str
 
     def __call__(self, batch: Any) -> Tensor:  # noqa: ANN401
-        """Scalar loss of one batch."""
+        """Scalar loss of one batch; 0 of an empty one, where parameters are shards."""
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Optimizer groups with their own ``lr``."""
@@ -126,9 +127,13 @@ class Reconstruction(L.LightningModule):
         self.objective, self.config, self.steps, self.on_step = objective, config, steps, on_step
         self.start, self.at_snapshot = start or Start(), at_snapshot
         self.batch = self.start.batch
+        self.sharded = any(is_shard(p) for _, p in objective.named_parameters())
         self.result = FitResult(undone=self.start.undone)
         self.good: list[Tensor] = []
         self.bad: tuple[str, str] | None = None  # what is not finite in this step, and where
+
+    def configure_model(self) -> None:
+        """Nothing: objectives come as they are trained, shards too; Lightning asks for the hook."""
 
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW and the schedule of the config."""
@@ -160,10 +165,11 @@ class Reconstruction(L.LightningModule):
         if due and self.at_snapshot is not None:
             self.at_snapshot(self)
         windows = 1 if world_size() == 1 else len(batch[0]) if batch else 0
-        loss = self.objective(batch) if windows else 0 * sum(p.sum() for p in self.trained())
+        runs = windows > 0 or self.sharded
+        loss = self.objective(batch) if runs else 0 * sum(p.sum() for p in self.trained())
         value, factor = mean(float(loss.detach()), windows)
         if not math.isfinite(value):
-            found = first_non_finite(self.objective, batch) if windows else ""
+            found = first_non_finite(self.objective, batch) if runs else ""
             where = next(filter(None, gather(found)))
             self.bad = (f"loss is {value}", where)
             return loss
@@ -187,7 +193,7 @@ class Reconstruction(L.LightningModule):
             self.undo(*self.bad)
             self.bad = None
             return
-        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
         if not norm.isfinite():
             names = (name for name, p in self.objective.named_parameters() if has_bad_gradient(p))
             self.count_undone("a gradient is not finite", next(names, "the norm of all of them"))
@@ -261,7 +267,7 @@ def fit(
     module = Reconstruction(objective, config, steps, on_step, start, at_snapshot)
     with _quiet():
         trainer = L.Trainer(
-            **placement(device),
+            **placement(device, module.sharded),
             max_epochs=epochs,
             precision=precision,
             logger=loggers or False,
@@ -273,7 +279,8 @@ def fit(
         )
         trainer.fit(module, part_of(batches))
         module.result.epochs = trainer.current_epoch
-    objective.to(device)  # Lightning leaves it on the CPU
+    if not module.sharded:
+        objective.to(device)  # Lightning leaves it on the CPU
     return module.result
 
 
