@@ -98,6 +98,11 @@ class ModelConfig:
             raise ValueError(
                 f"kept_logits must be at least 1 token or null, got {self.kept_logits}"
             )
+        if self.shard and (self.train != "signs" or self.optimizer.state_bits != 32):
+            raise ValueError(
+                f"shard divides latents and moments of 32 bits, got train={self.train!r} and "
+                f"optimizer.state_bits={self.optimizer.state_bits}; take train='signs' and 32 bits, or leave shard out"
+            )
 
 
 class ModelObjective(nn.Module):

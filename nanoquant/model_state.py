@@ -7,7 +7,11 @@ from dataclasses import asdict, dataclass
 import torch
 
 from nanoquant.best_state import BestState, ModelReport
+from nanoquant.checkpoint_files import read_header
+from nanoquant.mapped import forget, map_tensors
+from nanoquant.processes import broadcast
 from nanoquant.resuming import Start, moments_of, read_moments
+from nanoquant.shards import cut
 from nanoquant.tensor_file import TensorFile
 from nanoquant.training import Reconstruction
 
@@ -35,25 +39,27 @@ class ModelState:
         Raises:
             ValueError: the file belongs to another run.
         """
-        content = self.file.read()
-        if content is None:
+        values = self.file.values()
+        if not values:
             return Start()
+        stored = map_tensors(read_header(self.file.path)[0])
+        keeper.state, moments = [], read_moments(stored)
         for number, parameter in enumerate(keeper.parameters):
-            parameter.copy_(content.tensors[f"parameter.{number}"])
-        count = len(keeper.parameters)
-        keeper.state = [
-            content.tensors[f"best.{number}"].to(parameter.device)
-            for number, parameter in zip(range(count), keeper.parameters, strict=True)
-        ]
-        report = content.values["report"]
+            parameter.copy_(cut(stored[f"parameter.{number}"], parameter))
+            keeper.state.append(cut(stored[f"best.{number}"], parameter))
+            for name, kept in moments.get(number, {}).items():
+                like = parameter if kept.shape == parameter.shape else kept
+                moments[number][name] = cut(kept, like)
+            forget(stored.values())
+        report = values["report"]
         report["held_out"] = {int(step): value for step, value in report["held_out"].items()}
         for name, value in asdict(ModelReport(**report)).items():
             setattr(keeper.report, name, value)
         return Start(
-            content.values["step"],
-            content.values["batch"],
+            values["step"],
+            values["batch"],
             keeper.report.undone,
-            read_moments(content.tensors),
+            moments,
         )
 
     def looks(self) -> list[int] | None:
@@ -61,8 +67,8 @@ class ModelState:
         return self.file.values().get("looks")
 
     def keep(self, module: Reconstruction, keeper: BestState, looks: list[int]) -> None:
-        """Write when it is time, before a step of ``module``."""
-        if self.file.path is None or self.file.age() < self.every:
+        """Write when the first process finds that it is time, before a step of ``module``."""
+        if self.file.path is None or not broadcast(self.file.age() >= self.every):
             return
         tensors = {f"parameter.{n}": p for n, p in enumerate(keeper.parameters)}
         tensors |= {f"best.{n}": tensor for n, tensor in enumerate(keeper.state)}

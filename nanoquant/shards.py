@@ -39,14 +39,10 @@ def cut(values: Tensor, like: Tensor) -> Tensor:
         return values.to(like.device, copy=True)
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(
-        values, like.device_mesh, like.placements, src_data_rank=None
-    ).clone()
+    return distribute_tensor(values, like.device_mesh, like.placements, src_data_rank=None).clone()
 
 
-def gather_to_first(
-    tensors: Iterable[Tensor], work: Callable[[Iterator[Tensor]], object]
-) -> None:
+def gather_to_first(tensors: Iterable[Tensor], work: Callable[[Iterator[Tensor]], object]) -> None:
     """Have the first process work on whole tensors, which all gather one at a time.
 
     Args:

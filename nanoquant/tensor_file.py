@@ -17,6 +17,7 @@ from torch import Tensor
 from nanoquant.commit import commit, refused
 from nanoquant.lock import hold_again
 from nanoquant.processes import first
+from nanoquant.shards import gather_to_first, is_shard, save_parts
 
 VALUES = "values"
 TORN = ".partial"
@@ -78,25 +79,32 @@ class TensorFile:
         return content.values if content else {}
 
     def write(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> None:
-        """Replace the file; of several processes the first one alone writes.
+        """Replace the file; of several processes the first one alone writes, and shards are gathered one at a time.
 
         Raises:
             OSError: the disk refuses it; what was there before is whole.
             ValueError: somebody removed the folder, and another process is at work there now.
         """
-        if self.path is None or not first():
-            self.written = time.monotonic()
-            return
+        metadata = self.settings | ({VALUES: json.dumps(values)} if values else {})
+        if self.path is not None and any(map(is_shard, tensors.values())):
+            gather_to_first(
+                tensors.values(),
+                lambda parts: self._replace(lambda p: save_parts(p, tensors, parts, metadata)),
+            )
+        elif self.path is not None and first():
+            plain = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+            self._replace(lambda partial: save_file(plain, partial, metadata))
+        self.written = time.monotonic()
+
+    def _replace(self, save: Callable[[Path], None]) -> None:
+        """Put what ``save`` writes in the place of the file; errors as of :meth:`write`."""
         hold_again(self.path.parent)
         partial = (
             self.path.parent / TORN / self.path.name
         )  # safetensors writes files of its own beside it
-        metadata = self.settings | ({VALUES: json.dumps(values)} if values else {})
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            save_file(
-                {name: t.detach().contiguous() for name, t in tensors.items()}, partial, metadata
-            )
+            save(partial)
             commit(partial, self.path)
         except (SafetensorError, OSError) as error:
             with suppress(OSError):
@@ -105,7 +113,6 @@ class TensorFile:
         finally:
             with suppress(OSError):  # another file may be on its way there
                 partial.parent.rmdir()
-        self.written = time.monotonic()
 
     def delete(self) -> None:
         """Delete the file where there is one; what can't be deleted stays, and is read or written over.

@@ -1,0 +1,157 @@
+"""Processes that divide latents, gradients, moments and copies hold a part each, and give what one process gives."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import two_shards
+from test_processes import worst
+from tiny_models import FAMILIES
+from torch import distributed as dist
+
+from nanoquant import model_reconstruction
+from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.optimizer import OptimizerConfig
+
+ROUNDING = 1e-6
+"""Largest difference, relative or in nats, after some dozen float32 steps."""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Folder, and what each of two processes has computed."""
+    folder = tmp_path_factory.mktemp("two")
+    script = Path(two_shards.__file__)
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    done = subprocess.run(
+        [sys.executable, *launch, script, folder, *two_shards.CASES],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same in this process, with as many threads as one of them has."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    names = [name for name in two_shards.CASES if name != "full"]
+    yield two_shards.cases(tmp_path_factory.mktemp("one"), names)
+    torch.set_num_threads(threads)
+
+
+def assert_same(one, two, tolerance=ROUNDING):
+    """No sign differs, and all else by rounding."""
+    signs, scales = worst(one["tensors"], two["tensors"])
+    assert signs == 0 and scales <= tolerance
+    for name in ("losses", "held out"):
+        assert one[name] == pytest.approx(two[name], rel=tolerance, abs=tolerance)
+    assert one["undone"] == two["undone"]
+
+
+@pytest.fixture
+def group_of_one(tmp_path, monkeypatch):
+    """A process group of this process alone, in which models are divided all the same."""
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    monkeypatch.setattr(model_reconstruction, "world_size", lambda: 2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_a_model_whose_one_part_is_all_of_it_trains_bit_for_bit_as_it_does_whole(
+    group_of_one, monkeypatch
+):
+    divided = two_shards.held()
+    monkeypatch.undo()
+    found = two_shards.held()
+    assert found.pop("whole") > 0 and divided.pop("whole") == 0
+    assert found == divided
+
+
+def test_shards_are_kept_and_go_on_in_a_process_that_has_all(group_of_one, tmp_path, monkeypatch):
+    assert two_shards.quantized(tmp_path / "work", kill=20) is None
+    monkeypatch.undo()
+    found, expected = (two_shards.quantized(folder) for folder in (tmp_path / "work", None))
+    assert found["counts"]["model"] == [24, 24]
+    assert_same(expected, found, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["trained", "quantized", *FAMILIES])
+def test_two_processes_give_what_one_gives(both, alone, case):
+    for found in both[1]:
+        assert_same(alone[case], found[case])
+    for name, tensor in both[1][0][case]["tensors"].items():
+        assert torch.equal(tensor, both[1][1][case]["tensors"][name]), name
+
+
+@pytest.mark.slow
+def test_bfloat16_models_differ_by_its_rounding(both, alone):
+    """Gradients of weights come from sums in bfloat16, over other windows in each process."""
+    signs, scales = worst(alone["bfloat16"]["tensors"], both[1][0]["bfloat16"]["tensors"])
+    assert signs < 1e-3 and scales < 2**-7
+    assert both[1][0]["bfloat16"]["losses"] == pytest.approx(alone["bfloat16"]["losses"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_holds_half_of_what_trains_and_nothing_whole(both, alone):
+    one = alone["held"]["bytes"]
+    assert set(one) == {"parameters", "gradients", "moments", "best state", "last good state"}
+    assert one["moments"] == 2 * one["parameters"]
+    for found in both[1]:
+        assert found["held"]["whole"] == 0
+        assert found["held"]["bytes"] == {kind: size / 2 for kind, size in one.items()}
+
+
+@pytest.mark.slow
+def test_records_are_those_of_one_process_and_of_all_shards(both, alone):
+    first, second = (found["held"]["records"] for found in both[1])
+    assert second == [] and any("flips" in metrics for _, metrics in first)
+    for (phase, one), (other, two) in zip(alone["held"]["records"], first, strict=True):
+        assert (phase, one.keys()) == (other, two.keys())
+        assert all(two[name] == pytest.approx(value, rel=1e-5) for name, value in one.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["loss", "gradient"])
+def test_a_step_that_one_process_spoils_is_undone_in_both(both, alone, case):
+    assert alone[case]["undone"] == 1
+    for found in both[1]:
+        assert_same(alone[case], found[case])
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_with_two_processes_and_with_one(both, alone, tmp_path):
+    folder, found = both
+    for case in found:
+        assert case["killed"]["counts"]["model"] == [24, 24]  # of 40; the copy is of the 16th
+        assert_same(alone["quantized"], case["killed"])
+        assert_same(case["quantized"], case["killed"], 1e-12)
+    one = two_shards.quantized(shutil.copytree(folder / "left", tmp_path / "left"))
+    assert one["counts"]["model"] == [24, 24]
+    assert_same(alone["quantized"], one)
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_ends_all_processes_with_its_message(both):
+    for found in both[1]:
+        assert "unfinished-model.safetensors can't be written" in found["full"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train": "scales"}, {"train": "none"}, {"optimizer": OptimizerConfig(state_bits=8)}],
+    ids=str,
+)
+def test_what_can_not_be_divided_is_refused_by_name(changes):
+    with pytest.raises(ValueError, match=r"shard .* take train='signs' and 32 bits"):
+        ModelConfig(shard=True, **changes)
