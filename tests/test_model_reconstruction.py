@@ -219,7 +219,8 @@ def test_latents_start_at_mean_magnitude_one_with_the_signs_of_the_layer():
     _, student = teacher_and_student()
     layers = layers_of(student)
     before = {name: sign(layer.U.detach()) for name, layer in layers.items()}
-    groups = ModelReconstructor(SIGNS).parameter_groups(student, layers)
+    reconstructor = ModelReconstructor(SIGNS)
+    groups = reconstructor.parameter_groups(reconstructor.prepared(student))
     for name, layer in layers.items():
         assert torch.equal(sign(layer.U.detach()), before[name])
         assert float(layer.U.detach().abs().mean()) == pytest.approx(1)
@@ -229,10 +230,10 @@ def test_latents_start_at_mean_magnitude_one_with_the_signs_of_the_layer():
 def test_relative_rates_are_shares_of_the_mean_scale():
     _, student = teacher_and_student()
     layer = next(iter(layers_of(student).values()))
-    groups = ModelReconstructor(SCALES).parameter_groups(student, {"layer": layer})
+    groups = ModelReconstructor(SCALES).parameter_groups(student)
     assert groups[0]["lr"] == pytest.approx(SCALES.scale_lr * float(layer.s1.detach().abs().mean()))
     absolute = dataclasses.replace(SCALES, relative_rates=False)
-    groups = ModelReconstructor(absolute).parameter_groups(student, {"layer": layer})
+    groups = ModelReconstructor(absolute).parameter_groups(student)
     assert {group["lr"] for group in groups} == {SCALES.scale_lr}
 
 

@@ -19,6 +19,8 @@ from nanoquant.optimizer import OptimizerConfig
 
 ROUNDING = 1e-6
 """Largest difference, relative or in nats, after some dozen float32 steps."""
+NO_GRADIENT = ("k_proj.bias", "c_attn.bias")
+"""Attention does not depend on biases of keys, so that these follow the rounding of a gradient of 0."""
 
 
 @pytest.fixture(scope="module")
@@ -86,20 +88,40 @@ def test_shards_are_kept_and_go_on_in_a_process_that_has_all(group_of_one, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["trained", "quantized", *FAMILIES])
+@pytest.mark.parametrize("case", ["trained", "quantized"])
 def test_two_processes_give_what_one_gives(both, alone, case):
     for found in both[1]:
         assert_same(alone[case], found[case])
-    for name, tensor in both[1][0][case]["tensors"].items():
-        assert torch.equal(tensor, both[1][1][case]["tensors"][name]), name
 
 
 @pytest.mark.slow
-def test_bfloat16_models_differ_by_its_rounding(both, alone):
-    """Gradients of weights come from sums in bfloat16, over other windows in each process."""
-    signs, scales = worst(alone["bfloat16"]["tensors"], both[1][0]["bfloat16"]["tensors"])
-    assert signs < 1e-3 and scales < 2**-7
-    assert both[1][0]["bfloat16"]["losses"] == pytest.approx(alone["bfloat16"]["losses"], rel=1e-3)
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_can_be_divided(both, alone, case):
+    """Norms of small gradients differ by 2e-5, and so they do where processes hold copies."""
+    one, two = ({**found[case]} for found in (alone, both[1][0]))
+    for found in (one, two):
+        found["tensors"] = {
+            n: t for n, t in found["tensors"].items() if not n.endswith(NO_GRADIENT)
+        }
+    assert_same(one, two, 1e-4)
+    assert two["losses"] == pytest.approx(one["losses"], rel=ROUNDING)
+
+
+@pytest.mark.slow
+def test_bfloat16_models_differ_by_its_rounding_from_one_process_and_not_from_copies(both, alone):
+    one, two, copies = alone["bfloat16"], *(both[1][0][case] for case in ("bfloat16", "copies"))
+    signs, _ = worst(one["tensors"], two["tensors"])
+    assert signs < 1e-3 and two["losses"] == pytest.approx(one["losses"], rel=2**-8)
+    assert_same(copies, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [case for case in two_shards.CASES if case not in ("held", "full")]
+)
+def test_both_processes_end_with_the_same_model(both, case):
+    first, second = (found[case] for found in both[1])
+    assert_same(first, second, 0)
 
 
 @pytest.mark.slow
@@ -114,11 +136,12 @@ def test_each_of_two_processes_holds_half_of_what_trains_and_nothing_whole(both,
 
 @pytest.mark.slow
 def test_records_are_those_of_one_process_and_of_all_shards(both, alone):
-    first, second = (found["held"]["records"] for found in both[1])
-    assert second == [] and any("flips" in metrics for _, metrics in first)
-    for (phase, one), (other, two) in zip(alone["held"]["records"], first, strict=True):
+    records = both[1][0]["held"]["records"]
+    assert any("flips" in metrics for _, metrics in records)
+    for (phase, one), (other, two) in zip(alone["held"]["records"], records, strict=True):
         assert (phase, one.keys()) == (other, two.keys())
-        assert all(two[name] == pytest.approx(value, rel=1e-5) for name, value in one.items())
+        for name, value in one.items():
+            assert two[name] == (value if name == "layer" else pytest.approx(value, rel=1e-5))
 
 
 @pytest.mark.slow
@@ -135,7 +158,7 @@ def test_a_killed_run_goes_on_with_two_processes_and_with_one(both, alone, tmp_p
     for case in found:
         assert case["killed"]["counts"]["model"] == [24, 24]  # of 40; the copy is of the 16th
         assert_same(alone["quantized"], case["killed"])
-        assert_same(case["quantized"], case["killed"], 1e-12)
+        assert_same(case["quantized"], case["killed"], 0)
     one = two_shards.quantized(shutil.copytree(folder / "left", tmp_path / "left"))
     assert one["counts"]["model"] == [24, 24]
     assert_same(alone["quantized"], one)

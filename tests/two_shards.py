@@ -134,6 +134,9 @@ CASES = {
     "trained": lambda folder: trained(),
     "held": lambda folder: held(),
     "bfloat16": lambda folder: trained(lambda: tiny_llama(dtype=torch.bfloat16), "bf16-mixed"),
+    "copies": lambda folder: trained(
+        lambda: tiny_llama(dtype=torch.bfloat16), "bf16-mixed", shard=False
+    ),
     "loss": lambda folder: undone(spoil_loss),
     "gradient": lambda folder: undone(spoil_gradient),
     "quantized": lambda folder: quantized(folder / "whole"),
