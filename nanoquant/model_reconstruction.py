@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -26,7 +25,7 @@ from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.kept_logits import as_rows, collate
 from nanoquant.model_state import ModelState
-from nanoquant.non_finite import first_non_finite
+from nanoquant.non_finite import locate_non_finite
 from nanoquant.offload import visits
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.processes import world_size
@@ -35,7 +34,7 @@ from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.resuming import Order
 from nanoquant.sharding import idle, put_back, sharded
 from nanoquant.shards import is_shard
-from nanoquant.student import binary_layers, make_trainable, norm_parameters
+from nanoquant.student import binary_layers, norm_parameters, prepared
 from nanoquant.training import fit
 
 logger = logging.getLogger(__name__)
@@ -200,7 +199,7 @@ class ModelReconstructor(nn.Module):
         norms = [(norm, norm.dtype) for norm in norm_parameters(student)]
         with evaluation_mode(student), evaluation_mode(teacher) if teacher else nullcontext():
             divided = self.config.shard and world_size() > 1
-            body = sharded(student) if divided else self.prepared(student)
+            body = sharded(student) if divided else prepared(student, self.config.train)
             objective = ModelObjective(body, teacher, self.parameter_groups(body))
             keeper = self.keeper(objective, as_rows(held_out), precision, report)
             self.train_objective(
@@ -215,13 +214,6 @@ class ModelReconstructor(nn.Module):
         for norm, dtype in norms:
             norm.data = norm.data.to(dtype)
         return report
-
-    def prepared(self, student: nn.Module) -> nn.Module:
-        """The student itself, ready to train."""
-        student.requires_grad_(False)
-        layers = binary_layers(student).values()
-        make_trainable(layers, norm_parameters(student), self.config.train == "signs")
-        return student
 
     def keeper(
         self, objective: ModelObjective, held_out: Dataset, precision: str, report: ModelReport
@@ -305,10 +297,3 @@ class ModelReconstructor(nn.Module):
             for norm in norm_parameters(student):
                 groups.append(vector_group(norm, config.scale_lr, config.relative_rates))
         return groups
-
-
-def locate_non_finite(objective: ModelObjective, batch: Sequence[Tensor], precision: str) -> str:
-    """Name of what is first non-finite in the student when it reads a batch."""
-    device = next(objective.student.parameters()).device
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        return first_non_finite(objective, [tensor.to(device) for tensor in batch])

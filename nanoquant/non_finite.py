@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,6 +35,13 @@ def first_non_finite(objective: nn.Module, batch: Any) -> str:  # noqa: ANN401
         for handle in handles:
             handle.remove()
     return found[0] if found else "the loss itself"
+
+
+def locate_non_finite(objective: nn.Module, batch: Sequence[Tensor], precision: str) -> str:
+    """The same of a batch that may lie elsewhere, in a Lightning precision."""
+    device = next(objective.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
+        return first_non_finite(objective, [tensor.to(device) for tensor in batch])
 
 
 def has_bad_gradient(parameter: nn.Parameter) -> bool:

@@ -52,3 +52,11 @@ def make_trainable(
     for norm in norms if signs else ():
         norm.data = norm.data.to(torch.float32, copy=True)
         norm.requires_grad_(True)
+
+
+def prepared(student: nn.Module, train: str) -> nn.Module:
+    """A student itself, of which that trains which ``train`` says, see ``ModelConfig``."""
+    student.requires_grad_(False)
+    layers = binary_layers(student).values()
+    make_trainable(layers, norm_parameters(student), train == "signs")
+    return student

@@ -22,6 +22,7 @@ from nanoquant.model_reconstruction import (
     norm_parameters,
 )
 from nanoquant.optimizer import OptimizerConfig
+from nanoquant.student import prepared
 
 SIGNS = ModelConfig(
     train="signs", windows=24, epochs=3, batch=4, latent_lr=2e-2, scale_lr=1e-2, held_out=4,
@@ -219,8 +220,7 @@ def test_latents_start_at_mean_magnitude_one_with_the_signs_of_the_layer():
     _, student = teacher_and_student()
     layers = layers_of(student)
     before = {name: sign(layer.U.detach()) for name, layer in layers.items()}
-    reconstructor = ModelReconstructor(SIGNS)
-    groups = reconstructor.parameter_groups(reconstructor.prepared(student))
+    groups = ModelReconstructor(SIGNS).parameter_groups(prepared(student, "signs"))
     for name, layer in layers.items():
         assert torch.equal(sign(layer.U.detach()), before[name])
         assert float(layer.U.detach().abs().mean()) == pytest.approx(1)
