@@ -44,7 +44,7 @@ from nanoquant.measuring import evaluation_windows, free_memory, measure_dense
 from nanoquant.memory import process_bytes
 from nanoquant.offload import offload
 from nanoquant.output_folder import check_can_be_made, check_output_folder, torn_checkpoint
-from nanoquant.processes import first, join, on_first
+from nanoquant.processes import first, join, on_first, world_size
 from nanoquant.progress import Progress
 from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
 from nanoquant.self_text import check_kept
@@ -137,7 +137,7 @@ def within_memory(
     if limits == (None, None):
         return config
     length = job.eval_length if job.evaluation is not None else None
-    use = Use(process_bytes(), device.type == "cuda", length, job.verify)
+    use = Use(process_bytes(), device.type == "cuda", length, job.verify, world_size())
     return fit(subject_of_folder(folder, config), config, use, *limits)
 
 

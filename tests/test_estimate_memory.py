@@ -153,6 +153,29 @@ def test_the_process_that_verifies_is_counted_without_held_out_text_too(verify, 
         assert needs["measure in a fresh process"].bytes() > 2 * BASE
 
 
+def test_processes_that_divide_what_trains_hold_a_part_each_and_a_block():
+    shard = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, shard=True))
+
+    def terms(config, devices, gpu=False):
+        plan = Plan(tiny_subject(), config, Use(BASE, gpu, None, devices=devices))
+        (need,) = (need for need in plan.needs() if need.phase == "model")
+        return {term.name: term.bytes for term in need.terms}
+
+    one, four = terms(CONFIG, 1), terms(shard, 4)
+    assert terms(CONFIG, 4) == terms(shard, 1) == one
+    divided = ("what trains", "gradients", "moments", "the best state")
+    for name, size in one.items():
+        part = 4 if name.startswith(divided) else 1
+        assert four.pop(name) == pytest.approx(size / part, rel=1e-4), name
+    assert set(four) == {
+        "a block, gathered, and its gradient",
+        "latents, whole until they are divided",
+    }
+    assert four["latents, whole until they are divided"] == 0  # they stay in files
+    whole = terms(shard, 64, gpu=True)["latents, whole until they are divided"]
+    assert 0.8 < whole / (one["what trains, in float32"]) < 1  # what else trains is small
+
+
 def test_settings_that_make_phases_smaller_do():
     plan = Plan(tiny_subject(), CONFIG, Use(BASE, False, 64))
     before = {need.phase: need.bytes() for need in plan.needs()}

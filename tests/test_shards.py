@@ -34,7 +34,7 @@ def both(tmp_path_factory):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
@@ -45,7 +45,7 @@ def alone(tmp_path_factory):
     """The same in this process, with as many threads as one of them has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    names = [name for name in two_shards.CASES if name != "full"]
+    names = [name for name in two_shards.CASES if name not in ("full", "compiled")]
     yield two_shards.cases(tmp_path_factory.mktemp("one"), names)
     torch.set_num_threads(threads)
 
@@ -153,13 +153,21 @@ def test_a_step_that_one_process_spoils_is_undone_in_both(both, alone, case):
 
 
 @pytest.mark.slow
+def test_blocks_are_compiled_as_well(both, alone):
+    for found in both[1]:
+        assert found["compiled"]["graphs"] > 0
+        assert_same(alone["trained"], found["compiled"])
+
+
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_two_processes_and_with_one(both, alone, tmp_path):
     folder, found = both
     for case in found:
         assert case["killed"]["counts"]["model"] == [24, 24]  # of 40; the copy is of the 16th
         assert_same(alone["quantized"], case["killed"])
         assert_same(case["quantized"], case["killed"], 0)
-    one = two_shards.quantized(shutil.copytree(folder / "left", tmp_path / "left"))
+    left = shutil.copytree(folder / "left", tmp_path / "left")
+    one = two_shards.quantized(left, shard=False)
     assert one["counts"]["model"] == [24, 24]
     assert_same(alone["quantized"], one)
 

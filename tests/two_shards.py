@@ -93,9 +93,16 @@ def spoil_gradient(value):
     return value
 
 
-def quantized(work, kill=None):
+def compiled():
+    """A training in compiled blocks, and how many graphs that gave."""
+    torch._dynamo.utils.counters.clear()
+    found = trained(compile_from=1)
+    return found | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
+
+
+def quantized(work, kill=None, shard=True):
     """A quantized model; killed at a step, it is None."""
-    settings = {"shard": True, "kept_logits": 8, "recompute": True}
+    settings = {"shard": shard, "kept_logits": 8, "recompute": True}
     config = dataclasses.replace(QUICK, model=dataclasses.replace(QUICK.model, **settings))
     model, progress = tiny_llama(), Killed(kill)
     try:
@@ -142,6 +149,7 @@ CASES = {
     "quantized": lambda folder: quantized(folder / "whole"),
     "killed": killed,
     "full": full,
+    "compiled": lambda folder: compiled(),
 } | {family: lambda folder, f=family: trained(FAMILIES[f], epochs=1) for family in FAMILIES}
 
 

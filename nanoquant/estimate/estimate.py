@@ -86,7 +86,8 @@ def make_estimate(
         ValueError: the bits can't be met, or the context goes beyond the model's positions.
     """
     gpu = request.machine != HERE or device.type == "cuda"
-    use = Use(base, gpu, request.eval_length if request.eval_windows else None)
+    length = request.eval_length if request.eval_windows else None
+    use = Use(base, gpu, length, devices=request.devices)
     options = file_options(subject.model, subject.decoder, subject.chosen, subject.shapes, config)
     q = quantities(subject, config, use)
     rates = ASSUMED.get(request.machine) or measure(q, device)

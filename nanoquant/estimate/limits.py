@@ -37,11 +37,11 @@ def _stage(name: str, **fields: object) -> Change:
 def _optimizer(config: NanoQuantConfig) -> NanoQuantConfig:
     """Moments of 8 bits in the whole-model phase."""
     narrow = dataclasses.replace(config.model.optimizer, state_bits=8)
-    return _stage("model", optimizer=narrow)(config)
+    return _stage("model", optimizer=narrow, shard=False)(config)
 
 
 CHANGES: dict[str, Change] = {
-    "--model.train scales": _stage("model", train="scales"),
+    "--model.train scales": _stage("model", train="scales", shard=False),
     "--model.optimizer.state_bits 8": _optimizer,
     "--model.recompute": _stage("model", recompute=True),
     "--model.batch 1": _stage("model", batch=1),

@@ -71,7 +71,8 @@ def memory_lines(found: Estimate) -> str:
     """Peaks of each phase, and of inference."""
     gpu = found.quantities.use.gpu
     rows = [_need(need, gpu) for need in found.needs]
-    header = ["memory at most", "main", *(["GPU"] if gpu else []), "largest terms"]
+    whose = " of each process" if found.devices > 1 else ""
+    header = [f"memory{whose} at most", "main", *(["GPU"] if gpu else []), "largest terms"]
     lines = [table(rows, header=header)]
     use = found.inference
     if use is not None:

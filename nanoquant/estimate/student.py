@@ -18,14 +18,19 @@ COPIES = 3
 """The best state, the last good one, and one of the two that is just made anew."""
 VERIFIED = 1 + len(PROMPT) + TOKENS
 """Most tokens that a verification generates and scores; one that is read has a character at least."""
+GATHERED = 3
+"""Copies of a block's latents at once: gathered, its gradient, and that as it is sent; on a GPU the next block too."""
 COMPILER = 350 * 2**20
 """Bytes that compiling blocks adds to the process."""
 
 
 def model(q: Quantities) -> list[Term]:
-    """Training against the dense model: what trains, its optimizer, its copies, and activations."""
+    """Training against the dense model: what trains, its optimizer, its copies, and activations.
+
+    Processes that divide the former hold a part each, and gather a block.
+    """
     signs = q.config.model.train == "signs"
-    trained = q.latents + q.scales if signs else q.scales
+    trained = -(-(q.latents + q.scales if signs else q.scales) // parts(q))
     bits = q.config.model.optimizer.state_bits
     less = "--model.train scales" if signs else ""
     narrower = "--model.optimizer.state_bits 8" if signs and bits == 32 else less
@@ -37,8 +42,27 @@ def model(q: Quantities) -> list[Term]:
         Term("moments", int(MOMENTS[bits] * trained), narrower),
         Term("the best state, the last good one and the next", COPIES * work.F32 * trained, less),
         *([] if signs else [Term("signs in bits", q.packed), unpacked(q)]),
+        *gathered(q, trained),
         *activations(q),
         Term("compiled blocks", COMPILER * compiles(q), "--model.compile_from null", host=True),
+    ]
+
+
+def parts(q: Quantities) -> int:
+    """Over how many processes what trains is divided."""
+    return q.use.devices if q.config.model.shard else 1
+
+
+def gathered(q: Quantities, trained: int) -> list[Term]:
+    """A block as it is gathered; what whole latents take, before they are divided, beyond what takes their place."""
+    if parts(q) == 1:
+        return []
+    mapped = q.config.run.save_every is not None and not q.use.gpu
+    more = max(0, q.latents - (1 + 2 + COPIES) * trained) * (not mapped)
+    ahead = GATHERED + q.use.gpu
+    return [
+        Term("a block, gathered, and its gradient", work.F32 * ahead * q.block_latents),
+        Term("latents, whole until they are divided", work.F32 * more),
     ]
 
 

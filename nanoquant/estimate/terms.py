@@ -19,6 +19,8 @@ class Use:
     """Tokens of a held-out window; None: no model is measured."""
     verify: bool = True
     """Whether the checkpoint is verified in a process of its own."""
+    devices: int = 1
+    """How many of them share the run, one a process."""
 
 
 @dataclass(frozen=True)
