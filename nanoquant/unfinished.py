@@ -41,14 +41,8 @@ PATTERN = "unfinished-*.safetensors"
 LOGITS = "logits of the teacher"
 SIGNS = ("U", "V", "u_signs", "v_signs")
 """Parts of a binary layer that stay in its file; whoever trains latents gives them memory of their own."""
-IDLE = (
-    "preset",
-    "model.shard",
-    *(
-        f"run.{name}"
-        for name in ("save_every", "accelerator", "activation_memory", "timeout", "offload")
-    ),
-)
+RUN = ("save_every", "accelerator", "activation_memory", "timeout", "offload")
+IDLE = ("preset", "model.shard", *(f"run.{name}" for name in RUN))
 """Fields that decide nothing of the result."""
 
 
