@@ -93,7 +93,7 @@ class FarAccelerator(CPUAccelerator):
         pass
 
 
-def _placement(device):
+def _placement(device, sharded=False):
     strategy = SingleDeviceStrategy(device=device, accelerator=FarAccelerator())
     return {"devices": 1, "strategy": strategy} if device.type == "far" else usual(device)
 
