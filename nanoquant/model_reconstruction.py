@@ -26,7 +26,7 @@ from nanoquant.divergence import divergence_piece, held_out_divergence, logits_d
 from nanoquant.kept_logits import as_rows, collate
 from nanoquant.model_state import ModelState
 from nanoquant.non_finite import locate_non_finite
-from nanoquant.offload import visits
+from nanoquant.offload import settle, visits
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.processes import world_size
 from nanoquant.recompute import recomputed
@@ -199,7 +199,7 @@ class ModelReconstructor(nn.Module):
         norms = [(norm, norm.dtype) for norm in norm_parameters(student)]
         with evaluation_mode(student), evaluation_mode(teacher) if teacher else nullcontext():
             divided = self.config.shard and world_size() > 1
-            body = sharded(student) if divided else prepared(student, self.config.train)
+            body = sharded(student) if divided else prepared(settle(student), self.config.train)
             objective = ModelObjective(body, teacher, self.parameter_groups(body))
             keeper = self.keeper(objective, as_rows(held_out), precision, report)
             self.train_objective(
@@ -208,6 +208,7 @@ class ModelReconstructor(nn.Module):
             )
             if divided:
                 put_back(body, student)
+                settle(student)
         student.requires_grad_(False)
         for layer in layers.values():
             layer.freeze()

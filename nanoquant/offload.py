@@ -10,13 +10,14 @@ import contextlib
 import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nanoquant.mapped import forget
 
+Module = TypeVar("Module", bound=nn.Module)
 VISIT = "offload_visit"
 """Attribute of a block that visits."""
 
@@ -53,13 +54,14 @@ def offload(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device)
         block.forward = functools.partial(_visiting, block)  # a copy of the block calls the copy
 
 
-def settle(model: nn.Module) -> None:
-    """Put all blocks of a model where they visited until now; they stay there."""
+def settle(model: Module) -> Module:
+    """Put all blocks of a model, or one block, where they visited until now; they stay there."""
     for block in [module for module in model.modules() if visits(module)]:
         device = getattr(block, VISIT).device
         delattr(block, VISIT)
         del block.forward
         block.to(device)
+    return model
 
 
 def visits(module: nn.Module) -> bool:

@@ -143,7 +143,6 @@ def quantize(
         config = options[found.option]
         report = QuantizationReport(config.to_dict(), found.ranks, text=text.origin)
         report.bits, report.blocks = body_bits(shapes, found.ranks), found.blocks
-        settle(model)
         tables = embedding_tables(model, config.embedding)
         if teacher is not None:
             round_embeddings(model, tables)  # so that training sees what is stored
@@ -153,6 +152,7 @@ def quantize(
             record_model_errors(recorder, decoder, teacher, found.importances)
             del teacher
     with progress.phase("pack", 1):
+        settle(model)
         pack_model(model)
         put_tables(model, tables)
         progress.advance(1)

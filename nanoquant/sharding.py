@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nanoquant.compiling import passed_blocks, uncompiled
+from nanoquant.offload import settle
 from nanoquant.processes import world_size
 from nanoquant.shards import is_shard, whole
 from nanoquant.student import binary_layers, make_trainable, norm_parameters
@@ -30,6 +31,7 @@ def sharded(student: nn.Module) -> nn.Module:
     names = {module: name for name, module in copy.named_modules()}
     norms = set(norm_parameters(copy))
     for module in (*outermost(passed_blocks(copy)), copy):
+        settle(module)
         whole_layers = [m for m in binary_layers(module).values() if not is_shard(m.s1)]
         make_trainable(whole_layers, norms.intersection(module.parameters()), signs=True)
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}

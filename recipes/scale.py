@@ -19,15 +19,17 @@ from nanoquant.estimate.subject import Subject
 from nanoquant.memory import process_bytes
 
 MODELS = ("llama-2-7b", "llama-3.1-70b", "llama-3.1-405b")
-SIGNS = nanoquant_config(bits=1.0, preset="fast")
-LITTLE = {"train": "scales", "kept_logits": 64, "recompute": True, "compile_from": None}
+LITTLE = {"kept_logits": 64, "recompute": True}
+STUDENTS = {"signs": LITTLE, "scales": LITTLE | {"train": "scales", "compile_from": None}}
 VISITS = {"offload": True, "activation_memory": "1GB"}  # the former does nothing on a CPU
-RUNS = {
-    "signs": SIGNS,
-    "scales": nanoquant_config(bits=1.0, preset="fast", model=LITTLE, run=VISITS),
-}
 PLACES = (("here", 1), ("h100", 1), ("h100", 8), ("h100", 64))
 HEADER = ("model", "trains", "on", "GPU, GB", "main, GB", "disk, GB", "checkpoint, GB", "hours")
+
+
+def config_of(run: str, devices: int) -> NanoQuantConfig:
+    """Of a run that takes little memory; each device has a window of a batch."""
+    many = {"batch": devices, "shard": run == "signs"} if devices > 1 else {}
+    return nanoquant_config(bits=1.0, preset="fast", model=STUDENTS[run] | many, run=VISITS)
 
 
 def row(
@@ -58,9 +60,10 @@ def main() -> None:
     quiet()
     print(f"| {' | '.join(HEADER)} |\n|{'---|' * len(HEADER)}")
     for name in sys.argv[1:] or MODELS:
-        subject = find_subject(name, SIGNS)
-        for run, config in RUNS.items():
+        subject = find_subject(name, nanoquant_config(bits=1.0))
+        for run in STUDENTS:
             for machine, devices in PLACES:
+                config = config_of(run, devices)
                 print(f"| {' | '.join(row(subject, run, config, machine, devices))} |", flush=True)
 
 

@@ -154,15 +154,18 @@ def test_the_process_that_verifies_is_counted_without_held_out_text_too(verify, 
 
 
 def test_processes_that_divide_what_trains_hold_a_part_each_and_a_block():
-    shard = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, shard=True))
+    alone, shard, batch = (
+        dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes))
+        for changes in ({"batch": 1}, {"batch": 1, "shard": True}, {"batch": 4})
+    )
 
     def terms(config, devices, gpu=False):
         plan = Plan(tiny_subject(), config, Use(BASE, gpu, None, devices=devices))
         (need,) = (need for need in plan.needs() if need.phase == "model")
         return {term.name: term.bytes for term in need.terms}
 
-    one, four = terms(CONFIG, 1), terms(shard, 4)
-    assert terms(CONFIG, 4) == terms(shard, 1) == one
+    one, four = terms(alone, 1), terms(shard, 4)
+    assert terms(alone, 4) == terms(shard, 1) == terms(batch, 4) == one
     divided = ("what trains", "gradients", "moments", "the best state")
     for name, size in one.items():
         part = 4 if name.startswith(divided) else 1

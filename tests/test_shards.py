@@ -87,6 +87,12 @@ def test_shards_are_kept_and_go_on_in_a_process_that_has_all(group_of_one, tmp_p
     assert_same(expected, found, 0)
 
 
+def test_blocks_that_visited_a_device_are_divided_as_they_settle_there(group_of_one, monkeypatch):
+    found = two_shards.quantized(None, visiting=True)
+    monkeypatch.undo()
+    assert_same(two_shards.quantized(None), found, 0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["trained", "quantized"])
 def test_two_processes_give_what_one_gives(both, alone, case):

@@ -11,7 +11,9 @@ from test_unfinished import QUICK, Kill, Killed
 from tiny_models import FAMILIES, random_windows, tiny_llama
 
 from nanoquant import model_reconstruction, processes, tensor_file
+from nanoquant.architectures import find_decoder
 from nanoquant.course import Course
+from nanoquant.offload import offload
 from nanoquant.quantize import quantize
 from nanoquant.recorder import RecordBuffer
 from nanoquant.shards import is_shard, own
@@ -100,11 +102,13 @@ def compiled():
     return found | {"graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"]}
 
 
-def quantized(work, kill=None, shard=True):
-    """A quantized model; killed at a step, it is None."""
+def quantized(work, kill=None, shard=True, visiting=False):
+    """A quantized model, whose dense blocks may visit the device; killed at a step, it is None."""
     settings = {"shard": shard, "kept_logits": 8, "recompute": True}
     config = dataclasses.replace(QUICK, model=dataclasses.replace(QUICK.model, **settings))
     model, progress = tiny_llama(), Killed(kill)
+    if visiting:
+        offload(model, find_decoder(model).blocks, torch.device("cpu"))
     try:
         report = quantize(model, TOKENS, config, progress=progress, work=work)
     except Kill:

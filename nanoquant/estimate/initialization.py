@@ -105,8 +105,10 @@ def initializer(q: Quantities) -> list[Term]:
 
 def blocks(q: Quantities) -> list[Term]:
     """A block from dense to binary; with epochs it is trained in float32."""
-    kept = q.latents if q.config.run.save_every is None else q.block_latents
-    terms = [q.weights, *initializer(q), Term("latents", work.F32 * kept)]
+    own = q.block_latents if q.on_host else q.latents
+    rest = q.latents * (q.on_host and q.config.run.save_every is None)
+    terms = [q.weights, *initializer(q), Term("latents", work.F32 * own)]
+    terms.append(Term("latents of all blocks, which no file keeps", work.F32 * rest, host=True))
     return terms + (tuning(q) if q.config.block.tunes else [])
 
 

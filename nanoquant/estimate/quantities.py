@@ -58,6 +58,11 @@ class Quantities:
         return self.config.run.offload if self.use.gpu else self.subject.mapped
 
     @property
+    def on_host(self) -> bool:
+        """Whether blocks lie in main memory, or in files, while others are at work."""
+        return not self.use.gpu or self.config.run.offload
+
+    @property
     def visits(self) -> bool:
         """Whether blocks visit a GPU."""
         return self.use.gpu and self.config.run.offload

@@ -57,12 +57,12 @@ def gathered(q: Quantities, trained: int) -> list[Term]:
     """A block as it is gathered; what whole latents take, before they are divided, beyond what takes their place."""
     if parts(q) == 1:
         return []
-    mapped = q.config.run.save_every is not None and not q.use.gpu
+    mapped = q.config.run.save_every is not None and q.on_host
     more = max(0, q.latents - (1 + 2 + COPIES) * trained) * (not mapped)
     ahead = GATHERED + q.use.gpu
     return [
         Term("a block, gathered, and its gradient", work.F32 * ahead * q.block_latents),
-        Term("latents, whole until they are divided", work.F32 * more),
+        Term("latents, whole until they are divided", work.F32 * more, host=q.on_host),
     ]
 
 
@@ -92,10 +92,13 @@ def kept_logits(q: Quantities) -> list[Term]:
 
 
 def activations(q: Quantities) -> list[Term]:
-    """What the student keeps for its backward pass: of all blocks, or of one where blocks run again."""
+    """What the student keeps for its backward pass: of all blocks, or of one where blocks run again.
+
+    Processes have a part of each batch.
+    """
     subject, config = q.subject, q.config.model
-    length = q.config.calibration.length
-    tokens = config.batch * length
+    length, windows = q.config.calibration.length, -(-config.batch // q.use.devices)
+    tokens = windows * length
     each = [
         work.binary_activations(subject, b, q.ranks, tokens, q.item)
         if b in subject.chosen
@@ -103,7 +106,7 @@ def activations(q: Quantities) -> list[Term]:
         for b in range(len(subject.decoder.blocks))
     ]
     signs = q.item * q.latents if config.train == "signs" else 0
-    scores = work.scores(subject, config.batch, length)
+    scores = work.scores(subject, windows, length)
     less = "--model.batch" if config.recompute else "--model.recompute"
     if config.recompute:
         own = max(each) + len(each) * tokens * subject.hidden * q.item
