@@ -85,7 +85,8 @@ class BlockwiseCalibration:
         """
         end = len(self.decoder.blocks) if end is None else end
         for begin, ids in self._parts() if gradient is not None else ():
-            self.gradient = self._filled(self.gradient, begin, gradient[begin : begin + len(ids)])
+            part = gradient[begin : begin + len(ids)].to(ids.device)
+            self.gradient = self._filled(self.gradient, begin, part)
         with _frozen(self.model), evaluation_mode(self.model):
             self._forward(chosen.start, end, advance)
             for b in reversed(range(chosen.start, end)):

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoquant.architectures import find_decoder
+from nanoquant.architectures import decoder_from_structure
 from nanoquant.checkpoint import save_pretrained
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import check_json_path, show_logs
@@ -173,7 +173,7 @@ def load_checked(
     home = torch.device("cpu") if config.run.offload else device
     model = load_model(folder, home, trainable=True)
     if config.run.offload:
-        offload(model, find_decoder(model).blocks, device)
+        offload(model, decoder_from_structure(model).blocks, device)
     check_model(model, plan, config)
     if plan.written:
         check_kept(job.self_text_file, model, config.self_text, config.run.seed, plan.own)

@@ -29,8 +29,8 @@ class Visit:
     device: torch.device
     depth: int = 0
     """How many wait for the end of the present visit."""
-    homes: dict[int, tuple[Tensor, Tensor, int, int]] = field(default_factory=dict)
-    """By id: each tensor on the device, the one at home, and address and version of the former when it came."""
+    homes: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By id: each tensor on the device, and the one at home."""
 
 
 def offload(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device) -> None:
@@ -41,10 +41,19 @@ def offload(model: nn.Module, blocks: Iterable[nn.Module], device: torch.device)
 
     Args:
         model: on the CPU; its weights may be mapped.
-        blocks: of the model; none that visits already.
+        blocks: of the model, which share no parameter.
         device: where it computes.
+
+    Raises:
+        ValueError: a block visits already, or something else has replaced its forward.
     """
     guests = list(blocks)
+    for number, block in enumerate(guests):
+        if "forward" in vars(block):
+            raise ValueError(
+                f"block {number} has a forward of its own, as hooks of other libraries give it, or visits already; "
+                "remove them, or offload once"
+            )
     inside = {module for block in guests for module in block.modules()}
     for module in model.modules():
         if module not in inside:
@@ -70,10 +79,13 @@ def visits(module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def at_work(block: nn.Module) -> Iterator[None]:
-    """While active, a block that visits a device is there, new parts of it too; others are where they are.
+def at_work(block: nn.Module, changes: bool = False) -> Iterator[None]:
+    """While active, a block that visits a device is there; others are where they are.
 
-    Tensors that were not changed return to what they were at home, others are copied there.
+    Args:
+        block: any.
+        changes: whether what the block has on the device then comes home; else it is what it was, but for new tensors,
+            and whatever was written is lost.
     """
     if not visits(block):
         yield
@@ -87,7 +99,7 @@ def at_work(block: nn.Module) -> Iterator[None]:
     finally:
         visit.depth -= 1
         if not visit.depth:
-            _leave(block, visit)
+            _leave(block, visit, changes)
 
 
 def _visiting(block: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -106,17 +118,22 @@ def _stores(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
 def _arrive(block: nn.Module, visit: Visit) -> None:
     """Copy a block to the device; pages of its files are given back."""
     for store, name, home in _stores(block):
-        away = store[name] = _like(home, home.data.to(visit.device, copy=True))
-        visit.homes[id(away)] = (away, home, away.data_ptr(), away._version)
+        away = _like(home, home.data.to(visit.device, copy=True))
+        visit.homes[id(away)] = (away, home)
+        store[name] = away
         forget([home])
 
 
-def _leave(block: nn.Module, visit: Visit) -> None:
-    """Put back what a block was; what is new or changed goes to the CPU."""
+def _leave(block: nn.Module, visit: Visit, changes: bool) -> None:
+    """Put back what a block was; what is new, and with ``changes`` all, goes to the CPU."""
     for store, name, away in _stores(block):
-        _, home, *then = visit.homes.get(id(away), (None, None))
-        if then != [away.data_ptr(), away._version]:
-            home = _like(away, away.data.to("cpu"))
+        _, home = visit.homes.get(id(away), (None, None))
+        if home is None:  # new, or it never came
+            new = away.device.type != "cpu"
+            store[name] = _like(away, away.data.to("cpu")) if new else away
+            continue
+        if changes:
+            home.data = away.data.to("cpu")
         store[name] = home
     visit.homes.clear()
 

@@ -24,6 +24,7 @@ from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.block_tuning import BlockData
 from nanoquant.calibration import BlockwiseCalibration, passes
 from nanoquant.config import NanoQuantConfig
+from nanoquant.decoder import capture_block_inputs, forgetting
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance
 from nanoquant.kept_logits import KEPT, keep_logits, portion
@@ -62,8 +63,14 @@ def initialize(
     sensitivity_file: str | Path | None,
     initializer: Initializer | None = None,
 ) -> Initialized:
-    """All that comes before the whole-model phase: importances, ranks, binary blocks."""
+    """All that comes before the whole-model phase: importances, ranks, binary blocks.
+
+    Raises:
+        ValueError: blocks are to run one by one, and what they are called with depends on the text.
+    """
     importances = unfinished.importances
+    if options[0].block.tunes or options[0].model.kept_logits is not None:
+        check_calls(model, decoder)
     calibrate(model, decoder, chosen, text, options[0], progress, unfinished, memory)
     choice = choose_ranks(
         model,
@@ -97,6 +104,17 @@ def initialize(
     diagonals = importances.diagonals(chosen)
     importances.release()
     return Initialized(option, choice.ranks, reports, diagonals)
+
+
+def check_calls(model: PreTrainedModel, decoder: Decoder) -> None:
+    """Refuse a model whose blocks can't run on their own, by two short texts, before any long step.
+
+    Raises:
+        ValueError: what a block is called with depends on the text.
+    """
+    tokens = torch.arange(4) % model.get_input_embeddings().num_embeddings
+    with forgetting(model, decoder.blocks):
+        capture_block_inputs(model, decoder, torch.stack([tokens, tokens.flip(0)]))
 
 
 def calibrate(
@@ -163,7 +181,7 @@ def reconstruct_blocks(
 
     def make(b: int, records: Recorder) -> BlockReport:
         known = (importances, ranks, data, config, precision_of(model, config), loggers)
-        with at_work(decoder.blocks[b]):
+        with at_work(decoder.blocks[b], changes=True):
             return _make_block(decoder, b, reconstructor, *known, records)
 
     with progress.phase("blocks", len(chosen)):

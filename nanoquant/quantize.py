@@ -19,7 +19,7 @@ from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.data_parallel import check_batch
-from nanoquant.decoder import Decoder, capture_block_inputs, evaluation_mode, forgetting
+from nanoquant.decoder import Decoder, evaluation_mode
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
 from nanoquant.lock import exclusive
@@ -32,7 +32,7 @@ from nanoquant.model_embeddings import (
     round_embeddings,
 )
 from nanoquant.model_reconstruction import ModelReport
-from nanoquant.offload import settle
+from nanoquant.offload import settle, visits
 from nanoquant.phases import initialize, precision_of, reconstruct_model
 from nanoquant.processes import broadcast, first, gather, join
 from nanoquant.progress import Progress
@@ -124,6 +124,11 @@ def quantize(
     plan = plan_text(data, tokenizer, config)
     check_model(model, plan, config)
     decoder = find_decoder(model)
+    if config.run.offload and not any(map(visits, decoder.blocks)):
+        raise ValueError(
+            "run.offload is for the command, and no block of this model visits a device; call "
+            "nanoquant.offload.offload(model, blocks, device) before quantize, or leave it out"
+        )
     chosen = config.block_range(len(decoder.blocks))
     shapes = decoder_shapes(decoder, chosen)
     options = check_budget(model, decoder, chosen, config)
@@ -222,24 +227,10 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
         raise ValueError(
             f"model.kept_logits={kept} is more than the {known} tokens that the model knows; give fewer, or null"
         )
-    if kept is not None:
-        check_calls(model)
     if plan.largest >= known:
         raise ValueError(
             f"the text has token {plan.largest}, but the model knows {known}; tokenize it with its own tokenizer"
         )
-
-
-def check_calls(model: PreTrainedModel) -> None:
-    """Refuse a model that :func:`keep_logits` can't run block by block, by two short texts.
-
-    Raises:
-        ValueError: what a block is called with depends on the text.
-    """
-    decoder = find_decoder(model)
-    tokens = torch.arange(4) % model.get_input_embeddings().num_embeddings
-    with forgetting(model, decoder.blocks):
-        capture_block_inputs(model, decoder, torch.stack([tokens, tokens.flip(0)]))
 
 
 def check_batches(config: NanoQuantConfig) -> None:

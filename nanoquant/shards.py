@@ -23,11 +23,6 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # spares the import of torch.distributed.tensor
 
 
-def own(tensor: Tensor) -> Tensor:
-    """What this process holds of a tensor."""
-    return tensor.to_local() if is_shard(tensor) else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """The whole tensor, which all processes gather."""
     return tensor.full_tensor() if is_shard(tensor) else tensor

@@ -26,10 +26,10 @@ from nanoquant.config import NanoQuantConfig
 from nanoquant.digest import code_digest, model_digest
 from nanoquant.importance import Importance
 from nanoquant.importance_store import ImportanceStore
-from nanoquant.mapped import map_tensors
+from nanoquant.mapped import forget, map_tensors
 from nanoquant.model_state import ModelState
 from nanoquant.output_folder import check_can_be_made
-from nanoquant.processes import first, on_first
+from nanoquant.processes import on_first
 from nanoquant.shared_blocks import layer_parts, put_layers
 from nanoquant.tensor_file import TensorFile, forget_torn
 from nanoquant.text import Text
@@ -159,6 +159,7 @@ class Unfinished:
             self.gradient.delete()
         elif self.gradient.age() >= self.every:
             self.gradient.write({"gradient": gradient}, {"block": b})
+            forget([gradient])
 
     def take_block(
         self, decoder: Decoder, b: int, ranks: Mapping[str, int] | None = None, option: int = 0
@@ -193,7 +194,7 @@ class Unfinished:
     ) -> None:
         """Keep the binary layers of a finished block, whose signs live in the file from then on.
 
-        Of several processes the first one keeps them; the others have them in memory.
+        Of several processes the first one keeps them, for all.
         """
         layers = {
             decoder.full_name(b, name): decoder.blocks[b].get_submodule(name)
@@ -206,8 +207,8 @@ class Unfinished:
         }
         values = {"option": option, "ranks": {full: ranks[full] for full in layers}}
         file = self._block(b)
-        file.write(tensors, values | {"report": asdict(report)})
-        if file.path is None or not first():
+        on_first(lambda: file.write(tensors, values | {"report": asdict(report)}))
+        if file.path is None:
             return
         for full, parts in _stored(file).items():
             if layers[full].s1.device.type == "cpu":

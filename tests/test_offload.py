@@ -6,8 +6,11 @@ import pytest
 import torch
 from tiny_models import VOCAB, tiny_llama
 
+from nanoquant import offload as module
 from nanoquant.architectures import find_decoder
+from nanoquant.config import nanoquant_config
 from nanoquant.offload import at_work, offload, settle, visits
+from nanoquant.quantize import quantize
 
 CPU = torch.device("cpu")
 
@@ -48,19 +51,59 @@ def test_a_block_at_work_is_a_copy_until_its_last_visit_ends(blocks):
     assert blocks[0].mlp.up_proj.weight is home
 
 
-@pytest.mark.parametrize("change", ["written", "replaced", "new module"])
-def test_what_changes_on_a_visit_comes_home(blocks, change):
+def train(linear):
+    """A step of a fused optimizer, which tells nobody that it has written."""
+    linear.weight.grad = torch.ones_like(linear.weight)
+    torch.optim.SGD([linear.weight], lr=1.0, fused=True).step()
+
+
+def replace(linear):
+    linear.weight.data = linear.weight.data.double().sub(1).float()
+
+
+@pytest.mark.parametrize("change", [train, replace])
+def test_what_changes_on_a_visit_comes_home_where_that_is_asked_for(blocks, change):
     linear = blocks[0].mlp.up_proj
-    home = linear.weight
-    with at_work(blocks[0]), torch.no_grad():
-        if change == "written":
-            linear.weight.mul_(2)
-        elif change == "replaced":
-            linear.weight.data = linear.weight.data * 2
-        else:
-            blocks[0].mlp.up_proj = torch.nn.Linear(64, 96, bias=False)
-            blocks[0].mlp.up_proj.weight.copy_(2 * home)
-    assert torch.equal(blocks[0].mlp.up_proj.weight, 2 * home)
+    home, before = linear.weight, linear.weight.detach().clone()
+    with at_work(blocks[0]):
+        change(linear)
+    assert linear.weight is home and torch.equal(home, before)
+    with at_work(blocks[0], changes=True):
+        change(linear)
+    assert linear.weight is home and torch.allclose(home, before - 1, atol=1e-6)
+
+
+def test_new_parts_of_a_block_stay_in_it(blocks):
+    new = torch.nn.Linear(64, 96, bias=False)
+    with at_work(blocks[0]):
+        blocks[0].mlp.up_proj = new
+    assert blocks[0].mlp.up_proj is new
+
+
+def test_blocks_whose_forward_is_not_their_own_are_refused(model, blocks):
+    with pytest.raises(ValueError, match="block 0 has a forward of its own.* or visits already"):
+        offload(model, blocks, CPU)
+
+
+def test_an_error_on_arrival_leaves_every_tensor_as_it_was(model, blocks, monkeypatch):
+    home, count = list(model.parameters()), iter(range(100))
+    like = module._like
+
+    def full(tensor, values):
+        if next(count) == 3:
+            raise RuntimeError("out of memory")
+        return like(tensor, values)
+
+    monkeypatch.setattr(module, "_like", full)
+    with pytest.raises(RuntimeError, match="out of memory"), at_work(blocks[0]):
+        pass
+    assert all(a is b for a, b in zip(model.parameters(), home, strict=True))
+
+
+def test_a_setting_that_nobody_has_carried_out_is_refused():
+    config = nanoquant_config(2.0, run={"offload": True}, calibration={"length": 8})
+    with pytest.raises(ValueError, match=r"run\.offload is for the command, and no block"):
+        quantize(tiny_llama(), torch.zeros(9000, dtype=torch.long), config)
 
 
 def test_a_visit_ends_with_an_error_too(model, blocks):

@@ -16,7 +16,7 @@ from nanoquant.course import Course
 from nanoquant.offload import offload
 from nanoquant.quantize import quantize
 from nanoquant.recorder import RecordBuffer
-from nanoquant.shards import is_shard, own
+from nanoquant.shards import is_shard
 from nanoquant.training import Reconstruction
 
 SHARD = dataclasses.replace(SIGNS, shard=True, batch=5, epochs=2)  # the last of 24 windows is alone
@@ -37,6 +37,11 @@ def trained(build=tiny_llama, precision="32-true", **changes):
     return results(*reconstruct(config, build, precision=precision)[2:])
 
 
+def part(tensor):
+    """What this process holds of a tensor."""
+    return tensor.to_local() if is_shard(tensor) else tensor
+
+
 def held():
     """Bytes of each kind that this process held, and how many of its tensors were whole; the records of it."""
     seen, whole = {}, 0
@@ -46,7 +51,7 @@ def held():
         nonlocal whole
         tensors = [tensor for tensor in tensors if tensor.ndim]
         whole += sum(not is_shard(tensor) for tensor in tensors)
-        seen[kind] = max(seen.get(kind, 0), sum(own(tensor).nbytes for tensor in tensors))
+        seen[kind] = max(seen.get(kind, 0), sum(part(tensor).nbytes for tensor in tensors))
 
     def at_keep(course, module):
         count("parameters", course.keeper.parameters)

@@ -37,11 +37,12 @@ def _stage(name: str, **fields: object) -> Change:
 def _optimizer(config: NanoQuantConfig) -> NanoQuantConfig:
     """Moments of 8 bits in the whole-model phase."""
     narrow = dataclasses.replace(config.model.optimizer, state_bits=8)
-    return _stage("model", optimizer=narrow, shard=False)(config)
+    return _stage("model", optimizer=narrow)(config)
 
 
 CHANGES: dict[str, Change] = {
-    "--model.train scales": _stage("model", train="scales", shard=False),
+    "--model.shard": _stage("model", shard=True),
+    "--model.train scales": _stage("model", train="scales"),
     "--model.optimizer.state_bits 8": _optimizer,
     "--model.recompute": _stage("model", recompute=True),
     "--model.batch 1": _stage("model", batch=1),
@@ -147,18 +148,25 @@ def _refusal(plan: Plan, need: Need, limit: int, device: bool) -> str:
 
 def _alternatives(plan: Plan, least: int, device: bool) -> list[str]:
     """Settings that lower the smallest memory, each with what it would be, and all of them together."""
-    found, all_of = [], plan.config
+    found, all_of, exclusive = [], plan.config, False
     for flag, change in CHANGES.items():
-        try:
-            changed, together = change(plan.config), change(all_of)
-        except ValueError:  # other settings of the run exclude it
+        if (changed := _changed(plan.config, change)) is None:
             continue
         size = Plan(plan.subject, changed, plan.use).least(device)
         if size < least:
             found.append(f"{amount(size)} with {flag}")
-            all_of = together
-    if len(found) > 1:
+            together = _changed(all_of, change)
+            all_of, exclusive = together or all_of, exclusive or together is None
+    if len(found) > 1 and not exclusive:
         found.append(
             f"{amount(Plan(plan.subject, all_of, plan.use).least(device))} with all of these"
         )
     return found
+
+
+def _changed(config: NanoQuantConfig, change: Change) -> NanoQuantConfig | None:
+    """A configuration with a change; None where other settings exclude it."""
+    try:
+        return change(config)
+    except ValueError:
+        return None

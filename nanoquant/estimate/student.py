@@ -36,6 +36,7 @@ def model(q: Quantities) -> list[Term]:
     narrower = "--model.optimizer.state_bits 8" if signs and bits == 32 else less
     return [
         q.weights,
+        Term("blocks that stay dense, which have settled", (q.kept - q.around) * q.visits),
         *kept_logits(q),
         Term("what trains, in float32", work.F32 * trained, less),
         Term("gradients", work.F32 * trained, less),
