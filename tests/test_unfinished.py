@@ -177,7 +177,7 @@ def test_files_of_another_run_are_counted(tmp_path):
 def test_frozen_signs_go_on_too(tmp_path):
     config = dataclasses.replace(
         QUICK,
-        block=BlockConfig(dense_epochs=1, refine_epochs=1, windows=4),
+        block=BlockConfig(schedule="algorithm1", dense_epochs=1, refine_epochs=1, windows=4),
         model=dataclasses.replace(QUICK.model, train="scales"),
     )
     expected, _, _ = run(None, config)
