@@ -53,8 +53,8 @@ def follow_visits():
         most = max(most, len(here))
         visits["all"] += 1
 
-    def leaving(block, visit):
-        leave(block, visit)
+    def leaving(block, visit, changes):
+        leave(block, visit, changes)
         here.discard(id(block))
 
     offload._arrive, offload._leave = arriving, leaving

@@ -38,7 +38,7 @@ def settings(limit=None, save_every=0, model=None, **changes):
         importance={"curvature": "both"},
         calibration={"windows": 256, "length": 16},
         sensitivity={"iterations": 2, "length": 8},
-        block={"dense_epochs": 1, "windows": 32},
+        block={"schedule": "algorithm1", "dense_epochs": 1, "windows": 32},
         admm={"iterations": 2},
         model={"windows": 40, "held_out": 2} | (model or {}),
         run={"save_every": save_every, "activation_memory": limit},

@@ -24,7 +24,9 @@ CONFIG = nanoquant_config(
     budget=BudgetConfig(rank_multiple=8),
     calibration=CalibrationConfig(windows=4, length=32),
     admm=ADMMConfig(iterations=5),
-    block=BlockConfig(windows=4, dense_epochs=2, refine_epochs=1, dense_lr=1e-3),
+    block=BlockConfig(
+        schedule="grouped", windows=4, dense_epochs=2, refine_epochs=1, dense_lr=1e-3
+    ),
     model=ModelConfig(windows=16, held_out=2),
 )
 TOKENS = random_windows(1, 2000)[0]

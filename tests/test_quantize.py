@@ -26,7 +26,7 @@ TINY = NanoQuantConfig(
     calibration=CalibrationConfig(windows=4, length=16),
     admm=ADMMConfig(iterations=20),
     block=BlockConfig(
-        schedule="grouped",
+        schedule="algorithm1",
         windows=4,
         dense_epochs=1,
         refine_epochs=1,

@@ -26,6 +26,7 @@ EVERYTHING = NanoQuantConfig(
     importance=ImportanceConfig(curvature="both"),
     admm=ADMMConfig(iterations=2),
     block=BlockConfig(
+        schedule="algorithm1",
         windows=4,
         dense_epochs=1,
         dense_lr=1e-2,
