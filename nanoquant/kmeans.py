@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = {"cpu": 2**21}
+CHUNK_BYTES = {"cpu": 2**23}
 """Bytes of the largest temporary matrix, scores of points against all centroids: on a CPU what its cache holds."""
 LARGE_CHUNK_BYTES = 2**27
 """The same on other devices."""

@@ -162,9 +162,7 @@ class KMeansInitializer(nn.Module):
         self, W: Tensor, i: Tensor, o: Tensor, shape: ProductShape, generator: torch.Generator
     ) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """Codebooks (K, g) and indices (n, G) of each stage, and scales (n,), of W (n, d_in)."""
-        if padding := -W.shape[1] % shape.group:
-            W, i = F.pad(W, (0, padding)), F.pad(i, (0, padding))
-        W, i = W.unflatten(-1, (-1, shape.group)), i.view(-1, shape.group)
+        W, i = grouped(W, shape.group), grouped(i, shape.group)
         scale = (torch.einsum("ngt,gt->n", W.square(), i) / i.sum()).sqrt()
         points = scaled_points(W, i, o, scale)
         books: list[Tensor] = []
@@ -184,6 +182,35 @@ class KMeansInitializer(nn.Module):
         return books, indices, scale
 
 
+@torch.no_grad()
+def reassigned(
+    factors: ProductFactors, weight: Tensor, importance: Importance, beam: int
+) -> ProductFactors:
+    """The factors of one matrix with the indices that are nearest to ``weight`` (d_out, d_in), all else as it is.
+
+    Raises:
+        ValueError: as of :class:`KMeansInitializer`.
+    """
+    shape = factors.shape
+    W, i, o = (part[0] for part in _checked(weight, importance, shape))
+    W, i = grouped(W, shape.group), grouped(i, shape.group)
+    points = scaled_points(W, i, o, factors.scale)
+    found = []
+    for slab in range(shape.slabs):
+        books = [C[slab] for C in factors.codebooks]
+        indices = [k.chunk(shape.slabs)[slab] for k in factors.indices]
+        part = Points(*(tensor.chunk(shape.slabs)[slab] for tensor in points))
+        found.append(choose(part, books, indices, beam)[0])
+    indices = tuple(torch.cat(stage) for stage in zip(*found, strict=True))
+    return ProductFactors(factors.codebooks, indices, factors.scale, factors.d_in)
+
+
+def grouped(x: Tensor, group: int) -> Tensor:
+    """Cut (..., d_in) into groups (..., G, g), the last one filled up with zeros."""
+    padding = -x.shape[-1] % group
+    return (F.pad(x, (0, padding)) if padding else x).unflatten(-1, (-1, group))
+
+
 def scaled_points(W: Tensor, i: Tensor, o: Tensor, scale: Tensor) -> Points:
     """Groups W (n, G, g) over their row's scale; masses make the error that of W, up to a factor.
 
@@ -193,8 +220,10 @@ def scaled_points(W: Tensor, i: Tensor, o: Tensor, scale: Tensor) -> Points:
         o: output importances (n,).
         scale: (n,); a row of scale 0 weighs nothing.
     """
-    x = W / torch.where(scale > 0, scale, 1.0).view(-1, 1, 1)
-    size = scale / scale.max().clamp_min(torch.finfo(scale.dtype).tiny)  # squares can't underflow
+    x = W / torch.where(scale != 0, scale, 1.0).view(-1, 1, 1)
+    size = scale / scale.abs().max().clamp_min(
+        torch.finfo(scale.dtype).tiny
+    )  # squares can't underflow
     return Points(x, i.expand_as(x), (o * size.square()).unsqueeze(-1).expand(x.shape[:2]))
 
 
@@ -207,14 +236,21 @@ def remainder(x: Tensor, books: list[Tensor], indices: list[Tensor]) -> Tensor:
 
 def improve(points: Points, books: list[Tensor], indices: list[Tensor], beam: int) -> None:
     """One round in place: the nearest entries of all stages, then of each stage the means of what chose them."""
-    if len(books) == 1:
-        indices[0], cost = assign(points, books[0])
-    else:
-        indices[:], cost = assign_pairs(points, books, indices, beam)
+    indices[:], cost = choose(points, books, indices, beam)
     for stage in range(len(books)):
         others = [part[:stage] + part[stage + 1 :] for part in (books, indices)]
         left = points._replace(x=remainder(points.x, *others))
         books[stage] = update(left, indices[stage], books[stage], cost)
+
+
+def choose(
+    points: Points, books: list[Tensor], indices: list[Tensor], beam: int
+) -> tuple[list[Tensor], Tensor]:
+    """Indices (n, G) of each stage that are near the points, and their cost (n, G), see :func:`assign_pairs`."""
+    if len(books) == 1:
+        index, cost = assign(points, books[0])
+        return [index], cost
+    return assign_pairs(points, books, indices, beam)
 
 
 def assign_pairs(

@@ -50,6 +50,7 @@ ORDER = (
     "product_budget",
     "kmeans",
     "product",
+    "product_linear",
     "compiling",
     "optimizer",
     "resuming",
