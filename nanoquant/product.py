@@ -1,10 +1,8 @@
-"""Product quantization: a weight as row scales times groups that are looked up in codebooks, and how to find them.
+"""KMeansInitializer: from a weight and its importances to codebooks, indices and row scales.
 
-Row i of W (d_out, d_in), divided by its scale, is cut into G = ceil(d_in / g) groups of g consecutive inputs; group
-(i, j) is C1[k1[i, j]], plus C2[k2[i, j]] where there is a second, residual stage. The last group is filled up with
-columns of zeros, which count as stored and weigh nothing. R slabs of rows have codebooks of their own.
-The initializer minimises sum o_i i_j (W - A)_ij^2 by alternating least squares: start from k-means of the rows divided
-by their weighted root mean squares and then of what is left; after that, in turn, indices, codebooks and scales.
+Minimises sum o_i i_j (W - A)_ij^2 by alternating least squares: start from k-means of the rows divided by their
+weighted root mean squares and then of what is left; after that, in turn, indices, codebooks and scales. Every slab of
+rows is a problem of its own. Letters and shapes are those of :mod:`nanoquant.codebooks`.
 """
 
 from __future__ import annotations
@@ -15,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanoquant.codebooks import ProductFactors
 from nanoquant.importance import Importance
 from nanoquant.kmeans import LloydConfig, Points, assign, kmeans, nearest, update
-from nanoquant.product_budget import ProductShape, product_bits
+from nanoquant.product_budget import ProductShape
 
 EXHAUSTIVE = 2**8
 """Pairs of entries up to which both stages are searched together."""
@@ -40,66 +39,6 @@ class KMeansConfig:
             raise ValueError(
                 f"rounds and beam must be at least 1, got {self.rounds} and {self.beam}"
             )
-
-
-@dataclass(frozen=True)
-class ProductFactors:
-    """W ~ scale * (C1[k1] + C2[k2]), or a batch of them along a leading dimension of every tensor."""
-
-    codebooks: tuple[Tensor, ...]
-    """Of each stage, float32 (..., R, K, g)."""
-    indices: tuple[Tensor, ...]
-    """Of each stage, int16 (..., d_out, G)."""
-    scale: Tensor
-    """Of each row, float32 (..., d_out)."""
-    d_in: int
-    """Columns of W."""
-
-    @property
-    def shape(self) -> ProductShape:
-        """Group, widths and slabs."""
-        slabs, _, group = self.codebooks[0].shape[-3:]
-        widths = tuple(C.shape[-2].bit_length() - 1 for C in self.codebooks)
-        return ProductShape(group, widths, slabs)
-
-    @property
-    def bits(self) -> int:
-        """Stored bits of one matrix."""
-        return product_bits(self.scale.shape[-1], self.d_in, self.shape)
-
-    def dense(self) -> Tensor:
-        """Reconstruct W, (..., d_out, d_in), float32."""
-        if self.scale.dim() > 1:
-            return torch.stack([part.dense() for part in self.unbind()])
-        total = sum(look_up(C, k) for C, k in zip(self.codebooks, self.indices, strict=True))
-        return self.scale.unsqueeze(-1) * total.flatten(-2)[:, : self.d_in]
-
-    def normalized(self) -> ProductFactors:
-        """Move the size of each slab's first codebook into its scales, so that one rate suits every layer."""
-        rms = self.codebooks[0].square().mean(dim=(-2, -1), keepdim=True).sqrt()  # (..., R, 1, 1)
-        rms = torch.where(rms > 0, rms, 1.0)
-        rows = rms.flatten(-3).repeat_interleave(self.scale.shape[-1] // rms.shape[-3], -1)
-        books = tuple(C / rms for C in self.codebooks)
-        return ProductFactors(books, self.indices, self.scale * rows, self.d_in)
-
-    def unbind(self) -> list[ProductFactors]:
-        """Split a batch of factors along its first dimension."""
-        return [
-            ProductFactors(
-                tuple(C[b] for C in self.codebooks),
-                tuple(k[b] for k in self.indices),
-                self.scale[b],
-                self.d_in,
-            )
-            for b in range(len(self.scale))
-        ]
-
-
-def look_up(codebook: Tensor, index: Tensor) -> Tensor:
-    """Entries (d_out, G, g) of a codebook (R, K, g) by their numbers (d_out, G), one range of rows a slab."""
-    (R, K, g), d_out = codebook.shape, len(index)
-    first = K * torch.arange(R, device=index.device).repeat_interleave(d_out // R)  # (d_out,)
-    return F.embedding(index.long() + first.unsqueeze(-1), codebook.reshape(R * K, g))
 
 
 class KMeansInitializer(nn.Module):

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nanoquant.codebooks import ProductFactors
 from nanoquant.importance import Importance
-from nanoquant.product import KMeansConfig, ProductFactors, reassigned
+from nanoquant.product import KMeansConfig, reassigned
 from nanoquant.product_budget import ProductShape, product_bits
 from nanoquant_kernels import pack_indices, product_linear, unpack_indices
 from nanoquant_kernels.indices import index_bytes

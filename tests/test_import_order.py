@@ -48,6 +48,7 @@ ORDER = (
     "layer_records",
     "admm",
     "product_budget",
+    "codebooks",
     "kmeans",
     "product",
     "product_linear",

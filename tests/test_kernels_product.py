@@ -148,7 +148,7 @@ def test_what_is_not_finite_reaches_every_output_of_its_token_and_no_other():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({0: torch.zeros(3, 80)}, r"indices must be uint8 \(48, 6\)"),
+        ({0: torch.zeros(3, 80)}, r"indices must be uint8 \(48, 5\)"),
         ({0: torch.ones(3, 96, dtype=torch.int64)}, "x must be floating point"),
         ({1: torch.zeros(48, 6)}, "indices must be uint8"),
         ({2: torch.zeros(3, 15, 8)}, r"codebook must be \(slabs, entries, group\)"),

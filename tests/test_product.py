@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from nanoquant.binary import relative_error
+from nanoquant.codebooks import ProductFactors
 from nanoquant.importance import Importance, stack
 from nanoquant.kmeans import LloydConfig
-from nanoquant.product import KMeansConfig, KMeansInitializer, ProductFactors
+from nanoquant.product import KMeansConfig, KMeansInitializer
 from nanoquant.product_budget import ProductShape, product_bits
 
 QUICK = KMeansConfig(lloyd=LloydConfig(iterations=5, sample=64), rounds=2)
