@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanoquant_kernels import pack_indices, product, product_linear, unpack_indices
+from nanoquant_kernels import cpu_product, pack_indices, product, product_linear, unpack_indices
+from nanoquant_kernels.cpu_build import available_paths
 
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 CASES = {  # d_out, d_in, group, widths, slabs
@@ -18,6 +19,8 @@ CASES = {  # d_out, d_in, group, widths, slabs
     "wide": (24, 128, 16, (12,), 1),
     "single inputs": (20, 30, 1, (4,), 4),
     "one row": (1, 200, 5, (4,), 1),
+    "several panels": (70, 4500, 4, (8, 6), 1),
+    "nibbles of many rows": (100, 1100, 8, (4, 4), 2),
 }
 
 
@@ -59,6 +62,7 @@ def error(found, truth):
     return ((found.double() - truth).norm() / truth.norm()).item()
 
 
+needs_compiler = pytest.mark.skipif(not available_paths(), reason="no C++ compiler")
 CASE = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
@@ -91,6 +95,58 @@ def test_the_operator_gives_the_dense_product(case, dtype):
         y, truth = product_linear(*args), expected(*args)
         assert y.shape == (*lead, case[0]) and y.dtype == dtype
         assert (y.double() - truth).norm() <= ROUNDING[dtype] * truth.norm() + 1e-12
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", available_paths())
+@CASE
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_every_path_of_the_cpu_gives_the_dense_product(case, dtype, path):
+    for tokens in (1, 2, 5):
+        args = arguments(*case, lead=(tokens,), dtype=dtype, bias=tokens % 2 == 0)
+        y = cpu_product.product_linear(*args, path=path)
+        assert y.dtype == dtype and y.shape == (tokens, case[0])
+        assert error(y, expected(*args)) <= ROUNDING[dtype]
+
+
+@needs_compiler
+@pytest.mark.parametrize("path", available_paths())
+@CASE
+def test_on_every_path_what_is_not_finite_reaches_every_output_of_its_token_alone(case, path):
+    args = list(arguments(*case))
+    args[0][1, 5] = math.nan
+    y = cpu_product.product_linear(*args, path=path)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+@needs_compiler
+def test_threads_and_strides_do_not_change_a_bit():
+    x, *rest = arguments(2048, 576, 8, (4, 8), 2, (4,))
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(cpu_product.product_linear(x, *rest))
+    finally:
+        torch.set_num_threads(before)
+    strided = torch.stack((x, x), dim=-1)[..., 0]
+    assert torch.equal(*results) and torch.equal(product_linear(strided, *rest), results[0])
+
+
+@needs_compiler
+def test_the_loop_serves_few_tokens_whose_tables_pay():
+    assert cpu_product.serves(*arguments(576, 576, 8, (8,), 1, (1,)))
+    assert not cpu_product.serves(*arguments(576, 576, 8, (8,), 1, (9,)))
+    assert not cpu_product.serves(*arguments(576, 576, 8, (12,), 1, (1,)))
+    assert not cpu_product.serves(*arguments(576, 576, 8, (8,), 1, (1,), torch.float64))
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_the_operator_is_right_without_a_compiler(dtype, monkeypatch):
+    monkeypatch.setattr(cpu_product, "available_paths", tuple)
+    args = arguments(*CASES["two stages"], dtype=dtype)
+    assert error(product_linear(*args), expected(*args)) <= ROUNDING[dtype]
 
 
 @CASE

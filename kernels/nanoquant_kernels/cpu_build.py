@@ -22,7 +22,10 @@ logger = logging.getLogger(__name__)
 
 SOURCES = [
     Path(__file__).with_name(name)
-    for name in "cpu_kernels.cpp cpu_int8.cpp cpu_table.cpp cpu_int8.h cpu_types.h".split()
+    for name in (
+        *("cpu_kernels.cpp", "cpu_int8.cpp", "cpu_table.cpp", "cpu_product.cpp"),
+        *("cpu_int8.h", "cpu_nibbles.h", "cpu_types.h"),
+    )
 ]
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = ("-O3", "-std=c++11", "-shared", "-fPIC")
@@ -54,6 +57,14 @@ def library() -> ctypes.CDLL | None:
     loaded.nq_table.argtypes = [
         *(pointer, number, size, size),  # x, tokens, d
         *(pointer, number, pointer, number, size, pointer, size),  # codes, scales, groups, zeros, n
+        *(pointer, number, pointer, number, number),  # bias, y, path, threads
+    ]
+    loaded.nq_product.restype = None
+    loaded.nq_product.argtypes = [
+        *(pointer, number, size, size),  # x, tokens, d_in
+        *(pointer, number, pointer, number),  # indices and their widths
+        *(pointer, pointer, number, size, size),  # codebooks, slabs, group
+        *(pointer, number, size),  # scale, d_out
         *(pointer, number, pointer, number, number),  # bias, y, path, threads
     ]
     return loaded

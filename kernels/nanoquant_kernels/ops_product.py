@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanoquant_kernels import product
+from nanoquant_kernels import cpu_product, product
 from nanoquant_kernels.indices import WIDTHS, index_bytes
 from nanoquant_kernels.reference import sum_tokens
 
@@ -88,6 +88,14 @@ def _reference(x: Tensor, *weight: Tensor | None) -> Tensor:
     """Any device without a kernel of its own."""
     check_arguments(x, *weight)
     return product.product_linear(x, *weight)
+
+
+@torch.library.impl(_library, "product_linear", "CPU")
+def _cpu(x: Tensor, *weight: Tensor | None) -> Tensor:
+    """The compiled loop where it serves, else the reference."""
+    check_arguments(x, *weight)
+    implementation = cpu_product if cpu_product.serves(x, *weight) else product
+    return implementation.product_linear(x, *weight)
 
 
 @torch.library.register_fake(NAME, lib=_library)
