@@ -11,9 +11,11 @@ from test_kernels_ops import arguments, expected
 
 from nanoquant_kernels import (
     pack_signs,
+    product,
     table,
     triton_dot,
     triton_flip,
+    triton_product,
     triton_stack,
     triton_table,
     triton_unpack,
@@ -79,6 +81,15 @@ STACKS = {  # d_out, d_in, rank of each member
 }
 
 
+PRODUCTS = {
+    "8 bits": dict(widths=(8,), group=8, lead=(3,)),
+    "two stages": dict(widths=(4, 4), group=8, lead=(1, 1)),
+    "bits across bytes": dict(widths=(6, 10), group=4, lead=(13,)),
+    "12 bits, ragged": dict(widths=(12,), group=7, lead=(2,)),
+    "float32 codebooks": dict(widths=(6,), group=16, lead=(3,), book_dtype=torch.float32),
+}
+
+
 def error(
     kernel, shape, lead, dtype=torch.float16, factor=1.0, align=False, stride=False, **options
 ):
@@ -122,6 +133,8 @@ def main():
 
     for bits, lead in ((8, (3,)), (4, (3,)), (8, (1, 1)), (4, (13,))):
         print(json.dumps([f"table, {bits} bits, {lead}", table_error(bits, lead)]))
+    for name, case in PRODUCTS.items():
+        print(json.dumps([f"product, {name}", product_error(**case)]))
     for name, case in STACKS.items():
         print(json.dumps([f"stack, {name}", stack_error(**case)]))
 
@@ -134,6 +147,18 @@ def table_error(bits, lead):
     args = x, *rest, bias if lead == (1, 1) else None
     exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
     y, truth = triton_table.table_linear(*args), table.table_linear(*exact)
+    assert y.shape == truth.shape and y.dtype == x.dtype
+    return ((y.double() - truth).norm() / truth.norm()).item()
+
+
+def product_error(widths, group, lead, book_dtype=torch.float16):
+    """Error of a product with a looked-up weight of two slabs, with a bias for one token only."""
+    x, *rest, scale, bias = triton_product.trial("cpu", torch.float16, widths, group)
+    x = torch.randn(*lead, x.shape[-1], generator=torch.Generator().manual_seed(1)).half()
+    rest = [t.to(book_dtype) if t is not None and t.is_floating_point() else t for t in rest]
+    args = x, *rest, scale, bias if lead == (1, 1) else None
+    exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
+    y, truth = triton_product.product_linear(*args), product.product_linear(*exact)
     assert y.shape == truth.shape and y.dtype == x.dtype
     return ((y.double() - truth).norm() / truth.norm()).item()
 

@@ -6,12 +6,15 @@ import math
 import pytest
 import torch
 from test_kernels_ops import arguments, expected
+from test_kernels_product import arguments as looked_up
+from test_kernels_product import expected as looked_up_expected
 
 from nanoquant_kernels import (
     binary_low_rank_linear,
     binary_low_rank_linears,
     cards,
     gpu,
+    product_linear,
     reference,
     tiles,
 )
@@ -190,6 +193,16 @@ def test_stacked_linears_on_a_gpu_are_right(tokens, filled):
     for y, (_, *rest) in zip(outputs, members, strict=True):
         truth = expected(members[0][0], *rest).cuda()
         assert (y.double() - truth).norm() <= 3e-3 * truth.norm()
+
+
+@needs_gpu
+@pytest.mark.parametrize("widths", [(8,), (4, 4), (6, 10)], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 16, 40])
+def test_a_looked_up_weight_on_a_gpu_is_right(tokens, widths, filled):
+    args = looked_up(512, 520, 8, widths, 2, lead=(tokens,), dtype=torch.bfloat16)
+    y = product_linear(*(a.cuda() if torch.is_tensor(a) else a for a in args))
+    truth = looked_up_expected(*args).cuda()
+    assert (y.double() - truth).norm() <= 6e-3 * truth.norm()
 
 
 @needs_gpu

@@ -12,9 +12,17 @@ import torch
 
 pytest.importorskip("triton")
 import sass
-from interpreted_kernels import CASES, KERNELS, STACKS
+from interpreted_kernels import CASES, KERNELS, PRODUCTS, STACKS
 
-from nanoquant_kernels import pack_signs, tiles, triton_dot, triton_flip, triton_stack, triton_table
+from nanoquant_kernels import (
+    pack_signs,
+    tiles,
+    triton_dot,
+    triton_flip,
+    triton_product,
+    triton_stack,
+    triton_table,
+)
 from nanoquant_kernels.planes import as_words, from_planes, to_planes
 
 
@@ -63,6 +71,11 @@ def test_a_head_of_codes_gives_the_dense_product(case, interpreted):
     assert interpreted[f"table, {case}"] < 1e-3
 
 
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_looked_up_weight_gives_the_dense_product(name, interpreted):
+    assert interpreted[f"product, {name}"] < 2e-3
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_stacked_linears_give_what_each_gives_alone(name, interpreted):
     assert interpreted[f"stack, {name}"] < 1e-3
@@ -83,6 +96,9 @@ def test_what_a_kernel_does_not_take_is_refused():
     x, codes, scales, _, bias = triton_table.trial("cpu", torch.bfloat16, 8)
     with pytest.raises(ValueError, match=r"1 to 16 tokens .* got x of shape \(17, 256\)"):
         triton_table.table_linear(x[:1].expand(17, -1), codes, scales, None, bias)
+    x, *weight = triton_product.trial("cpu", torch.float32, (8,), 8)
+    with pytest.raises(ValueError, match="1 to 16 tokens in bfloat16 or float16"):
+        triton_product.product_linear(x, *weight)
     lists = [[value, value] for value in rest]
     with pytest.raises(ValueError, match=r"can't share launches: x \(17, 32\)"):
         triton_stack.binary_low_rank_linears(torch.zeros(17, 32).half(), *lists)
@@ -156,6 +172,21 @@ def test_the_head_of_codes_fits_every_card(bits, arch):
         kernel, types = triton_table.four_bit_rows, types | {"codes": "*u8", "zeros": "*i8"}
         constants |= {"G": 18}
     compiled = sass.compile_kernel(kernel, types, constants, arch, warps=2)
+    code = sass.disassemble(compiled)
+    assert compiled.metadata.shared <= SHARED[arch] * 1024
+    assert code.count("HMMA") > 0 and code.stack == 0
+
+
+@pytest.mark.parametrize("arch", SHARED)
+@pytest.mark.parametrize("widths", [(8, 0), (4, 4), (10, 6)], ids=str)
+def test_the_looked_up_weight_fits_every_card(widths, arch):
+    types = dict.fromkeys(("x", "book", "book2", "scale", "bias", "out"), "*bf16")
+    types |= {"indices": "*u8", "indices2": "*u8"}
+    types |= dict.fromkeys(("N", "slab_rows", "bytes1", "bytes2", "tokens"), "i32")
+    constants = {"D": 2048, "G": 8, "WIDTH": widths[0], "WIDTH2": widths[1], "M": 8}
+    constants |= {"BLOCK_R": triton_product.BLOCK_R, "BLOCK_D": triton_product.BLOCK_D}
+    kernel = triton_product.product_rows
+    compiled = sass.compile_kernel(kernel, types, constants, arch, warps=4)
     code = sass.disassemble(compiled)
     assert compiled.metadata.shared <= SHARED[arch] * 1024
     assert code.count("HMMA") > 0 and code.stack == 0

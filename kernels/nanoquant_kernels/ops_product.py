@@ -1,6 +1,7 @@
 """The operator ``nanoquant::product_linear``: a linear whose weight is looked up in codebooks.
 
-Differentiable in x, codebooks, scales and bias; indices have no gradient. What a look-up means is said in
+Few tokens are looked up in tables of products on a CPU, or multiply on a GPU with what Triton looks up in registers;
+else the reference makes some rows dense at a time. Differentiable in x, codebooks, scales and bias, not in indices. What a look-up means is said in
 :mod:`nanoquant_kernels.product`.
 """
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nanoquant_kernels import cpu_product, product
+from nanoquant_kernels.cards import trusted, unavailable
 from nanoquant_kernels.indices import WIDTHS, index_bytes
 from nanoquant_kernels.reference import sum_tokens
 
@@ -96,6 +98,28 @@ def _cpu(x: Tensor, *weight: Tensor | None) -> Tensor:
     check_arguments(x, *weight)
     implementation = cpu_product if cpu_product.serves(x, *weight) else product
     return implementation.product_linear(x, *weight)
+
+
+@torch.library.impl(_library, "product_linear", "CUDA")
+def _cuda(x: Tensor, *weight: Tensor | None) -> Tensor:
+    """The Triton kernel where it serves and can be trusted, else the reference."""
+    check_arguments(x, *weight)
+    if not unavailable(x.device):
+        from nanoquant_kernels import triton_product
+
+        stages = product.stages_of(*weight[:4])
+        widths, group = tuple(s.width for s in stages), stages[0].codebook.shape[2]
+
+        def attempt() -> tuple[Tensor, Tensor]:
+            args = triton_product.trial(x.device, x.dtype, widths, group)
+            exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
+            return triton_product.product_linear(*args), product.product_linear(*exact)
+
+        with torch.cuda.device(x.device):  # Triton launches on the current one
+            kernel = "product", widths, group, x.dtype
+            if triton_product.serves(x) and trusted(kernel, x.device, attempt):
+                return triton_product.product_linear(x, *weight)
+    return product.product_linear(x, *weight)
 
 
 @torch.library.register_fake(NAME, lib=_library)
