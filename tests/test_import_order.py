@@ -76,6 +76,8 @@ ORDER = (
     "packed_linear",
     "shared_launch",
     "packed_tensor",
+    "product_packed",
+    "product_tensor",
     "embedding",
     "model_embeddings",
     "sizes",
@@ -213,12 +215,17 @@ ORDER = (
     "__main__",
 )
 
-AFTERWARDS = {("packed_linear", "packed_tensor"), ("packed_linear", "shared_launch")}
+AFTERWARDS = {
+    ("packed_linear", "packed_tensor"),
+    ("packed_linear", "shared_launch"),
+    ("product_packed", "product_tensor"),
+}
 """Imports of later files inside a function; the earlier file must work without them."""
 
 HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse"}
 MAY_IMPORT = {
     "packed_tensor": {"torchao"},
+    "product_tensor": {"torchao"},
     "config": {"torchao"},
     "transform": {"torchao"},
     "baselines.packed_integers": {"torchao"},

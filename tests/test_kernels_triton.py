@@ -189,7 +189,7 @@ def test_the_looked_up_weight_fits_every_card(widths, arch):
     compiled = sass.compile_kernel(kernel, types, constants, arch, warps=4)
     code = sass.disassemble(compiled)
     assert compiled.metadata.shared <= SHARED[arch] * 1024
-    assert code.count("HMMA") > 0 and code.stack == 0
+    assert code.count("HMMA") > 0 and code.stack <= 8  # bytes
 
 
 @pytest.mark.parametrize("arch", [80, 90, 120])

@@ -1,8 +1,8 @@
 """The operator ``nanoquant::product_linear``: a linear whose weight is looked up in codebooks.
 
 Few tokens are looked up in tables of products on a CPU, or multiply on a GPU with what Triton looks up in registers;
-else the reference makes some rows dense at a time. Differentiable in x, codebooks, scales and bias, not in indices. What a look-up means is said in
-:mod:`nanoquant_kernels.product`.
+else the reference makes some rows dense at a time. Differentiable in x, codebooks, scales and bias, not in indices.
+The layout is that of :mod:`nanoquant_kernels.product`.
 """
 
 from __future__ import annotations

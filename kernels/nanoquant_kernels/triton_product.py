@@ -17,7 +17,7 @@ from nanoquant_kernels.triton_dot import ONE
 
 BLOCK_R = 32
 """Rows of a tile."""
-BLOCK_D = 32
+BLOCK_D = 64
 """Columns of a tile."""
 
 
