@@ -14,7 +14,7 @@ from nanoquant_kernels.indices import index_bytes
 
 
 class ProductQuantLinear(nn.Module):
-    """Linear layer whose row i is scale_i times groups of codebook entries, see :mod:`nanoquant.product`.
+    """Linear layer whose row i is scale_i times groups of codebook entries, see :mod:`nanoquant.codebooks`.
 
     ``codebook`` (R, K, g), ``codebook2`` of a residual stage or None, ``scale`` (d_out,) and ``bias`` are float32
     parameters; gradients reach codebooks through the look-up. ``indices`` and ``indices2`` are buffers, uint8 and

@@ -22,8 +22,8 @@ aten = torch.ops.aten
 class PackedProductTensor(TorchAOBaseTensor):
     """Weight whose rows are scales times groups of codebook entries, see :mod:`nanoquant.codebooks`.
 
-    ``F.linear`` computes with the packed form; ``dequantize`` gives the dense weight. ``.to(dtype)`` casts codebooks and
-    scales together with the dtype that the tensor shows, as it would cast a dense weight; the indices stay.
+    ``F.linear`` computes with the packed form; ``dequantize`` gives the dense weight. ``.to(dtype)`` casts codebooks
+    and scales together with the dtype that the tensor shows, as it would cast a dense weight; the indices stay.
     ``torch.load(file, weights_only=True)`` knows this class once it has been imported.
 
     Args:
