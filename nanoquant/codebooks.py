@@ -32,9 +32,7 @@ class ProductFactors:
     @property
     def shape(self) -> ProductShape:
         """Group, widths and slabs."""
-        slabs, _, group = self.codebooks[0].shape[-3:]
-        widths = tuple(C.shape[-2].bit_length() - 1 for C in self.codebooks)
-        return ProductShape(group, widths, slabs)
+        return ProductShape.of(self.codebooks)
 
     @property
     def bits(self) -> int:

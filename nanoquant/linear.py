@@ -112,6 +112,18 @@ class BinaryLowRankLinear(nn.Module):
         """Bits that the packed layer stores for signs and scales, without the bias."""
         return layer_bits(self.out_features, self.in_features, self.rank)
 
+    def vectors(self) -> list[nn.Parameter]:
+        """Scales and bias."""
+        return [tensor for tensor in (self.s1, self.s2, self.bias) if tensor is not None]
+
+    def latents(self) -> list[nn.Parameter]:
+        """U and V; none once the signs are fixed."""
+        return [] if self.frozen else [self.U, self.V]
+
+    def codebooks(self) -> list[nn.Parameter]:
+        """None: signs are not looked up."""
+        return []
+
     def freeze(self) -> BinaryLowRankLinear:
         """Fix the signs: latents become packed buffers; scales and bias stay parameters."""
         if not self.frozen:

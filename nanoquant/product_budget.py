@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from nanoquant.budget import SCALE_BITS
 from nanoquant_kernels.indices import check_width, index_bytes
@@ -80,6 +82,12 @@ class ProductShape:
     def __str__(self) -> str:
         text = f"{self.group}:{'+'.join(map(str, self.widths))}"
         return text if self.slabs == 1 else f"{text} x{self.slabs}"
+
+    @classmethod
+    def of(cls, codebooks: Sequence[Tensor]) -> ProductShape:
+        """That of the codebooks (..., R, K, g) of each stage."""
+        slabs, _, group = codebooks[0].shape[-3:]
+        return cls(group, tuple(C.shape[-2].bit_length() - 1 for C in codebooks), slabs)
 
     @property
     def entries(self) -> tuple[int, ...]:

@@ -87,8 +87,24 @@ class ProductQuantLinear(nn.Module):
         """Bits that the packed layer stores for indices, codebooks and scales, without the bias."""
         return product_bits(self.out_features, self.in_features, self.shape)
 
+    def vectors(self) -> list[nn.Parameter]:
+        """Scales and bias."""
+        return [self.scale] if self.bias is None else [self.scale, self.bias]
+
+    def latents(self) -> list[nn.Parameter]:
+        """None, see :attr:`frozen`."""
+        return []
+
+    def codebooks(self) -> list[nn.Parameter]:
+        """The codebook of each stage."""
+        return [book for book, _ in self._stages()]
+
     def freeze(self) -> ProductQuantLinear:
         """Nothing is left to fix, see :attr:`frozen`."""
+        return self
+
+    def thaw(self) -> ProductQuantLinear:
+        """Nothing was fixed."""
         return self
 
     def factors(self) -> ProductFactors:
