@@ -13,7 +13,6 @@ Everything runs in float32 and is batched over leading dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,9 +22,6 @@ from nanoquant.binary import BinaryFactors, sign, svid
 from nanoquant.budget import WIDEST
 from nanoquant.importance import Importance
 from nanoquant.second_moment import Correlation
-
-Initializer = Callable[[Tensor, Importance, int, torch.Generator], BinaryFactors]
-"""(weights W (B, d_out, d_in), their importances, rank, generator) to factors: :class:`ADMMInitializer` or another."""
 
 
 @dataclass(frozen=True, kw_only=True)

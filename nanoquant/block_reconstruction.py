@@ -1,8 +1,9 @@
-"""BlockReconstructor: one decoder block from dense to binary (Phase 2 of the method).
+"""BlockReconstructor: one decoder block from dense to quantized (Phase 2 of the method).
 
-Three phases for each round of linears: tune what is still dense, initialize the round's linears as binary
-factors, refine their latents and scales through the straight-through estimator (Eq. 10). The loss is the squared
-error at the block's output, weighted per channel, against the dense block on the dense prefix's activations.
+Three phases for each round of linears: tune what is still dense, initialize the round's linears as factors, refine
+them: latents and scales of binary ones through the straight-through estimator (Eq. 10), codebooks and scales of
+looked-up ones. The loss is the squared error at the block's output, weighted per channel, against the dense block on
+the dense prefix's activations.
 """
 
 from __future__ import annotations
@@ -15,14 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanoquant.admm import Initializer
 from nanoquant.architectures import as_linear, linear_shape
 from nanoquant.binary import relative_error
-from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups
+from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups, weight_groups
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance, stack
 from nanoquant.layer_records import BlockWatch
-from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.methods import Initializer, Size, layer_of
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.schedules import SCHEDULES, Groups
@@ -54,6 +54,8 @@ class BlockConfig:
     """Epochs of refining latents and scales after each round; 0 skips it."""
     latent_lr: float = 1e-5
     """Rate of the latents."""
+    codebook_lr: float = 1e-3
+    """Rate of codebooks, where weights are looked up; relative_rates makes it a share of each one's mean magnitude."""
     scale_lr: float = 1e-5
     """Rate of scales and biases."""
     refine_batch: int = 1
@@ -74,7 +76,7 @@ class BlockConfig:
         for name in ("windows", "dense_batch", "refine_batch", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dense_lr", "latent_lr", "scale_lr"):
+        for name in ("dense_lr", "latent_lr", "codebook_lr", "scale_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.held_out < self.windows:
@@ -111,11 +113,11 @@ class BlockReport:
 
 
 class BlockReconstructor(nn.Module):
-    """Replace a block's linears by frozen :class:`BinaryLowRankLinear` layers, round by round.
+    """Replace a block's linears by quantized layers, round by round.
 
     Args:
         config: schedule, epochs, rates.
-        initializer: (weight, importance, rank, generator) to factors, batched; ``ADMMInitializer`` or another.
+        initializer: (weight, importance, size, generator) to factors, batched; its factors decide the kind of layer.
         seed: of the start of the initializer and of the order of batches.
     """
 
@@ -128,7 +130,7 @@ class BlockReconstructor(nn.Module):
         block: nn.Module,
         groups: Groups,
         importances: Mapping[str, Importance],
-        ranks: Mapping[str, int],
+        sizes: Mapping[str, Size],
         data: BlockData | None = None,
         *,
         name: str = "block",
@@ -143,19 +145,19 @@ class BlockReconstructor(nn.Module):
             block: decoder block with dense linears.
             groups: names of its linears, those that share an input together, in order of execution.
             importances: name to second moments.
-            ranks: name to rank.
+            sizes: name to rank, or to the shape of its codebooks.
             data: activations to tune on; may be absent when the config tunes nothing.
             name: for messages and logs.
             precision: Lightning precision of the tuning loops.
-            freeze: fix the signs; False keeps the latents, which training signs later starts from.
+            freeze: fix signs; False keeps their latents, which training signs later starts from.
             loggers: Lightning loggers.
             recorder: takes losses, and errors of the linears after each phase.
 
         Raises:
-            ValueError: a linear has no importance or rank, or the config tunes and ``data`` is absent.
+            ValueError: a linear has no importance or size, or the config tunes and ``data`` is absent.
         """
         names = [linear for group in groups for linear in group]
-        self.check(name, names, importances, ranks, data)
+        self.check(name, names, importances, sizes, data)
         dtypes = {name: tensor.dtype for name, tensor in _others(block, names)}
         block.requires_grad_(False)
         if self.config.tunes:
@@ -172,7 +174,7 @@ class BlockReconstructor(nn.Module):
                 result = self.tune_dense(tuner, names, round_names, report)
                 watch.losses("tune dense", result.losses)
                 watch.tuned(block, round_names)
-            errors = self.initialize(block, round_names, importances, ranks)
+            errors = self.initialize(block, round_names, importances, sizes)
             watch.initialized(block, errors)
             report.weight_error |= errors
             if epochs := self.config.refine_epochs:
@@ -194,11 +196,11 @@ class BlockReconstructor(nn.Module):
         name: str,
         names: list[str],
         importances: Mapping[str, Importance],
-        ranks: Mapping[str, int],
+        sizes: Mapping[str, Size],
         data: BlockData | None,
     ) -> None:
         """Refuse what does not suffice for the linears ``names`` of the block ``name``; raises as :meth:`forward`."""
-        for what, given in (("importance", importances), ("rank", ranks)):
+        for what, given in (("importance", importances), ("rank", sizes)):
             missing = [linear for linear in names if linear not in given]
             if missing:
                 raise ValueError(
@@ -232,14 +234,15 @@ class BlockReconstructor(nn.Module):
     def refine(
         self, tuner: BlockTuner, names: Sequence[str], report: BlockReport, epochs: int
     ) -> FitResult:
-        """Factor refinement: latents and scales of the round just initialized (step 3, Eq. 10), or of all."""
+        """Factor refinement: weights and scales of the round just initialized (step 3, Eq. 10), or of all."""
+        config = self.config
         layers = [tuner.block.get_submodule(linear) for linear in names]
-        latents = [latent for layer in layers for latent in (layer.U, layer.V)]
-        groups = [{"params": latents, "lr": self.config.latent_lr}]
+        rates = (config.latent_lr, config.codebook_lr, config.relative_rates)
+        groups = weight_groups(layers, *rates)
         for layer in layers:
-            groups += scale_groups(layer, self.config.scale_lr, self.config.relative_rates)
+            groups += scale_groups(layer, config.scale_lr, config.relative_rates)
         phase = f"refine {', '.join(names)}"
-        result = tuner.fit(phase, groups, epochs, self.config.refine_batch)
+        result = tuner.fit(phase, groups, epochs, config.refine_batch)
         report.add("refine", result)
         return result
 
@@ -253,7 +256,7 @@ class BlockReconstructor(nn.Module):
         block: nn.Module,
         names: tuple[str, ...],
         importances: Mapping[str, Importance],
-        ranks: Mapping[str, int],
+        sizes: Mapping[str, Size],
     ) -> dict[str, float]:
         """Put factors in the place of dense linears, equal shapes in one batch; returns weight errors."""
         batches: dict[tuple[Any, ...], list[str]] = defaultdict(list)
@@ -261,28 +264,28 @@ class BlockReconstructor(nn.Module):
             shape = linear_shape(block.get_submodule(linear))
             known = importances[linear]
             kinds = (known.input_correlation is None, known.output_correlation is None)
-            batches[(*shape, *kinds, ranks[linear])].append(linear)
+            batches[(*shape, *kinds, sizes[linear])].append(linear)
         errors = {}
-        for (*_, rank), linears in batches.items():
-            errors |= self._factorize(block, linears, importances, rank)
+        for (*_, size), linears in batches.items():
+            errors |= self._factorize(block, linears, importances, size)
             give_back()  # else what these freed lies beside what the next ones take
         return errors
 
     def _factorize(
-        self, block: nn.Module, names: list[str], importances: Mapping[str, Importance], rank: int
+        self, block: nn.Module, names: list[str], importances: Mapping[str, Importance], size: Size
     ) -> dict[str, float]:
         """:meth:`initialize` of linears of one shape."""
         modules = {linear: as_linear(block.get_submodule(linear)) for linear in names}
         W = torch.stack([dense.weight.detach() for dense in modules.values()]).float()
         importance = stack([importances[linear] for linear in names], W)
         generator = torch.Generator().manual_seed(self.seed)
-        factors = self.initializer(W, importance, rank, generator)
+        factors = self.initializer(W, importance, size, generator)
         weight = importance.output.unsqueeze(-1) * importance.input.unsqueeze(-2)
         error = relative_error(W, factors.dense(), weight)
         for (linear, dense), parts in zip(modules.items(), factors.unbind(), strict=True):
             if self.config.relative_rates:
                 parts = parts.normalized()
-            block.set_submodule(linear, BinaryLowRankLinear.from_factors(parts, dense.bias))
+            block.set_submodule(linear, layer_of(parts, dense.bias))
         return dict(zip(names, error.tolist(), strict=True))
 
 

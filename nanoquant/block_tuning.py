@@ -7,6 +7,7 @@ Shapes: N windows, T tokens a window, d hidden size.
 from __future__ import annotations
 
 import gc
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from nanoquant.decoder import BlockCall, run_block
 from nanoquant.early_stop import EarlyStop
 from nanoquant.mapped import forget
+from nanoquant.methods import Layer
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.processes import divided
 from nanoquant.shards import whole
@@ -96,14 +98,24 @@ def mean_square(targets: Tensor) -> Tensor:
     return total
 
 
-def scale_groups(layer: nn.Module, lr: float, relative: bool) -> list[dict[str, Any]]:
-    """Optimizer groups of a layer's scales and bias, see :func:`vector_group`."""
-    tensors = (layer.s1, layer.s2, layer.bias)
-    return [vector_group(tensor, lr, relative) for tensor in tensors if tensor is not None]
+def scale_groups(layer: Layer, lr: float, relative: bool) -> list[dict[str, Any]]:
+    """Optimizer groups of a layer's scales and bias, see :func:`tensor_group`."""
+    return [tensor_group(tensor, lr, relative) for tensor in layer.vectors()]
 
 
-def vector_group(tensor: nn.Parameter, lr: float, relative: bool) -> dict[str, Any]:
-    """Optimizer group of one vector; ``relative`` makes ``lr`` a share of its mean magnitude, at least 1e-3."""
+def weight_groups(
+    layers: Iterable[Layer], latent_lr: float, codebook_lr: float, relative: bool
+) -> list[dict[str, Any]]:
+    """Optimizer groups of what scales multiply: latents of all layers, and each codebook, see :func:`tensor_group`."""
+    layers = list(layers)
+    latents = [latent for layer in layers for latent in layer.latents()]
+    books = [book for layer in layers for book in layer.codebooks()]
+    groups = [{"params": latents, "lr": latent_lr}] if latents else []
+    return groups + [tensor_group(book, codebook_lr, relative) for book in books]
+
+
+def tensor_group(tensor: nn.Parameter, lr: float, relative: bool) -> dict[str, Any]:
+    """Optimizer group of one tensor; ``relative`` makes ``lr`` a share of its mean magnitude, at least 1e-3."""
     size = max(float(whole(tensor.detach()).abs().mean()), 1e-3) if relative else 1.0
     return {"params": [tensor], "lr": lr * size}
 

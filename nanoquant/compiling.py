@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.methods import Layer
 
 logger = logging.getLogger(__name__)
 
@@ -22,26 +22,26 @@ MOST_VARIANTS = 64
 teacher, two kinds of attention and two sizes of batch."""
 
 
-def binary_blocks(model: nn.Module) -> list[nn.Module]:
-    """Members of module lists that hold binary layers: the decoder blocks of a student, in order."""
+def quantized_blocks(model: nn.Module) -> list[nn.Module]:
+    """Members of module lists that hold quantized layers: the decoder blocks of a student, in order."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-    return [block for blocks in lists for block in blocks if _holds_binary(block)]
+    return [block for blocks in lists for block in blocks if _holds_quantized(block)]
 
 
 def passed_blocks(model: nn.Module) -> list[nn.Module]:
     """Those blocks and what comes after the first of them in its list: what gradients pass."""
-    binary = binary_blocks(model)
+    quantized = quantized_blocks(model)
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
     return [
         block
         for blocks in lists
         for k, block in enumerate(blocks)
-        if any(earlier in binary for earlier in blocks[: k + 1])
+        if any(earlier in quantized for earlier in blocks[: k + 1])
     ]
 
 
-def _holds_binary(module: nn.Module) -> bool:
-    return any(isinstance(layer, BinaryLowRankLinear) for layer in module.modules())
+def _holds_quantized(module: nn.Module) -> bool:
+    return any(isinstance(layer, Layer) for layer in module.modules())
 
 
 def uncompiled() -> AbstractContextManager[None]:
@@ -79,7 +79,7 @@ def compiled(blocks: list[nn.Module], *methods: tuple[object, str]) -> Iterator[
 def _obstacle(blocks: list[nn.Module]) -> str:
     """Why these blocks can't be compiled; empty when they can."""
     if not blocks:
-        return "no list of blocks holds the binary layers"
+        return "no list of blocks holds the quantized layers"
     return compiler_obstacle(next(blocks[0].parameters()).device)
 
 

@@ -17,6 +17,7 @@ from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
+from nanoquant.methods import ProductConfig, as_unused, check_method, check_unused
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.self_text import SelfTextConfig
@@ -53,6 +54,8 @@ class NanoQuantConfig(AOBaseConfig):
     :func:`nanoquant_config` builds it from a preset.
     """
 
+    method: str = "binary"
+    """binary: factors of signs; product: groups of weights looked up in codebooks."""
     preset: str = "custom"
     """Name of the preset that the other fields started from; each dataclass has defaults of its own."""
     blocks: str = ""
@@ -70,7 +73,9 @@ class NanoQuantConfig(AOBaseConfig):
     importance: ImportanceConfig = field(default_factory=ImportanceConfig)
     """Clipping, shrinkage and curvature of the statistics."""
     admm: ADMMConfig = field(default_factory=ADMMConfig)
-    """The initializer."""
+    """The initializer of binary factors."""
+    product: ProductConfig = field(default_factory=ProductConfig)
+    """Groups, codebooks and the initializer of product quantization."""
     block: BlockConfig = field(default_factory=BlockConfig)
     """Block reconstruction."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -81,6 +86,8 @@ class NanoQuantConfig(AOBaseConfig):
     """Devices, precision, seed."""
 
     def __post_init__(self) -> None:
+        check_method(self.method)
+        check_unused(self)
         if self.preset not in (*PRESETS, "custom"):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.step not in STEPS:
@@ -211,6 +218,21 @@ PRESETS: dict[str, Callable[[], NanoQuantConfig]] = {
 }
 
 
+def preset_config(preset: str, method: str = "binary") -> NanoQuantConfig:
+    """What a preset means for a method: what the method does not read has the defaults of its dataclasses.
+
+    Raises:
+        ValueError: there is no such preset or method.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_method(method)
+    config = PRESETS[preset]()
+    if method == config.method:
+        return config
+    return dataclasses.replace(config, method=method, **as_unused(config, method))
+
+
 def nanoquant_config(
     bits: float | None = None,
     preset: str = DEFAULT_PRESET,
@@ -222,20 +244,20 @@ def nanoquant_config(
 
         nanoquant_config(bits=0.8, preset="balanced", run=RunConfig(seed=1))
         nanoquant_config(budget={"file": "64MB"}, run={"seed": 1})
+        nanoquant_config(bits=2.1, method="product", product={"group": 8, "codebooks": (8, 8)})
 
     Args:
         bits: bits per weight over the quantized linears; none keeps the default.
-        preset: fast, balanced, best, long or paper.
+        preset: fast, balanced, best, long or paper. For ``method="product"`` it gives text, epochs and rates; bits go
+            where codebooks gain most, so ranks are not measured, nor how inputs go together.
         **fields: fields of :class:`NanoQuantConfig` to replace; a stage's config replaces that whole stage, a dict
             fields of the preset's.
 
     Raises:
-        ValueError: unknown preset, or a value out of its range.
+        ValueError: unknown preset or method, or a value out of its range.
         TypeError: a field that is not there, or a stage that is neither its config nor a dict.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    config = _changed(PRESETS[preset](), fields)
+    config = _changed(preset_config(preset, fields.get("method", "binary")), fields)
     if bits is not None:
         config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, bits=bits))
     return config

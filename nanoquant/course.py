@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nanoquant.best_state import BestState
 from nanoquant.layer_records import ModelWatch
-from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.methods import Layer
 from nanoquant.model_state import ModelState
 from nanoquant.recorder import Recorder
 from nanoquant.resuming import Start
@@ -20,7 +20,7 @@ class Course:
 
     keeper: BestState
     """Measures, and keeps the best state."""
-    layers: Mapping[str, BinaryLowRankLinear]
+    layers: Mapping[str, Layer]
     """Those that train."""
     recorder: Recorder
     """Takes losses, divergences, rates, flipped signs and latents."""

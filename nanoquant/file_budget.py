@@ -8,19 +8,19 @@ ranks that it leaves them, of which reconstruction takes back all but ``sensitiv
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from nanoquant.architectures import Decoder
-from nanoquant.budget import Shapes, count_weights, rank_limits
+from nanoquant.budget import Shapes, count_weights
 from nanoquant.config import NanoQuantConfig
 from nanoquant.dense_prefix import DensePrefix
 from nanoquant.divergence import ForwardKL
 from nanoquant.embedding import EMBEDDING_BITS, EmbeddingConfig, quantize_table, table_bytes
-from nanoquant.hf_quantizer import PARTS
+from nanoquant.methods import method_of
 from nanoquant.model_embeddings import check_embeddings, find_embeddings
 from nanoquant.sizes import tensor_bytes
 from nanoquant.units import amount, parse_bytes
@@ -46,7 +46,7 @@ def file_options(
         ValueError: no option can meet the budget; by how much. Or there are several, and nothing to choose by.
     """
     if config.budget.file is None:
-        rank_limits(shapes, config.budget)
+        method_of(config).check(shapes, config)
         return [config]
     fixed = config.embedding.bits is not None
     found, refusals = [], []
@@ -78,16 +78,18 @@ def _filled(
     """The config with the body's bits under one storage of the embedding."""
     check_embeddings(model, embedding)
     file = parse_bytes(config.budget.file, "budget.file")
-    rest = other_bytes(model, decoder, chosen, embedding) + header_bytes(model, shapes)
+    parts = method_of(config).parts
+    rest = other_bytes(model, decoder, chosen, embedding) + header_bytes(model, shapes, parts)
     if file <= rest:
         raise ValueError(f"what is no linear of a block takes {amount(rest)} alone")
     bits = 8 * (file - rest) / count_weights(shapes)
     budget = dataclasses.replace(config.budget, bits=bits, file=None)
+    filled = dataclasses.replace(config, budget=budget, embedding=embedding)
     try:
-        rank_limits(shapes, budget)
+        method_of(filled).check(shapes, filled)
     except ValueError as error:
         raise ValueError(f"the linears get {amount(file - rest)}: {error}") from None
-    return dataclasses.replace(config, budget=budget, embedding=embedding)
+    return filled
 
 
 def other_bytes(
@@ -105,11 +107,11 @@ def other_bytes(
     return total
 
 
-def header_bytes(model: PreTrainedModel, names: Iterable[str]) -> int:
-    """At least the bytes of the headers of a checkpoint's files, whose linears ``names`` are packed."""
+def header_bytes(model: PreTrainedModel, names: Iterable[str], parts: Sequence[str]) -> int:
+    """At least the bytes of the headers of a checkpoint's files, whose linears ``names`` are packed into ``parts``."""
     packed = set(names)
     kept = [key for key in model.state_dict() if key.removesuffix(".weight") not in packed]
-    keys = [*kept, *(f"{name}.{part}" for name in packed for part in PARTS)]
+    keys = [*kept, *(f"{name}.{part}" for name in packed for part in parts)]
     return sum(len(key) + ENTRY for key in keys)
 
 

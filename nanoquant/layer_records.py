@@ -1,4 +1,4 @@
-"""What is recorded of binary layers: errors against the dense weights, losses, flipped signs, latents.
+"""What is recorded of quantized layers: errors against the dense weights, losses, flipped signs, latents.
 
 A run without a recorder computes none of it. Shapes: W (d_out, d_in); latents U (d_out, r), V (d_in, r).
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance
-from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.mapped import forget
+from nanoquant.methods import Layer, entry_of, layer_size
 from nanoquant.processes import broadcast
 from nanoquant.recorder import POINTS, Recorder
 from nanoquant.shards import whole
@@ -41,16 +41,16 @@ def weight_error(weight: Tensor, approximation: Tensor, importance: Importance) 
     return float(error / (o @ (W.square() @ i)))
 
 
-def layer_error(layer: BinaryLowRankLinear, weight: Tensor, importance: Importance) -> float:
-    """:func:`weight_error` of a binary layer against the dense weight (d_out, d_in)."""
+def layer_error(layer: Layer, weight: Tensor, importance: Importance) -> float:
+    """:func:`weight_error` of a quantized layer against the dense weight (d_out, d_in)."""
     return weight_error(weight, layer.factors().dense(), importance)
 
 
 @torch.no_grad()
-def latent_histogram(layer: BinaryLowRankLinear) -> dict[str, list[float]]:
+def latent_histogram(layer: Layer) -> dict[str, list[float]]:
     """Edges (n + 1) and counts (n) of the layer's latents, in units of each matrix's mean magnitude."""
     counts = torch.zeros(LATENT_BINS)
-    for latent in (layer.U, layer.V):
+    for latent in layer.latents():
         x = whole(latent.detach()).float()
         x = (x / x.abs().mean()).clamp(-LATENT_RANGE, LATENT_RANGE)
         counts += torch.histc(x, LATENT_BINS, -LATENT_RANGE, LATENT_RANGE).cpu()
@@ -67,11 +67,11 @@ def record_model_errors(
     teacher: nn.Module,
     importances: Mapping[str, Importance],
 ) -> None:
-    """Error of every binary layer against the dense teacher's weight, after the whole model's training."""
+    """Error of every quantized layer against the dense teacher's weight, after the whole model's training."""
     for block, names in enumerate(decoder.linears) if recorder.wanted else ():
         for name in names:
             layer, full = decoder.blocks[block].get_submodule(name), decoder.full_name(block, name)
-            if isinstance(layer, BinaryLowRankLinear):
+            if isinstance(layer, Layer):
                 dense = as_linear(teacher.get_submodule(full)).weight
                 error = layer_error(layer, dense, importances[full])
                 forget([dense])
@@ -82,8 +82,8 @@ def record_model_errors(
 class SignSample:
     """Follows a fixed random sample of the signs of some layers."""
 
-    def __init__(self, layers: Sequence[BinaryLowRankLinear]) -> None:
-        self.latents = [latent for layer in layers for latent in (layer.U, layer.V)]
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        self.latents = [latent for layer in layers for latent in layer.latents()]
         generator = torch.Generator().manual_seed(0)  # of its own: recording changes no run
         self.places = [
             torch.randint(x.numel(), (min(SAMPLED_SIGNS, x.numel()),), generator=generator)
@@ -157,7 +157,7 @@ class BlockWatch:
             self.recorder.record(
                 "initialize",
                 layer=name,
-                rank=layer.rank,
+                **entry_of(layer_size(layer)),
                 weights=weights,
                 bits=layer.bits / weights,
                 error=error,
@@ -170,7 +170,7 @@ class BlockWatch:
             error = self._error(block.get_submodule(name), name)
             self.recorder.record("block", layer=name, step=self.step, error=error)
 
-    def _error(self, layer: BinaryLowRankLinear, name: str) -> float:
+    def _error(self, layer: Layer, name: str) -> float:
         return layer_error(layer, self.dense[name], self.importances[name])
 
 
@@ -179,13 +179,11 @@ class ModelWatch:
 
     Args:
         recorder: takes the records.
-        layers: name to binary layer; only latent ones are followed.
+        layers: name to quantized layer; only latent ones are followed.
         steps: of the training.
     """
 
-    def __init__(
-        self, recorder: Recorder, layers: Mapping[str, BinaryLowRankLinear], steps: int
-    ) -> None:
+    def __init__(self, recorder: Recorder, layers: Mapping[str, Layer], steps: int) -> None:
         wanted = broadcast(recorder.wanted)  # all help to gather what the first one records
         latent = {n: m for n, m in layers.items() if not m.frozen} if wanted else {}
         self.recorder = recorder

@@ -1,7 +1,8 @@
 """ModelReconstructor: the whole model against its dense teacher, by KL divergence of logits (Phase 3, Eq. 11).
 
 ``train="scales"`` is the paper's form: signs frozen, scales trained. ``train="signs"`` also trains the latents
-behind the signs (straight-through) together with the norms; that wants fresh text, not a few windows repeated.
+behind the signs (straight-through), or codebooks, together with the norms; that wants fresh text, not a few windows
+repeated.
 The teacher runs at every step, unless what :mod:`nanoquant.kept_logits` keeps of its logits comes with the windows.
 The state with the lowest divergence on held-out windows wins; the untouched state is a candidate.
 """
@@ -18,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from nanoquant.best_state import BestState, ModelReport
-from nanoquant.block_tuning import scale_groups, vector_group
-from nanoquant.compiling import binary_blocks, compiled, passed_blocks
+from nanoquant.block_tuning import scale_groups, tensor_group, weight_groups
+from nanoquant.compiling import compiled, passed_blocks, quantized_blocks
 from nanoquant.course import Course
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.kept_logits import as_rows, collate
+from nanoquant.methods import Layer
 from nanoquant.model_state import ModelState
 from nanoquant.non_finite import locate_non_finite
 from nanoquant.offload import settle, visits
@@ -34,7 +36,7 @@ from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.resuming import Order
 from nanoquant.sharding import idle, put_back, sharded
 from nanoquant.shards import is_shard
-from nanoquant.student import binary_layers, norm_parameters, prepared
+from nanoquant.student import norm_parameters, prepared, quantized_layers
 from nanoquant.training import fit
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,8 @@ class ModelConfig:
     """What the whole-model phase trains, how long, and at which rates."""
 
     train: str = "signs"
-    """signs: latents, scales and norms; scales: scales only, as in the paper; none: skip the phase."""
+    """signs: latents behind the signs, or codebooks, with scales and norms; scales: scales only, as in the paper; none:
+    skip the phase."""
     windows: int = 416
     """Training windows, all different."""
     epochs: int = 1
@@ -54,6 +57,8 @@ class ModelConfig:
     """Windows a step."""
     latent_lr: float = 1.2e-2
     """Rate of the latents, whose mean magnitude is 1."""
+    codebook_lr: float = 1e-2
+    """Rate of codebooks, where weights are looked up; relative_rates makes it a share of each one's mean magnitude."""
     scale_lr: float = 1e-2
     """Rate of scales (and norms), as a share of each tensor's mean magnitude when relative_rates is on."""
     relative_rates: bool = True
@@ -90,7 +95,7 @@ class ModelConfig:
         for name in ("windows", "epochs", "batch", "held_out", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("latent_lr", "scale_lr"):
+        for name in ("latent_lr", "codebook_lr", "scale_lr"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if self.kept_logits is not None and self.kept_logits < 1:
@@ -138,7 +143,7 @@ class ModelObjective(nn.Module):
 
     def compiled(self) -> AbstractContextManager[None]:
         """Context in which the blocks of student and teacher that differ, and the divergence, are compiled."""
-        blocks = binary_blocks(self.student)
+        blocks = quantized_blocks(self.student)
         names = {name for name, module in self.student.named_modules() if module in blocks}
         if self.teacher is not None:
             teacher = self.teacher.named_modules()
@@ -147,7 +152,7 @@ class ModelObjective(nn.Module):
 
 
 class ModelReconstructor(nn.Module):
-    """Train a student whose linears are binary so that its logits follow the dense teacher's.
+    """Train a student whose linears are quantized so that its logits follow the dense teacher's.
 
     Args:
         config: what trains, rates, number of windows.
@@ -174,7 +179,7 @@ class ModelReconstructor(nn.Module):
         """Train ``student`` in place and leave it frozen in its best state.
 
         Args:
-            student: causal language model with :class:`BinaryLowRankLinear` layers.
+            student: causal language model with layers of either method.
             teacher: the dense model, on the same device; None where its logits are kept.
             windows: training tokens (N, T), or a window (T,) at a time with what is kept of the teacher's logits.
             held_out: the same of those that choose the state.
@@ -185,17 +190,15 @@ class ModelReconstructor(nn.Module):
             state: keeps the training, and goes on with what it has.
 
         Raises:
-            ValueError: the student has no binary layers, or the state belongs to another run.
+            ValueError: the student has no quantized layers, or the state belongs to another run.
             FloatingPointError: the untouched student's divergence is not finite, or training stays so.
         """
         report = ModelReport()
         if self.config.train == "none":
             return report
-        layers = binary_layers(student)
+        layers = quantized_layers(student)
         if not layers:
-            raise ValueError(
-                "the student has no BinaryLowRankLinear layer; quantize its blocks first"
-            )
+            raise ValueError("the student has no quantized layer; quantize its blocks first")
         norms = [(norm, norm.dtype) for norm in norm_parameters(student)]
         with evaluation_mode(student), evaluation_mode(teacher) if teacher else nullcontext():
             divided = self.config.shard and world_size() > 1
@@ -245,9 +248,8 @@ class ModelReconstructor(nn.Module):
         """Run the loop, look at the held-out windows now and then, and put the best state back."""
         config, report = self.config, keeper.report
         order = Order(len(windows), config.batch, config.epochs, self.seed)
-        layers, peak = binary_layers(objective.student), config.latent_lr
-        if config.train == "scales":
-            peak = config.scale_lr
+        layers = quantized_layers(objective.student)
+        peak = self.peak_rate(layers)
         course = Course(
             *(keeper, layers, recorder, order.steps, config.evaluations),
             rate=lambda step: peak * config.optimizer.rate(step, order.steps),
@@ -288,13 +290,20 @@ class ModelReconstructor(nn.Module):
             yield
 
     def parameter_groups(self, student: nn.Module) -> list[dict[str, Any]]:
-        """Scales and biases of binary layers; with "signs" latents and norms as well; all ready to train."""
-        config, layers, groups = self.config, binary_layers(student).values(), []
+        """Scales and biases ; with "signs" latents or codebooks, and norms, as well; all ready to train."""
+        config, layers, groups = self.config, quantized_layers(student).values(), []
         for layer in layers:
             groups += scale_groups(layer, config.scale_lr, config.relative_rates)
         if config.train == "signs":
-            latents = [latent for layer in layers for latent in (layer.U, layer.V)]
-            groups.append({"params": latents, "lr": config.latent_lr})
+            rates = (config.latent_lr, config.codebook_lr, config.relative_rates)
+            groups += weight_groups(layers, *rates)
             for norm in norm_parameters(student):
-                groups.append(vector_group(norm, config.scale_lr, config.relative_rates))
+                groups.append(tensor_group(norm, config.scale_lr, config.relative_rates))
         return groups
+
+    def peak_rate(self, layers: dict[str, Layer]) -> float:
+        """Highest rate of what scales multiply, or of scales where that does not train."""
+        if self.config.train == "scales":
+            return self.config.scale_lr
+        latent = any(layer.latents() for layer in layers.values())
+        return self.config.latent_lr if latent else self.config.codebook_lr

@@ -18,7 +18,7 @@ import jsonargparse
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from nanoquant.benchmark.config import BenchConfig
-from nanoquant.config import DEFAULT_PRESET, PRESETS, NanoQuantConfig
+from nanoquant.config import DEFAULT_PRESET, NanoQuantConfig, preset_config
 from nanoquant.estimate.request import EstimateConfig
 from nanoquant.evaluation.command import EvaluationJob
 from nanoquant.evaluation.request import EvaluationRequest
@@ -38,8 +38,10 @@ def command_parser(command: str, function: Callable[..., None], what: str) -> Ar
 
 
 @functools.cache  # it takes half a second, and an ablation parses every cell
-def quantize_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
-    """Parser of ``quantize`` whose defaults are those of a preset."""
+def quantize_parser(
+    preset: str = DEFAULT_PRESET, method: str = NanoQuantConfig.method
+) -> ArgumentParser:
+    """Parser of ``quantize`` whose defaults are those of a preset for a method."""
     what = (
         "Quantize a dense causal language model, save it, measure it in a fresh process. "
         f"Defaults shown are those of the preset {preset}."
@@ -55,26 +57,28 @@ def quantize_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
         help="YAML with any of the flags; later flags win.",
     )
     parser.add_class_arguments(JobConfig, None, skip={"source", "output"})
-    return _with_config(parser, preset)
+    return _with_config(parser, preset, method)
 
 
-def _with_config(parser: ArgumentParser, preset: str) -> ArgumentParser:
-    """The parser with the flags of a quantization, whose defaults are those of a preset."""
+def _with_config(parser: ArgumentParser, preset: str, method: str) -> ArgumentParser:
+    """The parser with the flags of a quantization, whose defaults are those of a preset for a method."""
     parser.add_argument(
         "--bits",
         type=float,
         help="Bits per weight over all quantized linears; short for --budget.bits.",
     )
     parser.add_class_arguments(NanoQuantConfig, None, skip={"step"})
-    values = PRESETS[preset]().to_dict()
+    values = preset_config(preset, method).to_dict()
     del values["step"]
     parser.set_defaults(_flat(values))
     return parser
 
 
 @functools.cache
-def estimate_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
-    """Parser of ``estimate`` whose defaults are those of a preset."""
+def estimate_parser(
+    preset: str = DEFAULT_PRESET, method: str = NanoQuantConfig.method
+) -> ArgumentParser:
+    """Parser of ``estimate`` whose defaults are those of a preset for a method."""
     what = (
         "Say what a quantization takes: ranks, bytes, memory, disk, time; no weight is read. "
         f"Defaults shown are those of the preset {preset}."
@@ -83,7 +87,7 @@ def estimate_parser(preset: str = DEFAULT_PRESET) -> ArgumentParser:
     what = "Folder, or Hub name, of the dense model, or a published name, as llama-2-7b."
     parser.add_argument("source", metavar="MODEL", help=what)
     parser.add_class_arguments(EstimateConfig, None, skip={"source"})
-    return _with_config(parser, preset)
+    return _with_config(parser, preset, method)
 
 
 def parse_estimate(arguments: list[str]) -> tuple[EstimateConfig, NanoQuantConfig]:
@@ -123,12 +127,10 @@ def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
     return _pick(JobConfig, built), _pick(NanoQuantConfig, built)
 
 
-def _with_preset(parser_of: Callable[[str], ArgumentParser], arguments: list[str]) -> Namespace:
-    """What arguments give over the defaults of the preset that they name."""
-    preset = parse(parser_of(DEFAULT_PRESET), arguments).preset
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    parser = parser_of(preset)
+def _with_preset(parser_of: Callable[..., ArgumentParser], arguments: list[str]) -> Namespace:
+    """What arguments give over the defaults of the preset and the method that they name."""
+    asked = parse(parser_of(), arguments)
+    parser = parser_of(asked.preset, asked.method)
     return parser.instantiate_classes(parse(parser, arguments))
 
 

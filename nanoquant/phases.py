@@ -1,4 +1,4 @@
-"""The phases of the method, each on the whole model: calibration, ranks and blocks, the model itself."""
+"""The phases of the method, each on the whole model: calibration, sizes and blocks, the model itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from nanoquant.activation_memory import ActivationMemory
 from nanoquant.activations import Activations
-from nanoquant.admm import Initializer
 from nanoquant.architectures import Decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
 from nanoquant.block_tuning import BlockData
@@ -29,11 +28,12 @@ from nanoquant.heap import give_back
 from nanoquant.importance import Importance
 from nanoquant.kept_logits import KEPT, keep_logits, portion
 from nanoquant.mapped import forget, paged
+from nanoquant.methods import Initializer, Sizes
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
 from nanoquant.offload import at_work
 from nanoquant.processes import gather, world_size
 from nanoquant.progress import Progress
-from nanoquant.ranks import choose_ranks
+from nanoquant.ranks import choose_sizes
 from nanoquant.recorder import BlockRecorder, Recorder
 from nanoquant.shared_blocks import make_blocks
 from nanoquant.text import Text
@@ -63,7 +63,7 @@ def initialize(
     sensitivity_file: str | Path | None,
     initializer: Initializer | None = None,
 ) -> Initialized:
-    """All that comes before the whole-model phase: importances, ranks, binary blocks.
+    """All that comes before the whole-model phase: importances, sizes, quantized blocks.
 
     Raises:
         ValueError: blocks are to run one by one, and what they are called with depends on the text.
@@ -72,7 +72,7 @@ def initialize(
     if options[0].block.tunes or options[0].model.kept_logits is not None:
         check_calls(model, decoder)
     calibrate(model, decoder, chosen, text, options[0], progress, unfinished, memory)
-    choice = choose_ranks(
+    choice = choose_sizes(
         model,
         decoder,
         chosen,
@@ -91,7 +91,7 @@ def initialize(
         chosen,
         reconstructor,
         importances,
-        choice.ranks,
+        choice.sizes,
         text,
         choice.config,
         progress,
@@ -103,7 +103,7 @@ def initialize(
     )
     diagonals = importances.diagonals(chosen)
     importances.release()
-    return Initialized(option, choice.ranks, reports, diagonals)
+    return Initialized(option, choice.sizes, reports, diagonals)
 
 
 def check_calls(model: PreTrainedModel, decoder: Decoder) -> None:
@@ -156,7 +156,7 @@ def reconstruct_blocks(
     chosen: range,
     reconstructor: BlockReconstructor,
     importances: Callable[[int], Mapping[str, Importance]],
-    ranks: dict[str, int],
+    sizes: Sizes,
     text: Text,
     config: NanoQuantConfig,
     progress: Progress,
@@ -168,7 +168,7 @@ def reconstruct_blocks(
 ) -> dict[int, BlockReport]:
     """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix.
 
-    A block that an earlier run has finished is taken from there; ``option`` is what the ranks belong to, and
+    A block that an earlier run has finished is taken from there; ``option`` is what the sizes belong to, and
     ``importances`` gives those of a block by full name. Several processes make a block together where it is tuned,
     else each makes one of its own.
     """
@@ -180,7 +180,7 @@ def reconstruct_blocks(
     )
 
     def make(b: int, records: Recorder) -> BlockReport:
-        known = (importances, ranks, data, config, precision_of(model, config), loggers)
+        known = (importances, sizes, data, config, precision_of(model, config), loggers)
         with at_work(decoder.blocks[b], changes=True):
             return _make_block(decoder, b, reconstructor, *known, records)
 
@@ -189,7 +189,7 @@ def reconstruct_blocks(
             data = None if activations is None else activations.targets_of(b, block)
             dense = list(block.parameters())
             due = b in chosen and b not in ahead
-            kept = unfinished.take_block(decoder, b, ranks, option) if due else None
+            kept = unfinished.take_block(decoder, b, sizes, option) if due else None
             if kept is not None:
                 reports[b] = kept
                 progress.advance(1, note="as it was kept")
@@ -200,7 +200,7 @@ def reconstruct_blocks(
                     ]
                     ahead |= make_blocks(decoder, turn, config.block.tunes, make, recorder)
                 reports[b] = ahead[b]
-                unfinished.keep_block(decoder, b, ranks, option, reports[b])
+                unfinished.keep_block(decoder, b, sizes, option, reports[b])
                 worst = _worst(reports[b])
                 logger.info("block %d: %s", b, worst)
                 progress.advance(1, note=worst)
@@ -216,21 +216,21 @@ def _make_block(
     b: int,
     reconstructor: BlockReconstructor,
     importances: Callable[[int], Mapping[str, Importance]],
-    ranks: dict[str, int],
+    sizes: Sizes,
     data: BlockData | None,
     config: NanoQuantConfig,
     precision: str,
     loggers: list[Any] | None,
     recorder: Recorder,
 ) -> BlockReport:
-    """Make one block binary, and record how long it took."""
+    """Quantize one block, and record how long it took."""
     full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
     begun, known = time.perf_counter(), importances(b)
     report = reconstructor(
         decoder.blocks[b],
         decoder.groups[b],
         {name: known[full[name]] for name in full},
-        {name: ranks[full[name]] for name in full},
+        {name: sizes[full[name]] for name in full},
         data,
         name=f"block {b}",
         precision=precision,

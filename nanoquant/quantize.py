@@ -12,10 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activation_memory import ActivationMemory
-from nanoquant.admm import ADMMInitializer, Initializer
 from nanoquant.architectures import find_decoder
 from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
-from nanoquant.budget import body_bits
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.data_parallel import check_batch
@@ -24,6 +22,7 @@ from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
 from nanoquant.lock import exclusive
 from nanoquant.mapped import forget
+from nanoquant.methods import Initializer, Size, body_bits, method_of
 from nanoquant.mixture import Data
 from nanoquant.model_embeddings import (
     check_embeddings,
@@ -54,10 +53,10 @@ CHECKED_AT_ONCE = 1 << 24
 
 @dataclass
 class QuantizationReport:
-    """What a run did: ranks, errors per block, divergence of the model, sizes, seconds per phase, windows of text."""
+    """What a run did: ranks or codebooks, errors per block, divergence of the model, sizes, seconds, text."""
 
     config: dict[str, Any]
-    ranks: dict[str, int] = field(default_factory=dict)
+    ranks: dict[str, Size] = field(default_factory=dict)
     bits: float = 0.0
     blocks: dict[int, BlockReport] = field(default_factory=dict)
     model: ModelReport = field(default_factory=ModelReport)
@@ -99,8 +98,8 @@ def quantize(
         data: calibration text, several, or token ids, see :func:`read_sources`; "self" lets the model write all.
         config: bits, preset and everything else.
         tokenizer: of the model; needed for text.
-        initializer: in the place of ``ADMMInitializer(config.admm)``; where ranks are measured it runs twice, and
-            ``budget={"allocation": "uniform"}`` spares that.
+        initializer: in the place of the method's own, as ``ADMMInitializer(config.admm)``; where ranks are measured it
+            runs twice, and ``budget={"allocation": "uniform"}`` spares that.
         progress: told about phases.
         loggers: Lightning loggers for the losses.
         recorder: takes errors of layers, losses, rates and flipped signs as they come.
@@ -138,7 +137,7 @@ def quantize(
     model.requires_grad_(False)
     teacher = twin(model) if config.model.train != "none" else None
     with exclusive(work), evaluation_mode(model):
-        initial = initializer or ADMMInitializer(config.admm)
+        initial = initializer or method_of(config).initializer(config)
         reconstructor = BlockReconstructor(config.block, initial, config.run.seed)
         run = (progress, loggers, recorder)
         found = read_alike(unfinished, decoder, chosen) or initialize(
@@ -146,8 +145,8 @@ def quantize(
             *(unfinished, memory, sensitivity_file, initializer),
         )
         config = options[found.option]
-        report = QuantizationReport(config.to_dict(), found.ranks, text=text.origin)
-        report.bits, report.blocks = body_bits(shapes, found.ranks), found.blocks
+        report = QuantizationReport(config.to_dict(), found.sizes, text=text.origin)
+        report.bits, report.blocks = body_bits(shapes, found.sizes), found.blocks
         tables = embedding_tables(model, config.embedding)
         if teacher is not None:
             round_embeddings(model, tables)  # so that training sees what is stored

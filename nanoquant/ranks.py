@@ -1,4 +1,4 @@
-"""The choice of ranks: uniform, by a prior, or by measured sensitivity, always at the same bits."""
+"""The choice of sizes: ranks uniform, by a prior, or by measured sensitivity, or codebooks; always at the same bits."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from nanoquant.admm import ADMMConfig, ADMMInitializer, Initializer
+from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.allocation import Response, allocate_by_loss, allocate_by_prior
 from nanoquant.architectures import Decoder, linear_shape
-from nanoquant.budget import allocate_ranks, body_bits
 from nanoquant.config import NanoQuantConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.file_budget import embedding_divergence, file_options
 from nanoquant.importance import Importance
+from nanoquant.methods import Initializer, Sizes, body_bits, entry_of, method_of
 from nanoquant.processes import divided, world_size
 from nanoquant.progress import Progress
 from nanoquant.recorder import Recorder
@@ -48,19 +48,19 @@ def decoder_shapes(decoder: Decoder, chosen: range) -> dict[str, tuple[int, int]
 def check_budget(
     model: PreTrainedModel, decoder: Decoder, chosen: range, config: NanoQuantConfig
 ) -> list[NanoQuantConfig]:
-    """Refuse a budget that no ranks can meet, before any work; see :func:`file_options`."""
+    """Refuse a budget that no sizes can meet, before any work; see :func:`file_options`."""
     return file_options(model, decoder, chosen, decoder_shapes(decoder, chosen), config)
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Ranks by full name, and the config that they meet: its bits, and those of its embedding, are numbers."""
+    """Sizes by full name, and the config that they meet: its bits, and those of its embedding, are numbers."""
 
-    ranks: dict[str, int]
+    sizes: Sizes
     config: NanoQuantConfig
 
 
-def choose_ranks(
+def choose_sizes(
     model: PreTrainedModel,
     decoder: Decoder,
     chosen: range,
@@ -72,7 +72,7 @@ def choose_ranks(
     file: str | Path | None = None,
     initializer: Initializer | None = None,
 ) -> Choice:
-    """Rank of every linear of the chosen blocks.
+    """Size of every linear of the chosen blocks.
 
     Args:
         model: dense.
@@ -82,7 +82,7 @@ def choose_ranks(
         importances: gives those of a block's linears, by full name; asked for where they are needed.
         options: configs of :func:`check_budget`, which differ in bits alone.
         progress: told about measuring.
-        recorder: takes the ranks and what they follow from.
+        recorder: takes the sizes and what they follow from.
         file: where measurements are kept, and from which an interrupted run resumes.
         initializer: measured in the place of a short ADMM; without a file, as that can't tell which one it was.
 
@@ -91,26 +91,27 @@ def choose_ranks(
     """
     shapes, places = decoder_shapes(decoder, chosen), layer_places(decoder, chosen)
     config = options[len(options) // 2]
-    uniform, found = allocate_ranks(shapes, config.budget), {}
+    method, found = method_of(config), {}
+    uniform = method.plan(shapes, config)
     if config.budget.allocation == "prior":
-        ranks = allocate_by_prior(shapes, places, config.budget)
+        sizes = allocate_by_prior(shapes, places, config.budget)
     elif config.budget.allocation == "measured":
         measure = Measurement(model, decoder, importances, uniform, config, file, initializer)
         found, embedding = measure(chosen, text, [o.embedding for o in options], progress)
         by_loss = [allocate_by_loss(shapes, places, found, o.budget) for o in options]
         left = [config.sensitivity.remains * total_loss(found, ranks) for ranks in by_loss]
         best = min(range(len(options)), key=lambda k: left[k] + embedding[k])
-        config, ranks = options[best], by_loss[best]
+        config, sizes = options[best], by_loss[best]
         if len(options) > 1:
             _tell_options(options, embedding, left)
     else:
-        ranks = uniform
+        sizes = uniform
     for b in chosen:
         for name in (decoder.full_name(b, linear) for linear in decoder.linears[b]):
             figures = _figures(found[name], uniform[name]) if name in found else {}
-            recorder.record("ranks", block=b, layer=name, rank=ranks[name], **figures)
-    _tell_remainder(config.budget.bits, body_bits(shapes, ranks), config.budget.rank_multiple)
-    return Choice(ranks, config)
+            recorder.record("ranks", block=b, layer=name, **entry_of(sizes[name]), **figures)
+    _tell_remainder(config.budget.bits, body_bits(shapes, sizes), method.steps(config))
+    return Choice(sizes, config)
 
 
 def total_loss(found: Mapping[str, Response], ranks: Mapping[str, int]) -> float:
@@ -135,20 +136,20 @@ def _figures(response: Response, uniform: int) -> dict[str, float]:
     return {"uniform_rank": uniform, "loss_at_uniform": loss, "exponent": response.exponent}
 
 
-def _tell_remainder(asked: float, used: float, step: int) -> None:
-    """Say how many bits the rank multiple leaves unspent."""
+def _tell_remainder(asked: float, used: float, steps: str) -> None:
+    """Say how many bits the steps of sizes leave unspent."""
     short = asked - used
     level = logging.WARNING if short > LARGE_REMAINDER * asked else logging.INFO
     logger.log(
         level,
-        "ranks in multiples of %d take %.4f bits per weight, %.4f below the asked %.6g",
-        *(step, used, short, asked),
+        "%s take %.4f bits per weight, %.4f below the asked %.6g",
+        *(steps, used, short, asked),
     )
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """Measures what ranks and embedding cost; see :func:`choose_ranks` for the fields."""
+    """Measures what ranks and embedding cost; see :func:`choose_sizes` for the fields."""
 
     model: PreTrainedModel
     decoder: Decoder

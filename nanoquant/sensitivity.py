@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from nanoquant.admm import Initializer
 from nanoquant.allocation import Response, fit_response
 from nanoquant.architectures import Decoder, as_linear
 from nanoquant.budget import largest_rank
@@ -32,6 +31,7 @@ from nanoquant.divergence import ForwardKL
 from nanoquant.importance import Importance, stack
 from nanoquant.json_files import write_json
 from nanoquant.mapped import forget
+from nanoquant.methods import Initializer
 from nanoquant.offload import at_work
 from nanoquant.processes import first, on_first
 

@@ -14,7 +14,7 @@ from nanoquant.compiling import passed_blocks, uncompiled
 from nanoquant.offload import settle
 from nanoquant.processes import world_size
 from nanoquant.shards import is_shard, whole
-from nanoquant.student import binary_layers, make_trainable, norm_parameters
+from nanoquant.student import make_trainable, norm_parameters, quantized_layers
 from nanoquant.twin import twin
 
 
@@ -32,7 +32,8 @@ def sharded(student: nn.Module) -> nn.Module:
     norms = set(norm_parameters(copy))
     for module in (*outermost(passed_blocks(copy)), copy):
         settle(module)
-        whole_layers = [m for m in binary_layers(module).values() if not is_shard(m.s1)]
+        layers = quantized_layers(module).values()
+        whole_layers = [layer for layer in layers if not is_shard(layer.vectors()[0])]
         make_trainable(whole_layers, norms.intersection(module.parameters()), signs=True)
         trained = {n: p for n, p in module.named_parameters() if p.requires_grad}
         frozen = {p for p in module.parameters() if not p.requires_grad}
@@ -54,7 +55,7 @@ def outermost(blocks: list[nn.Module]) -> list[nn.Module]:
 def put_back(copy: nn.Module, student: nn.Module) -> None:
     """Whole tensors of a sharded copy in the place of those of its student, whose layers are frozen one by one."""
     shards = {name: p for name, p in copy.named_parameters() if is_shard(p)}
-    for name, layer in binary_layers(student).items():
+    for name, layer in quantized_layers(student).items():
         layer.thaw()
         for part, parameter in layer.named_parameters():
             parameter.data = whole(shards.pop(f"{name}.{part}").detach())

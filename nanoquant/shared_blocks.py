@@ -1,26 +1,26 @@
-"""Binary layers of a block as plain tensors; which process makes which block, and how all of them come to have it."""
+"""Quantized layers of a block as plain tensors; which process makes which block, and how all come to have it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanoquant.architectures import Decoder, linear_shape
 from nanoquant.block_reconstruction import BlockReport
-from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.mapped import forget
+from nanoquant.methods import Layer, kept_layer
 from nanoquant.processes import broadcast, rank, world_size
 from nanoquant.recorder import RecordBuffer, Recorder
 
 Make = Callable[[int, Recorder], BlockReport]
-"""Makes a block binary in place, by its number."""
+"""Quantizes a block in place, by its number."""
 
 
 def make_blocks(
     decoder: Decoder, turn: Sequence[int], together: bool, make: Make, recorder: Recorder
 ) -> dict[int, BlockReport]:
-    """Make the blocks of a turn binary, the same on all processes.
+    """Quantize the blocks of a turn, the same on all processes.
 
     Args:
         decoder: blocks, which are dense in the same way on all processes.
@@ -47,7 +47,7 @@ def make_blocks(
 
 
 def layer_parts(decoder: Decoder, b: int) -> dict[str, dict[str, Tensor]]:
-    """Parts of the binary layers of a block, by full name."""
+    """Parts of the quantized layers of a block, by full name."""
     return {
         decoder.full_name(b, name): dict(decoder.blocks[b].get_submodule(name).state_dict())
         for name in decoder.linears[b]
@@ -55,21 +55,12 @@ def layer_parts(decoder: Decoder, b: int) -> dict[str, dict[str, Tensor]]:
 
 
 def put_layers(decoder: Decoder, b: int, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Binary layers of these parts, as of :func:`layer_parts`, in the place of the linears of a block."""
+    """Quantized layers of these parts, as of :func:`layer_parts`, in the place of the linears of a block."""
     for name in decoder.linears[b]:
         module, parts = decoder.blocks[b].get_submodule(name), layers[decoder.full_name(b, name)]
-        if isinstance(module, BinaryLowRankLinear):  # this process has made it as well
+        if isinstance(module, Layer):  # this process has made it as well
             module.load_state_dict(parts)
         else:
-            decoder.blocks[b].set_submodule(name, _layer(module, parts))
-
-
-def _layer(dense: nn.Module, parts: Mapping[str, Tensor]) -> BinaryLowRankLinear:
-    """The binary layer of kept parts, without a copy, in the place of a dense linear or Conv1D."""
-    d_out, d_in = linear_shape(dense)
-    latent = "U" in parts
-    rank = parts["U"].shape[1] if latent else len(parts["v_signs"])
-    layer = BinaryLowRankLinear(d_in, d_out, rank, "bias" in parts, "meta")
-    layer = layer if latent else layer.freeze()
-    layer.load_state_dict({p: t.to(dense.weight.device) for p, t in parts.items()}, assign=True)
-    return layer
+            device = module.weight.device
+            there = {part: tensor.to(device) for part, tensor in parts.items()}
+            decoder.blocks[b].set_submodule(name, kept_layer(*linear_shape(module), there))

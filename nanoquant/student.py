@@ -1,4 +1,4 @@
-"""What trains of a student: its binary layers, and the norms beside and above them."""
+"""What trains of a student: its quantized layers, and the norms beside and above them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.methods import Layer
 
 
-def binary_layers(model: nn.Module) -> dict[str, BinaryLowRankLinear]:
-    """Binary layers by name."""
-    return {n: m for n, m in model.named_modules() if isinstance(m, BinaryLowRankLinear)}
+def quantized_layers(model: nn.Module) -> dict[str, Layer]:
+    """Layers of either method by name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, Layer)}
 
 
 def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Vectors of normalisation modules beside binary layers or above them.
+    """Vectors of normalisation modules beside quantized layers or above them.
 
-    Those are the norms of the blocks that hold binary layers, and the model's last one; blocks that stay
+    Those are the norms of the blocks that hold quantized layers, and the model's last one; blocks that stay
     dense keep theirs. A normalisation module is one whose class name says so.
     """
     above = {
         name.rsplit(".", k)[0]
-        for name in binary_layers(model)
+        for name in quantized_layers(model)
         for k in range(1, name.count(".") + 1)
     }
     return [
@@ -35,20 +35,18 @@ def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
-def make_trainable(
-    layers: Iterable[BinaryLowRankLinear], norms: Iterable[nn.Parameter], signs: bool
-) -> None:
-    """Have scales and biases of layers take gradients; with ``signs`` latents, of mean magnitude 1, and norms as well.
+def make_trainable(layers: Iterable[Layer], norms: Iterable[nn.Parameter], signs: bool) -> None:
+    """Have scales and biases take gradients; with ``signs`` latents, of mean magnitude 1, codebooks and norms as well.
 
     Norms become float32.
     """
     for layer in layers:
-        if signs:
-            layer.thaw()
-            for latent in (layer.U, layer.V):
-                latent.data = latent.data / latent.data.abs().mean()  # it may lie in a file
-        for name, parameter in layer.named_parameters():
-            parameter.requires_grad_(signs or name not in ("U", "V"))
+        for latent in layer.thaw().latents() if signs else ():
+            latent.data = latent.data / latent.data.abs().mean()  # it may lie in a file
+        for parameter in layer.vectors():
+            parameter.requires_grad_(True)
+        for parameter in (*layer.latents(), *layer.codebooks()):
+            parameter.requires_grad_(signs)
     for norm in norms if signs else ():
         norm.data = norm.data.to(torch.float32, copy=True)
         norm.requires_grad_(True)
@@ -57,6 +55,6 @@ def make_trainable(
 def prepared(student: nn.Module, train: str) -> nn.Module:
     """A student itself, of which that trains which ``train`` says, see ``ModelConfig``."""
     student.requires_grad_(False)
-    layers = binary_layers(student).values()
+    layers = quantized_layers(student).values()
     make_trainable(layers, norm_parameters(student), train == "signs")
     return student

@@ -1,4 +1,4 @@
-"""Unfinished work of :func:`quantize` in a folder: importances and binary layers block by block, the whole-model phase.
+"""Unfinished work of :func:`quantize` in a folder: importances and layers block by block, the whole-model phase.
 
 The same call with the same model, text, settings and version goes on there and ends with the same result; another one
 is refused with the difference named. Every file is whole or absent, so a run can be killed at any moment.
@@ -27,6 +27,7 @@ from nanoquant.digest import code_digest, model_digest
 from nanoquant.importance import Importance
 from nanoquant.importance_store import ImportanceStore
 from nanoquant.mapped import forget, map_tensors
+from nanoquant.methods import Size, Sizes, entry_of, size_of
 from nanoquant.model_state import ModelState
 from nanoquant.output_folder import check_can_be_made
 from nanoquant.processes import on_first
@@ -39,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 PATTERN = "unfinished-*.safetensors"
 LOGITS = "logits of the teacher"
-SIGNS = ("U", "V", "u_signs", "v_signs")
-"""Parts of a binary layer that stay in its file; whoever trains latents gives them memory of their own."""
+MAPPED = ("U", "V", "u_signs", "v_signs", "indices", "indices2")
+"""Parts of a layer that stay in its file; whoever trains latents gives them memory of their own."""
 RUN = ("save_every", "accelerator", "activation_memory", "timeout", "offload")
 IDLE = ("preset", "model.shard", *(f"run.{name}" for name in RUN))
 """Fields that decide nothing of the result."""
@@ -48,11 +49,11 @@ IDLE = ("preset", "model.shard", *(f"run.{name}" for name in RUN))
 
 @dataclass(frozen=True)
 class Initialized:
-    """What the phases before the whole-model one gave, besides the binary layers themselves."""
+    """What the phases before the whole-model one gave, besides the quantized layers themselves."""
 
     option: int
     """Which of the configs that the budget left was chosen."""
-    ranks: dict[str, int]
+    sizes: Sizes
     blocks: dict[int, BlockReport]
     importances: Mapping[str, Importance]
 
@@ -109,7 +110,7 @@ class Unfinished:
         return [TensorFile(path, self.settings, LOGITS) for path in sorted(paths)]
 
     def read(self, decoder: Decoder, chosen: range) -> Initialized | None:
-        """Put kept binary layers into the dense model when all blocks have them; None where some do not.
+        """Put kept layers into the dense model when all blocks have them; None where some do not.
 
         Raises:
             ValueError: what is kept belongs to another run.
@@ -128,10 +129,12 @@ class Unfinished:
             return None
         found = {b: self.take_block(decoder, b) for b in chosen}
         values = files[chosen[0]].values()
-        ranks = {
-            full: rank for file in files.values() for full, rank in file.values()["ranks"].items()
+        sizes = {
+            full: size_of(entry)
+            for file in files.values()
+            for full, entry in file.values()["sizes"].items()
         }
-        return Initialized(values["option"], ranks, found, self.importances.diagonals(chosen))
+        return Initialized(values["option"], sizes, found, self.importances.diagonals(chosen))
 
     def calibrated(self, blocks: int, chosen: range) -> tuple[int, Tensor | None]:
         """The block from which on all have been calibrated, and the gradient (N, T, d) at its input.
@@ -162,26 +165,26 @@ class Unfinished:
             forget([gradient])
 
     def take_block(
-        self, decoder: Decoder, b: int, ranks: Mapping[str, int] | None = None, option: int = 0
+        self, decoder: Decoder, b: int, sizes: Mapping[str, Size] | None = None, option: int = 0
     ) -> BlockReport | None:
-        """Put the kept binary layers of a block into the model; None where none are kept.
+        """Put the kept layers of a block into the model; None where none are kept.
 
         Args:
             decoder: blocks of the dense model.
             b: which.
-            ranks: those that are chosen now, which must be its own; None takes its own.
+            sizes: those that are chosen now, which must be its own; None takes its own.
             option: what they belong to.
 
         Raises:
-            ValueError: it was made with other ranks.
+            ValueError: it was made with other sizes.
         """
         file = self._block(b)
         values = file.values()
         if not values:
             return None
-        own = values["ranks"]
-        chosen = own if ranks is None else {full: ranks[full] for full in own}
-        if ranks is not None and (chosen, option) != (own, values["option"]):
+        own = {full: size_of(entry) for full, entry in values["sizes"].items()}
+        chosen = own if sizes is None else {full: sizes[full] for full in own}
+        if sizes is not None and (chosen, option) != (own, values["option"]):
             raise ValueError(
                 f"{file.path} was made with other ranks than losses give now, so they were measured elsewhere or lost: "
                 f"put back the sensitivity file of that run, or delete the {PATTERN} files beside it"
@@ -190,9 +193,9 @@ class Unfinished:
         return BlockReport(**values["report"])
 
     def keep_block(
-        self, decoder: Decoder, b: int, ranks: Mapping[str, int], option: int, report: BlockReport
+        self, decoder: Decoder, b: int, sizes: Mapping[str, Size], option: int, report: BlockReport
     ) -> None:
-        """Keep the binary layers of a finished block, whose signs live in the file from then on.
+        """Keep the layers of a finished block, whose signs or indices live in the file from then on.
 
         Of several processes the first one keeps them, for all.
         """
@@ -205,15 +208,15 @@ class Unfinished:
             for full, parts in layer_parts(decoder, b).items()
             for part, tensor in parts.items()
         }
-        values = {"option": option, "ranks": {full: ranks[full] for full in layers}}
+        values = {"option": option, "sizes": {full: entry_of(sizes[full]) for full in layers}}
         file = self._block(b)
         on_first(lambda: file.write(tensors, values | {"report": asdict(report)}))
         if file.path is None:
             return
         for full, parts in _stored(file).items():
-            if layers[full].s1.device.type == "cpu":
-                signs = {part: tensor for part, tensor in parts.items() if part in SIGNS}
-                layers[full].load_state_dict(signs, strict=False, assign=True)
+            if layers[full].vectors()[0].device.type == "cpu":
+                mapped = {part: tensor for part, tensor in parts.items() if part in MAPPED}
+                layers[full].load_state_dict(mapped, strict=False, assign=True)
 
     def keep_logits(self, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """What ``make`` gives, from its file where there is one."""
@@ -238,11 +241,11 @@ def discard(folder: str | Path) -> None:
 
 
 def _stored(file: TensorFile) -> dict[str, dict[str, Tensor]]:
-    """Parts of the binary layers of a block's file by full name; signs are mapped, the rest is read."""
+    """Parts of the layers of a block's file by full name; ``MAPPED`` ones are mapped, the rest is read."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in map_tensors(read_header(file.path)[0]).items():
         full, _, part = name.rpartition(".")
-        layers.setdefault(full, {})[part] = tensor if part in SIGNS else tensor.clone()
+        layers.setdefault(full, {})[part] = tensor if part in MAPPED else tensor.clone()
     return layers
 
 

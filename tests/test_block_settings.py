@@ -78,8 +78,9 @@ def test_every_setting_changes_the_result(field):
 
 
 def test_every_setting_is_among_those_above():
-    # windows is read by quantize, which chooses them; patience has its own test, in test_early_stop
-    assert {f.name for f in dataclasses.fields(BlockConfig)} == {*LIVE, "windows", "patience"}
+    # windows is read by quantize, which chooses them; others have their own tests, in test_early_stop and test_methods
+    elsewhere = {"windows", "patience", "codebook_lr"}
+    assert {f.name for f in dataclasses.fields(BlockConfig)} == {*LIVE, *elsewhere}
 
 
 @pytest.mark.parametrize(

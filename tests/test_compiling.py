@@ -10,7 +10,7 @@ from packed_models import random_factors, replace_linears
 from tiny_models import random_windows, tiny_llama
 
 from nanoquant import model_reconstruction
-from nanoquant.compiling import binary_blocks, compiled, uncompiled
+from nanoquant.compiling import compiled, quantized_blocks, uncompiled
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_reconstruction import ModelConfig, ModelObjective, ModelReconstructor
 
@@ -34,10 +34,10 @@ def loss_and_gradients(model):
 
 def test_blocks_are_those_that_hold_binary_layers():
     model = student()
-    assert binary_blocks(model) == list(model.model.layers)
+    assert quantized_blocks(model) == list(model.model.layers)
     model.model.layers[0] = tiny_llama().model.layers[0]
-    assert binary_blocks(model) == [model.model.layers[1]]
-    assert binary_blocks(tiny_llama()) == []
+    assert quantized_blocks(model) == [model.model.layers[1]]
+    assert quantized_blocks(tiny_llama()) == []
 
 
 @needs.compiler
@@ -48,7 +48,7 @@ def test_compiled_blocks_compute_the_same(frozen):
     with torch.no_grad():
         logits = model(input_ids=WINDOWS).logits
     frames = torch._dynamo.utils.counters["frames"]
-    with compiled(binary_blocks(model)):
+    with compiled(quantized_blocks(model)):
         before = frames["ok"]
         fast_loss, fast_gradients = loss_and_gradients(model)
         assert frames["ok"] > before
@@ -68,7 +68,7 @@ def test_without_a_compiler_blocks_stay_as_they_are_and_the_reason_is_named(monk
 
     monkeypatch.setattr(torch, "compile", lambda function: fail)
     model = student()
-    with compiled(binary_blocks(model)):
+    with compiled(quantized_blocks(model)):
         assert not any("forward" in vars(block) for block in model.model.layers)
     assert "uncompiled, which is slower: torch.compile fails here (No working C++" in caplog.text
     assert "more lines" not in caplog.text

@@ -19,10 +19,10 @@ from nanoquant.block_reconstruction import BlockConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.importance_store import as_tensors
 from nanoquant.mapped import forget
-from nanoquant.model_reconstruction import ModelReconstructor, binary_layers
+from nanoquant.model_reconstruction import ModelReconstructor, quantized_layers
 from nanoquant.tensor_file import TensorFile
 from nanoquant.training import RunConfig
-from nanoquant.unfinished import SIGNS, Unfinished
+from nanoquant.unfinished import MAPPED, Unfinished
 
 TUNED = dataclasses.replace(
     QUICK,
@@ -150,13 +150,13 @@ def test_a_block_that_is_lost_is_made_again_as_it_was(step, tmp_path):
 
 def test_a_block_of_other_ranks_than_are_chosen_now_is_refused(tmp_path, monkeypatch):
     killed(tmp_path, 0, phase="blocks", config=TUNED)
-    choose = phases.choose_ranks
+    choose = phases.choose_sizes
 
     def other(*arguments):
         choice = choose(*arguments)
-        return dataclasses.replace(choice, ranks={n: r + 8 for n, r in choice.ranks.items()})
+        return dataclasses.replace(choice, sizes={n: r + 8 for n, r in choice.sizes.items()})
 
-    monkeypatch.setattr(phases, "choose_ranks", other)
+    monkeypatch.setattr(phases, "choose_sizes", other)
     with pytest.raises(
         ValueError, match="block-000.* was made with other ranks than losses give now"
     ):
@@ -176,8 +176,8 @@ def test_finished_blocks_live_in_their_files_and_nothing_writes_there(
     seen = []
 
     def signs(model):
-        layers = binary_layers(model).values()
-        return [t for m in layers for part, t in m.state_dict().items() if part in SIGNS]
+        layers = quantized_layers(model).values()
+        return [t for m in layers for part, t in m.state_dict().items() if part in MAPPED]
 
     plain, train_objective = ModelReconstructor.forward, ModelReconstructor.train_objective
 
