@@ -180,9 +180,9 @@ def test_what_would_be_of_no_use_without_the_phase_is_refused(idle):
         ModelConfig(train="none", **idle)
 
 
-def test_a_student_without_binary_layers_is_refused():
+def test_a_student_without_quantized_layers_is_refused():
     model = tiny_llama()
-    with pytest.raises(ValueError, match="no BinaryLowRankLinear"):
+    with pytest.raises(ValueError, match="no quantized layer"):
         ModelReconstructor(SIGNS)(model, model, TRAINING, HELD_OUT)
 
 
