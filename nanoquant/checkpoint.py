@@ -1,6 +1,6 @@
 """Hugging Face checkpoints: packing a model, saving it as a folder, loading it, and its sizes.
 
-The folder is plain: safetensors with the tensors of every :class:`PackedBinaryLinear`, and
+The folder is plain: safetensors with the tensors of every packed layer, and
 ``config.json`` whose ``quantization_config`` lists the quantized modules.
 """
 
@@ -18,20 +18,31 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from nanoquant.checkpoint_files import QUANT_METHOD, copy_other_files, resolve_folder, verify_folder
+from nanoquant.checkpoint_files import (
+    QUANT_METHOD,
+    StoredTensor,
+    copy_other_files,
+    resolve_folder,
+    verify_folder,
+)
 from nanoquant.commit import commit, sync, sync_tree
 from nanoquant.hf_quantizer import (
-    PARTS,
     NanoQuantHfConfig,
     NanoQuantHfQuantizer,
     check_tensors,
-    packed_modules,
     swap_modules,
 )
-from nanoquant.linear import BinaryLowRankLinear
+from nanoquant.methods import Layer
 from nanoquant.model_embeddings import swap_embeddings
 from nanoquant.output_folder import PARTIAL, check_output_folder
-from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.packed_layers import (
+    from_packed_weight,
+    is_packed,
+    pack_layer,
+    packed_entry,
+    packed_modules,
+    parts_of,
+)
 from nanoquant.sizes import Sizes, measure_sizes
 
 logger = logging.getLogger(__name__)
@@ -44,9 +55,9 @@ def pack_model(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> n
     """Replace every latent or frozen layer by a packed one, in place.
 
     Args:
-        model: holds :class:`BinaryLowRankLinear` layers, or linears whose weight is a
-            ``PackedBinaryTensor``. The model itself must not be such a layer.
-        scale_dtype: dtype of the stored scales of latent layers; packed weights keep theirs.
+        model: holds layers of either method that train, or linears whose weight is a ``PackedBinaryTensor`` or a
+            ``PackedProductTensor``. The model itself must not be such a layer.
+        scale_dtype: dtype of the stored scales and codebooks; packed weights keep theirs.
 
     Returns:
         The same model. If it is a transformers model, its own ``save_pretrained`` now writes a
@@ -56,18 +67,16 @@ def pack_model(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> n
         ValueError: a value is not finite; the layer is named.
     """
     for name, layer in list(model.named_modules()):
-        if not (isinstance(layer, BinaryLowRankLinear) or is_packed_weight(layer)):
+        if not (isinstance(layer, Layer) or is_packed_weight(layer)):
             continue
         bias = layer.bias
         if bias is not None:
             bias = bias.detach().to(getattr(model, "dtype", bias.dtype))
         try:
-            if not isinstance(layer, BinaryLowRankLinear):
-                packed = PackedBinaryLinear.from_weight(layer.weight, bias)
-            elif layer.frozen:
-                packed = PackedBinaryLinear.from_frozen(layer, bias, scale_dtype)
+            if isinstance(layer, Layer):
+                packed = pack_layer(layer, bias, scale_dtype)
             else:
-                packed = PackedBinaryLinear.from_factors(layer.factors(), bias, scale_dtype)
+                packed = from_packed_weight(layer.weight, bias)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         model.set_submodule(name, packed.train(layer.training))
@@ -77,8 +86,8 @@ def pack_model(model: nn.Module, scale_dtype: torch.dtype = torch.bfloat16) -> n
 
 
 def is_packed_weight(module: nn.Module) -> bool:
-    """Whether this is a linear whose weight is a PackedBinaryTensor."""
-    return isinstance(module, nn.Linear) and hasattr(module.weight, "u_signs")
+    """Whether this is a linear whose weight is a packed tensor."""
+    return isinstance(module, nn.Linear) and is_packed(module.weight)
 
 
 def mark_quantized(model: PreTrainedModel, recipe: dict[str, Any] | None = None) -> None:
@@ -105,18 +114,22 @@ def mark_quantized(model: PreTrainedModel, recipe: dict[str, Any] | None = None)
 def check_model(model: PreTrainedModel) -> None:
     """Raise ValueError unless the model is packed, finite, and of the dtype a reload gives it."""
     for name, module in model.named_modules():
-        if isinstance(module, BinaryLowRankLinear) or is_packed_weight(module):
+        if isinstance(module, Layer) or is_packed_weight(module):
             raise ValueError(f"{name} is not packed yet; call pack_model(model) before saving")
     if not packed_modules(model):
         raise ValueError("no layer of the model is quantized; quantize and pack it before saving")
-    scales = {f"{name}.{part}" for name in packed_modules(model) for part in PARTS}
+    numbers = {
+        f"{name}.{part}"
+        for name, layer in packed_modules(model).items()
+        for part in parts_of(packed_entry(layer))[1]
+    }
     keep = (*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()))
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
         if not parameter.is_meta and not parameter.isfinite().all():
             raise ValueError(f"{name} holds a value that is not finite; nothing was written")
-        free = name in scales or any(part in name for part in keep)
+        free = name in numbers or any(part in name for part in keep)
         if parameter.dtype != model.dtype and not free:
             raise ValueError(
                 f"{name} is {parameter.dtype} but the model is {model.dtype}; a loaded model has "
@@ -222,6 +235,21 @@ def load(
     )
 
 
+def packed_skeleton(folder: Path, stored: dict[str, StoredTensor]) -> PreTrainedModel:
+    """The model of a checkpoint folder on the meta device, its linears packed, as ``stored`` has them.
+
+    Raises:
+        ValueError: what is stored is not what ``config.json`` says.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    swap_modules(skeleton, config.quantization_config["modules"], stored)
+    swap_embeddings(skeleton, config.quantization_config.get("tables", {}))
+    check_tensors(skeleton, stored)
+    return skeleton
+
+
 def read_sizes(model: nn.Module | str | Path) -> Sizes:
     """Sizes of a model, or of a checkpoint folder without loading its weights.
 
@@ -232,13 +260,7 @@ def read_sizes(model: nn.Module | str | Path) -> Sizes:
         return measure_sizes(model)
     folder = resolve_folder(model)
     stored = verify_folder(folder)
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    swap_modules(skeleton, config.quantization_config["modules"], stored)
-    swap_embeddings(skeleton, config.quantization_config.get("tables", {}))
-    check_tensors(skeleton, stored)
-    sizes = measure_sizes(skeleton)
+    sizes = measure_sizes(packed_skeleton(folder, stored))
     stored_bytes = sum(
         tensor.bytes for tensor in stored.values()
     )  # the file has the last word on dtypes

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 QUANT_METHOD = "nanoquant"
-FORMAT_VERSION = 2
-"""The newest; 2 adds quantized embeddings and heads, and a checkpoint without those stays at 1."""
+FORMAT_VERSION = 3
+"""The newest; 2 adds quantized embeddings and heads, 3 codebooks; a checkpoint has the lowest that it needs."""
 CHECKPOINT_KEY = "nanoquant_checkpoint"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -137,15 +137,32 @@ def check_format(quantization_config: dict[str, Any] | None, where: str) -> None
                 f"{where} has no {field}: an object of that name must be in its config.json"
             )
     for name, entry in quantization_config["modules"].items():
-        rank = entry.get("rank") if isinstance(entry, dict) else None
-        if not isinstance(rank, int) or rank < 1:
-            raise ValueError(f"{where} lists {name} with {entry!r}; it needs a rank >= 1")
+        if not (isinstance(entry, dict) and (_has_rank(entry) or _has_codebooks(entry))):
+            raise ValueError(
+                f"{where} lists {name} with {entry!r}; it needs a rank >= 1, or group, widths and slabs of codebooks"
+            )
     if not isinstance(quantization_config.get("tables", {}), dict):
         raise ValueError(f"{where} has tables that are no object in its config.json")
 
 
-def lowest_version(tables: dict[str, Any] | None) -> int:
+def _has_rank(entry: dict[str, Any]) -> bool:
+    return isinstance(rank := entry.get("rank"), int) and rank >= 1
+
+
+def _has_codebooks(entry: dict[str, Any]) -> bool:
+    widths = entry.get("widths")
+    numbers = [
+        entry.get("group"),
+        entry.get("slabs"),
+        *(widths if isinstance(widths, list) else ()),
+    ]
+    return isinstance(widths, list | tuple) and all(isinstance(n, int) and n >= 1 for n in numbers)
+
+
+def lowest_version(tables: dict[str, Any] | None, modules: dict[str, Any]) -> int:
     """Version of the stored layout that a checkpoint needs."""
+    if any(isinstance(entry, dict) and "group" in entry for entry in modules.values()):
+        return 3
     return 2 if tables else 1
 
 

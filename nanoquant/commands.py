@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nanoquant.checkpoint import read_sizes
+from nanoquant.checkpoint import packed_skeleton, read_sizes
 from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
 from nanoquant.console import check_json_path, note, say, show_logs, table
 from nanoquant.decoder import most_positions
 from nanoquant.generate import check_prompts, generate
 from nanoquant.generation_settings import GenerationSettings
-from nanoquant.hf_quantizer import PARTS
 from nanoquant.int8_activations import Int8Config, read_windows, use_int8_activations
 from nanoquant.json_files import write_json
+from nanoquant.methods import Size, sizes_summary
+from nanoquant.packed_layers import packed_modules, packed_size
 from nanoquant.prompts import printer, read_prompts, speed_lines
 from nanoquant.sizes import Sizes
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer, weight_bytes
@@ -120,19 +120,16 @@ def sizes_table(sizes: Sizes, file_bytes: int) -> str:
 
 
 def layer_kinds(folder: Path) -> dict[str, dict[str, Any]]:
-    """Shape, ranks and bits of the quantized linears, by the last parts of their names.
+    """Shape, ranks or codebooks, and bits of the quantized linears, by the last parts of their names.
 
     Returns:
-        "self_attn.q_proj" to its count, shape ("out x in"), smallest, mean and largest rank, and
-        bits per weight as stored.
+        "self_attn.q_proj" to its count, shape ("out x in"), smallest, mean and largest rank, or what codebooks it has
+        how often, and bits per weight as stored.
     """
-    stored = verify_folder(folder)
-    modules = read_json(folder / "config.json")["quantization_config"]["modules"]
-    groups: dict[str, list[tuple[int, int, int, int]]] = defaultdict(list)
-    for name, entry in modules.items():
-        shape = stored[f"{name}.s1"].shape[0], stored[f"{name}.s2"].shape[0]
-        bits = 8 * sum(stored[f"{name}.{part}"].bytes for part in PARTS)
-        groups[kind_of(name)].append((*shape, entry["rank"], bits))
+    groups: dict[str, list[tuple[int, int, Size, int]]] = defaultdict(list)
+    for name, layer in packed_modules(packed_skeleton(folder, verify_folder(folder))).items():
+        shape = layer.out_features, layer.in_features
+        groups[kind_of(name)].append((*shape, packed_size(layer), layer.bits))
     return {kind: summary(layers) for kind, layers in groups.items()}
 
 
@@ -143,17 +140,14 @@ def kind_of(name: str) -> str:
     return kind.removeprefix("layers.")
 
 
-def summary(layers: list[tuple[int, int, int, int]]) -> dict[str, Any]:
-    """Count, shape, ranks and bits of layers (d_out, d_in, rank, stored bits) of one kind."""
-    ranks = [rank for *_, rank, _ in layers]
+def summary(layers: list[tuple[int, int, Size, int]]) -> dict[str, Any]:
+    """Count, shape, sizes and bits of layers (d_out, d_in, size, stored bits) of one kind."""
     shapes = sorted({f"{d_out} x {d_in}" for d_out, d_in, *_ in layers})
     bits = sum(bits for *_, bits in layers)
     return {
         "count": len(layers),
         "shape": ", ".join(shapes),
-        "least rank": min(ranks),
-        "mean rank": round(math.fsum(ranks) / len(ranks), 1),
-        "largest rank": max(ranks),
+        **sizes_summary([size for *_, size, _ in layers]),
         "bits": round(bits / sum(d_out * d_in for d_out, d_in, *_ in layers), 4),
     }
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from nanoquant.activation_memory import SETTING
 from nanoquant.architectures import Decoder, find_decoder
-from nanoquant.budget import Shapes, allocate_ranks, layer_bits
+from nanoquant.budget import Shapes
 from nanoquant.config import NanoQuantConfig
 from nanoquant.importance_store import statistics_bytes
 from nanoquant.kept_logits import bytes_a_token
+from nanoquant.methods import Size, method_of, stored_bits, trained_numbers
 from nanoquant.output_folder import check_writable
 from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.sizes import tensor_bytes
@@ -26,7 +27,7 @@ from nanoquant.unfinished import PATTERN
 from nanoquant.units import amount, parse_bytes
 
 KEPT_BYTES = 4
-"""Bytes of a latent, or a scale, in the file of its block; frozen signs are packed."""
+"""Bytes of a latent, an entry or a scale in the file of its block; frozen signs and indices are packed."""
 STATE_BYTES = 16
 """Bytes that the whole-model phase keeps of each: itself, two moments, the best state."""
 HEADERS = 4096
@@ -93,7 +94,7 @@ def room_of(
     model: PreTrainedModel,
     decoder: Decoder,
     chosen: range,
-    ranks: Mapping[str, int],
+    sizes: Mapping[str, Size],
     config: NanoQuantConfig,
 ) -> Room:
     """Bytes of a run.
@@ -102,13 +103,13 @@ def room_of(
         model: dense; may be on the meta device.
         decoder: its blocks.
         chosen: those that are quantized.
-        ranks: of their linears by full name, as the bits give them.
+        sizes: of their linears by full name, as the bits give them.
         config: of the run.
     """
     shapes = decoder_shapes(decoder, chosen)
     dense = sum(d_out * d_in for d_out, d_in in shapes.values())
     kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * dense
-    packed = sum(layer_bits(*shapes[name], rank) for name, rank in ranks.items()) // 8
+    packed = sum(stored_bits(shapes[name], size) for name, size in sizes.items()) // 8
     calibration, tuning = streams(model, len(decoder.blocks), chosen, config)
     limit = config.run.activation_memory
     beyond = max(calibration.beyond(limit), tuning.beyond(limit))
@@ -117,20 +118,20 @@ def room_of(
     groups = [decoder.full_name(b, group[0]) for b in chosen for group in decoder.groups[b]]
     inputs = [shapes[name][1] for name in groups]
     work = statistics_bytes(list(shapes.values()), inputs, config.importance.curvature)
-    work += max(2 * calibration.each, _trained_bytes(shapes, ranks, packed, config))
+    work += max(2 * calibration.each, _trained_bytes(shapes, sizes, packed, config))
     return Room(kept + packed, work + HEADERS * len(shapes), beyond)
 
 
 def _trained_bytes(
-    shapes: Shapes, ranks: Mapping[str, int], packed: int, config: NanoQuantConfig
+    shapes: Shapes, sizes: Mapping[str, Size], packed: int, config: NanoQuantConfig
 ) -> int:
-    """Binary layers, the whole-model phase, and what it keeps of the teacher; calibration's gradient is gone then."""
+    """Layers, the whole-model phase, and what it keeps of the teacher; calibration's gradient is gone then."""
     settings, each = config.model, KEPT_BYTES
-    scales = sum(d_out + d_in for d_out, d_in in shapes.values())
-    latents = sum((d_out + d_in) * ranks[name] for name, (d_out, d_in) in shapes.items())
+    numbers, signs = trained_numbers(shapes, sizes), settings.train == "signs"
     if settings.train != "none" and settings.optimizer.state_bits == 32:
         each += 2 * STATE_BYTES  # the old one is there until the new one is whole
-    found = (each * latents if settings.train == "signs" else packed) + each * scales
+    found = each * numbers.latents if signs and numbers.latents else packed
+    found += (each if signs else KEPT_BYTES) * numbers.entries + each * numbers.scales
     if (k := settings.kept_logits) is not None:
         windows = settings.windows + settings.held_out
         found += bytes_a_token(k) * windows * config.calibration.length
@@ -177,10 +178,10 @@ def check_run(
     """What :func:`check_room` says of a run; arguments as there.
 
     Raises:
-        ValueError: as there, or no ranks meet the budget.
+        ValueError: as there, or nothing meets the budget.
     """
     decoder = find_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
     option = check_budget(model, decoder, chosen, config)[0]
-    ranks = allocate_ranks(decoder_shapes(decoder, chosen), option.budget)
-    return check_room(output, room_of(model, decoder, chosen, ranks, option), work)
+    sizes = method_of(option).plan(decoder_shapes(decoder, chosen), option)
+    return check_room(output, room_of(model, decoder, chosen, sizes, option), work)

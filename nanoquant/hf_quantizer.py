@@ -27,16 +27,16 @@ from nanoquant.checkpoint_files import (
     read_headers,
     verify_folder,
 )
+from nanoquant.methods import size_of
 from nanoquant.model_embeddings import (
     dense_embeddings,
     quantized_tables,
     swap_embeddings,
     table_entries,
 )
-from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.packed_layers import empty_layer, packed_entry, packed_modules, parts_of
 from nanoquant.sizes import packed_parts
 
-PARTS = ("u_signs", "v_signs", "s1", "s2")
 BYTES = {torch.uint8: "U8", torch.int8: "I8"}
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
@@ -46,7 +46,8 @@ class NanoQuantHfConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of ``config.json``.
 
     Args:
-        modules: full module name to {"rank": r}, for every quantized linear.
+        modules: full module name to {"rank": r}, or to group, widths and slabs of codebooks, for every
+            quantized linear.
         format_version: version of the stored layout, None for the lowest that the content needs; one
             that is newer than this library's is refused.
         recipe: how the model was made, any JSON object; nothing reads it.
@@ -59,7 +60,7 @@ class NanoQuantHfConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        modules: dict[str, dict[str, int]] | None = None,
+        modules: dict[str, dict[str, Any]] | None = None,
         format_version: int | None = None,
         recipe: dict[str, Any] | None = None,
         checkpoint_id: str | None = None,
@@ -67,8 +68,9 @@ class NanoQuantHfConfig(QuantizationConfigMixin):
         tables: dict[str, dict[str, int]] | None = None,
     ) -> None:
         self.quant_method = quant_method
-        self.format_version = lowest_version(tables) if format_version is None else format_version
         self.modules = {} if modules is None else modules
+        lowest = lowest_version(tables, self.modules)
+        self.format_version = lowest if format_version is None else format_version
         self.recipe = {} if recipe is None else recipe
         self.checkpoint_id = checkpoint_id
         if tables:
@@ -80,7 +82,7 @@ class NanoQuantHfConfig(QuantizationConfigMixin):
         self.__dict__.pop("tables", None)
         if tables:
             self.tables = tables
-        self.format_version = lowest_version(tables)
+        self.format_version = lowest_version(tables, self.modules)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -134,7 +136,9 @@ class NanoQuantHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
         """Bring the configuration up to date; ``save_pretrained`` calls this first."""
         config = self.quantization_config
-        config.modules = {name: {"rank": m.rank} for name, m in packed_modules(model).items()}
+        config.modules = {
+            name: packed_entry(layer) for name, layer in packed_modules(model).items()
+        }
         config.set_tables(table_entries(model))
         config.checkpoint_id = digest(model)
         return None, {CHECKPOINT_KEY: config.checkpoint_id}
@@ -173,15 +177,10 @@ def shorten(names: list[str]) -> str:
     return ", ".join(names[:5]) + rest
 
 
-def packed_modules(model: nn.Module) -> dict[str, PackedBinaryLinear]:
-    """The packed layers of a model by full name."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, PackedBinaryLinear)}
-
-
 def swap_modules(
-    model: nn.Module, modules: dict[str, dict[str, int]], stored: dict[str, StoredTensor]
+    model: nn.Module, modules: dict[str, dict[str, Any]], stored: dict[str, StoredTensor]
 ) -> None:
-    """Replace the listed linears by packed ones on the meta device, scales in the stored dtype."""
+    """Replace the listed linears by packed ones on the meta device, numbers in the stored dtype."""
     present = dict(model.named_modules())
     for name, entry in modules.items():
         dense = present.get(name)
@@ -194,24 +193,36 @@ def swap_modules(
             raise ValueError(
                 f"the checkpoint lists {name} as a quantized linear, but the model has {found}"
             )
-        missing = [f"{name}.{part}" for part in PARTS if f"{name}.{part}" not in stored]
-        if missing:
-            raise ValueError(
-                f"the checkpoint lists {name} as quantized, but lacks {shorten(missing)}"
-            )
-        dtypes = [stored[f"{name}.{scale}"].dtype for scale in ("s1", "s2")]
-        if dtypes[0] not in FLOATS or dtypes[0] != dtypes[1]:
-            raise ValueError(f"scales of {name} are {dtypes}; both must be one of {list(FLOATS)}")
-        bias = dense.bias is not None
-        bias_dtype = dense.bias.dtype if bias else None
-        packed = PackedBinaryLinear(
-            d_in, d_out, entry["rank"], bias, "meta", FLOATS[dtypes[0]], bias_dtype
-        )
+        dtype = _stored_dtype(name, entry, stored)
+        bias_dtype = None if dense.bias is None else dense.bias.dtype
+        try:
+            packed = empty_layer(d_out, d_in, size_of(entry), dtype, bias_dtype)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint lists {name} with {entry}: {error}") from None
         packed._is_hf_initialized = True  # transformers would look for a weight to initialize
         parent = model.get_submodule(name.rpartition(".")[0])
         if not any(True for _ in (*parent.parameters(False), *parent.buffers(False))):
             parent._is_hf_initialized = True  # GPT-2 initializes the weights of children
         model.set_submodule(name, packed.train(dense.training))
+
+
+def _stored_dtype(name: str, entry: dict[str, Any], stored: dict[str, StoredTensor]) -> torch.dtype:
+    """The dtype of a quantized linear's numbers, all of whose tensors must be there."""
+    codes, numbers = parts_of(entry)
+    missing = [f"{name}.{part}" for part in codes + numbers if f"{name}.{part}" not in stored]
+    if missing:
+        others = [f"{name}.{part}" for part in ("indices", "u_signs") if part not in codes]
+        mixed = [other for other in others if other in stored]
+        hint = f" and has {mixed[0]}: it was made by another method" if mixed else ""
+        raise ValueError(
+            f"the checkpoint lists {name} as quantized, but lacks {shorten(missing)}{hint}"
+        )
+    dtypes = [stored[f"{name}.{number}"].dtype for number in numbers]
+    if dtypes[0] not in FLOATS or len(set(dtypes)) > 1:
+        raise ValueError(
+            f"scales of {name}, as {' and '.join(numbers)}, are {dtypes}; all must be the same one of {list(FLOATS)}"
+        )
+    return FLOATS[dtypes[0]]
 
 
 def check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> None:

@@ -7,6 +7,8 @@ which layers a budget buys, which initializer serves, and how a layer comes from
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nanoquant.admm import ADMMInitializer
+from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.binary import BinaryFactors
 from nanoquant.budget import Shapes, allocate_ranks, count_weights, layer_bits, rank_limits
 from nanoquant.codebooks import ProductFactors
 from nanoquant.importance import Importance
+from nanoquant.kmeans import LloydConfig
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.product import KMeansConfig, KMeansInitializer
 from nanoquant.product_budget import MENU, ProductShape, plan_product, product_bits
@@ -76,6 +79,7 @@ class Method:
 
     Args:
         initializer: of a config.
+        trial: initializer that does the least.
         plan: sizes that meet the budget of a config without knowing more than (d_out, d_in) of each linear; raises
             ValueError where none do.
         check: raises the same for a config whose sizes follow from more than that.
@@ -85,6 +89,7 @@ class Method:
     """
 
     initializer: Callable[[NanoQuantConfig], Initializer]
+    trial: Initializer
     plan: Callable[[Shapes, NanoQuantConfig], Sizes]
     check: Callable[[Shapes, NanoQuantConfig], Any]
     steps: Callable[[NanoQuantConfig], str]
@@ -99,6 +104,7 @@ def _plan_product(shapes: Shapes, config: NanoQuantConfig) -> Sizes:
 METHODS = {
     "binary": Method(
         initializer=lambda config: ADMMInitializer(config.admm),
+        trial=ADMMInitializer(ADMMConfig(iterations=2)),
         plan=lambda shapes, config: allocate_ranks(shapes, config.budget),
         check=lambda shapes, config: rank_limits(shapes, config.budget),
         steps=lambda config: f"ranks in multiples of {config.budget.rank_multiple}",
@@ -107,6 +113,7 @@ METHODS = {
     ),
     "product": Method(
         initializer=lambda config: KMeansInitializer(config.product.kmeans),
+        trial=KMeansInitializer(KMeansConfig(lloyd=LloydConfig(iterations=1), rounds=1)),
         plan=_plan_product,
         check=_plan_product,
         steps=lambda config: "indices and codebooks",
@@ -171,6 +178,48 @@ def _default(config: NanoQuantConfig, path: str) -> Any:  # noqa: ANN401
 def stored_bits(shape: tuple[int, int], size: Size) -> int:
     """Stored bits of a linear (d_out, d_in) of either method, without its bias."""
     return (product_bits if isinstance(size, ProductShape) else layer_bits)(*shape, size)
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Numbers of linears that may train."""
+
+    latents: int
+    """Behind signs, which the packed form has in their place."""
+    entries: int
+    """Of codebooks."""
+    scales: int
+
+    @property
+    def weights(self) -> int:
+        """What scales multiply."""
+        return self.latents + self.entries
+
+
+def trained_numbers(shapes: Shapes, sizes: Mapping[str, Size]) -> Trained:
+    """Numbers of these linears together."""
+    latents = entries = scales = 0
+    for name, size in sizes.items():
+        d_out, d_in = shapes[name]
+        if isinstance(size, ProductShape):
+            entries += size.slabs * size.group * sum(size.entries)
+            scales += d_out
+        else:
+            latents += (d_out + d_in) * size
+            scales += d_out + d_in
+    return Trained(latents, entries, scales)
+
+
+def sizes_summary(sizes: list[Size]) -> dict[str, Any]:
+    """The range of ranks, or codebooks as "8:8 x2" with how often each comes."""
+    if isinstance(sizes[0], ProductShape):
+        often = Counter(map(str, sizes)).most_common()
+        return {"codebooks": ", ".join(f"{what} ({count})" for what, count in often)}
+    return {
+        "least rank": min(sizes),
+        "mean rank": round(math.fsum(sizes) / len(sizes), 1),
+        "largest rank": max(sizes),
+    }
 
 
 def body_bits(shapes: Shapes, sizes: Mapping[str, Size]) -> float:

@@ -19,6 +19,7 @@ from nanoquant.embedding import (
     quantize_table,
     table_of,
 )
+from nanoquant.packed_layers import is_packed
 from nanoquant.packed_linear import frozen
 from nanoquant_kernels.table import dense_rows
 
@@ -72,7 +73,7 @@ def check_embeddings(model: PreTrainedModel, config: EmbeddingConfig) -> None:
     for name, module in find_embeddings(model).items():
         if table_of(module) is not None:
             raise ValueError(f"{name} is quantized already; load the dense model")
-        if hasattr(module.weight, "u_signs"):
+        if is_packed(module.weight):
             raise ValueError(f"{name} is packed already; keep embedding.bits=16")
         check_width(module.weight.shape[1], config)
 

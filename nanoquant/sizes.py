@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from nanoquant.model_embeddings import quantized_tables
-from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.packed_layers import Packed, is_packed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class Sizes:
     """What a model costs; a tensor that several modules share counts once everywhere."""
 
     body_bits_per_weight: float | None
-    """Stored bits of signs and scales per dense weight of quantized linears; None without them."""
+    """Stored bits of signs or codebooks, and scales, per dense weight of quantized linears; None without them."""
     model_bits_per_parameter: float
     """Bits of all stored tensors, embeddings and norms too, per parameter of the dense model."""
     bytes_on_disk: int
@@ -57,19 +57,18 @@ def measure_sizes(model: nn.Module) -> Sizes:
     """Measure a dense or quantized model; tensors on the meta device count as if they were there.
 
     Args:
-        model: any module; quantized linears are :class:`PackedBinaryLinear` modules and modules
-            whose ``weight`` is a ``PackedBinaryTensor``. Latent layers count as what they hold,
-            float32 tensors: pack them first.
+        model: any module; quantized linears are packed layers and modules whose ``weight`` is a packed tensor.
+            Layers that train count as what they hold, float32 tensors: pack them first.
     """
     body_bits = body_weights = packed_numel = 0
     for module in model.modules():
-        if isinstance(module, PackedBinaryLinear):
+        if isinstance(module, Packed):
             body_bits += module.bits
             body_weights += module.in_features * module.out_features
             packed_numel += sum(
                 p.numel() for p in module.parameters(recurse=False) if p is not module.bias
             )
-        elif hasattr(weight := module._parameters.get("weight"), "u_signs"):
+        elif is_packed(weight := module._parameters.get("weight")):
             body_bits += weight.bits
             body_weights += weight.numel()
             packed_numel += weight.numel()

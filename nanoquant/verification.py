@@ -25,7 +25,8 @@ from nanoquant.checkpoint_files import read_json, verify_folder
 from nanoquant.config import NanoQuantConfig
 from nanoquant.evaluation.perplexity import window_logits
 from nanoquant.generate import Generation, continue_greedily
-from nanoquant.hf_quantizer import packed_modules, shorten
+from nanoquant.hf_quantizer import shorten
+from nanoquant.packed_layers import packed_modules
 from nanoquant.sources import load_model
 
 PROMPT, TOKENS = "The", 8

@@ -176,7 +176,7 @@ def test_activations_are_what_a_forward_pass_allocates(bits, rank):
 
     model = build(LlamaConfig(**SMALL | {"max_position_embeddings": 512}), torch.bfloat16)
     told = anatomy(model.config)
-    model = pack_randomly(model, rank=rank) if bits else model
+    model = pack_randomly(model, rank) if bits else model
     use, ids = Use(512, 1, "cpu", 16), random_windows(1, 512)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.inference_mode():

@@ -23,6 +23,7 @@ from nanoquant.checkpoint import load, pack_model, read_sizes, save_pretrained
 from nanoquant.checkpoint_files import INDEX_FILE, read_header
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.packed_tensor import PackedBinaryTensor
+from nanoquant.product_budget import ProductShape
 
 WINDOWS = random_windows(2, 16)
 MODELS = {
@@ -39,6 +40,11 @@ MODELS = {
     "gemma3": lambda: pack_randomly(tiny_gemma3()),
     "phi": lambda: pack_randomly(tiny_phi()),
     "phi3": lambda: pack_randomly(tiny_phi3()),
+    "looked-up llama": lambda: pack_randomly(tiny_llama(), ProductShape(8, (4, 4))),
+    "looked-up gpt2": lambda: pack_randomly(tiny_gpt2(), ProductShape(4, (6,), 2)),
+    "looked-up head, float32": lambda: pack_randomly(
+        tiny_llama(), ProductShape(7, (4,)), head=True, scale_dtype=torch.float32
+    ),
 }
 
 

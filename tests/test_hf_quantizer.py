@@ -11,7 +11,9 @@ from torch import nn
 
 from nanoquant.checkpoint import load, save_pretrained
 from nanoquant.checkpoint_files import read_header
-from nanoquant.hf_quantizer import NanoQuantHfConfig, digest, packed_modules
+from nanoquant.hf_quantizer import NanoQuantHfConfig, digest
+from nanoquant.packed_layers import packed_modules
+from nanoquant.product_budget import ProductShape
 
 FILE = "model.safetensors"
 
@@ -39,6 +41,53 @@ def test_a_missing_part_of_a_quantized_layer_is_named(folder, part):
     name = f"model.layers.1.mlp.up_proj.{part}"
     rewrite(folder, lambda tensors: tensors.pop(name))
     assert_refused(folder, f"lacks {name}")
+
+
+@pytest.fixture
+def looked_up(tmp_path):
+    model = pack_randomly(tiny_llama(), ProductShape(8, (4, 4)))
+    return save_pretrained(model, tmp_path / "looked up")
+
+
+@pytest.mark.parametrize("part", ["indices", "codebook", "indices2", "codebook2", "scale"])
+def test_a_missing_part_of_a_looked_up_layer_is_named(looked_up, part):
+    name = f"model.layers.1.mlp.up_proj.{part}"
+    rewrite(looked_up, lambda tensors: tensors.pop(name))
+    assert_refused(looked_up, f"lacks {name}")
+
+
+@pytest.mark.parametrize(("which", "has"), [(0, "u_signs"), (1, "indices")])
+def test_entries_of_the_other_method_are_refused_by_name(folder, looked_up, which, has):
+    places = (folder, looked_up)
+    configs = [json.loads((place / "config.json").read_text()) for place in places]
+    other = configs[1 - which]["quantization_config"]["modules"]
+    configs[which]["quantization_config"]["modules"] = other
+    (places[which] / "config.json").write_text(json.dumps(configs[which]))
+    assert_refused(places[which], f"lacks .* and has .*{has}: it was made by another method")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"widths": []}, "have one stage or a second"),
+        ({"widths": [5, 4]}, "indices have .* got 5"),
+        ({"slabs": 7}, "7 slabs do not divide"),
+        ({"group": 0}, "needs a rank >= 1, or group, widths and slabs"),
+        ({"widths": 4}, "needs a rank >= 1, or group, widths and slabs"),
+    ],
+)
+def test_codebooks_that_can_not_be_are_named(looked_up, change, message):
+    content = json.loads((looked_up / "config.json").read_text())
+    name = "model.layers.0.mlp.down_proj"
+    content["quantization_config"]["modules"][name] |= change
+    (looked_up / "config.json").write_text(json.dumps(content))
+    assert_refused(looked_up, f"{name}.*{message}")
+
+
+def test_only_codebooks_ask_for_the_newest_format(folder, looked_up):
+    for place, version in ((folder, 1), (looked_up, 3)):
+        content = json.loads((place / "config.json").read_text())["quantization_config"]
+        assert content["format_version"] == version
 
 
 def test_a_missing_tensor_of_the_rest_is_named(folder):

@@ -79,6 +79,7 @@ ORDER = (
     "packed_tensor",
     "product_packed",
     "product_tensor",
+    "packed_layers",
     "embedding",
     "model_embeddings",
     "sizes",

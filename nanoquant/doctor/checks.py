@@ -14,18 +14,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import find_skeleton_decoder
 from nanoquant.benchmark.shapes import linear_shapes, skeleton
-from nanoquant.budget import allocate_ranks, body_bits, rank_limits
 from nanoquant.checkpoint_files import StoredTensor, read_headers, shard_files
 from nanoquant.compiling import compiler_obstacle
 from nanoquant.config import NanoQuantConfig
 from nanoquant.disk import check_room, room_of
-from nanoquant.hf_quantizer import PARTS
 from nanoquant.importance import Importance
 from nanoquant.mapped import map_tensors
-from nanoquant.packed_linear import PackedBinaryLinear
+from nanoquant.methods import Sizes, body_bits, layer_of, method_of, sizes_summary
+from nanoquant.packed_layers import pack_layer
 from nanoquant.sizes import tensor_bytes
 from nanoquant.sources import check_dense, find_model
 from nanoquant.units import amount
@@ -78,31 +76,31 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> tuple[dict[str, Store
     return stored, text + (f"; {missing} under other names" if missing else "")
 
 
-def check_ranks(
-    shapes: dict[str, tuple[int, int]], config: NanoQuantConfig
-) -> tuple[dict[str, int], str]:
-    """Ranks that meet the bits."""
-    rank_limits(shapes, config.budget)
-    ranks = allocate_ranks(shapes, config.budget)
-    low, high = min(ranks.values()), max(ranks.values())
-    return ranks, f"{body_bits(shapes, ranks):.4f} bits a weight, ranks {low} to {high}"
+def check_sizes(shapes: dict[str, tuple[int, int]], config: NanoQuantConfig) -> tuple[Sizes, str]:
+    """Ranks, or codebooks, that meet the bits."""
+    method = method_of(config)
+    method.check(shapes, config)
+    sizes = method.plan(shapes, config)
+    text = f"{body_bits(shapes, sizes):.4f} bits a weight"
+    if "codebooks" in (found := sizes_summary(list(sizes.values()))):
+        return sizes, f"{text}, codebooks {found['codebooks']}"
+    return sizes, f"{text}, ranks {found['least rank']} to {found['largest rank']}"
 
 
-def check_disk(
-    output: str, model: PreTrainedModel, ranks: dict[str, int], config: NanoQuantConfig
-) -> str:
+def check_disk(output: str, model: PreTrainedModel, sizes: Sizes, config: NanoQuantConfig) -> str:
     """Room for the checkpoint, and for what a run writes until then."""
     decoder = find_skeleton_decoder(model)
     chosen = config.block_range(len(decoder.blocks))
-    return check_room(output, room_of(model, decoder, chosen, ranks, config))
+    return check_room(output, room_of(model, decoder, chosen, sizes, config))
 
 
 def check_save(
     stored: dict[str, StoredTensor],
     shapes: dict[str, tuple[int, int]],
-    ranks: dict[str, int],
+    sizes: Sizes,
+    config: NanoQuantConfig,
 ) -> str:
-    """Factorize the smallest linear for two iterations, pack it, write it, and read it back."""
+    """Quantize the smallest linear as quickly as it goes, pack it, write it, and read it back."""
     names = [n for n in shapes if f"{n}.weight" in stored]
     if not names:
         raise ValueError(
@@ -112,10 +110,10 @@ def check_save(
     weight = map_tensors({name: stored[f"{name}.weight"]})[name].float()
     weight = weight if tuple(weight.shape) == shapes[name] else weight.T  # Conv1D
     even = Importance(torch.ones(weight.shape[1]), torch.ones(weight.shape[0]))
-    layer = PackedBinaryLinear.from_factors(
-        ADMMInitializer(ADMMConfig(iterations=2))(weight, even, ranks[name])
-    )
-    parts: dict[str, Tensor] = {p: getattr(layer, p).detach().contiguous() for p in PARTS}
+    generator = torch.Generator().manual_seed(config.run.seed)
+    factors = method_of(config).trial(weight, even, sizes[name], generator)
+    layer = pack_layer(layer_of(factors, None), None, torch.bfloat16)
+    parts: dict[str, Tensor] = {p: t.detach().contiguous() for p, t in layer.named_parameters()}
     with TemporaryDirectory() as folder:
         file = Path(folder, "layer.safetensors")
         save_file(parts, file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from nanoquant.config import DEFAULT_PRESET, nanoquant_config
+from nanoquant.config import DEFAULT_PRESET, NanoQuantConfig, nanoquant_config
 from nanoquant.console import say, show_logs
 from nanoquant.doctor import checks
 
@@ -49,7 +49,11 @@ class Findings:
 
 
 def doctor_command(
-    model: str, output: str = ".", bits: float = 1.0, preset: str = DEFAULT_PRESET
+    model: str,
+    output: str = ".",
+    bits: float = 1.0,
+    preset: str = DEFAULT_PRESET,
+    method: str = NanoQuantConfig.method,
 ) -> None:
     """Look for what would stop a quantization, and for what would make it slow; no weight is changed.
 
@@ -58,19 +62,20 @@ def doctor_command(
         output: where the checkpoint is to go.
         bits: bits per weight over all quantized linears.
         preset: as for quantize.
+        method: as for quantize.
 
     Raises:
         ValueError: something would stop it; named, after all has been printed.
     """
-    config = nanoquant_config(bits, preset)
+    config = nanoquant_config(bits, preset, method=method)
     show_logs(verbose=False)
     found = Findings()
     folder = found.check("files", checks.check_files, model)
     skeleton, shapes = found.check("parts", checks.check_parts, folder) or (None, None)
     stored = found.check("tensors", checks.check_tensors, folder, skeleton)
-    ranks = found.check("ranks", checks.check_ranks, shapes, config)
-    found.check("disk", checks.check_disk, output, skeleton, ranks, config)
-    found.check("save", checks.check_save, stored, shapes, ranks)
+    sizes = found.check("ranks", checks.check_sizes, shapes, config)
+    found.check("disk", checks.check_disk, output, skeleton, sizes, config)
+    found.check("save", checks.check_save, stored, shapes, sizes, config)
     found.check("extension", checks.check_extension, grave=False)
     found.check("compiler", checks.check_compiler, grave=False)
     found.check("gpu", checks.check_gpu, grave=False)

@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from nanoquant.checkpoint import LARGEST_SHARD
 from nanoquant.checkpoint_files import CHECKPOINT_KEY, INDEX_FILE, SINGLE_FILE, StoredTensor
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.hf_quantizer import BYTES, FLOATS, PARTS, swap_modules
+from nanoquant.hf_quantizer import BYTES, FLOATS, swap_modules
+from nanoquant.methods import Size, entry_of
 from nanoquant.model_embeddings import find_embeddings, swap_embeddings
+from nanoquant.packed_layers import parts_of
 from nanoquant.sizes import Sizes, measure_sizes
 
 WIDTHS = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
@@ -54,7 +56,7 @@ class WeightFiles:
 
 def weight_files(
     dense: PreTrainedModel,
-    ranks: Mapping[str, int],
+    sizes: Mapping[str, Size],
     embedding: EmbeddingConfig,
     shard: int | str = LARGEST_SHARD,
 ) -> WeightFiles:
@@ -62,11 +64,11 @@ def weight_files(
 
     Args:
         dense: stays as it is.
-        ranks: of the linears that are packed, by full name.
+        sizes: ranks or codebooks of the linears that are packed, by full name.
         embedding: storage of embedding and head.
         shard: largest shard, in bytes or as "5GB".
     """
-    model = quantized_skeleton(dense, ranks, embedding)
+    model = quantized_skeleton(dense, sizes, embedding)
     tensors = stored_tensors(model)
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern=SINGLE_FILE.replace(".s", "{suffix}.s"), max_shard_size=shard
@@ -84,13 +86,14 @@ def weight_files(
 
 
 def quantized_skeleton(
-    dense: PreTrainedModel, ranks: Mapping[str, int], embedding: EmbeddingConfig
+    dense: PreTrainedModel, sizes: Mapping[str, Size], embedding: EmbeddingConfig
 ) -> PreTrainedModel:
     """A copy of a dense model on the meta device whose linears and tables are packed."""
     model = copy.deepcopy(dense)
     scale = StoredTensor(Path(), SCALES, (), 0, 0)
-    stored = {f"{name}.{part}": scale for name in ranks for part in PARTS}
-    swap_modules(model, {name: {"rank": rank} for name, rank in ranks.items()}, stored)
+    entries = {name: entry_of(size) for name, size in sizes.items()}
+    parts = {name: sum(parts_of(entry), ()) for name, entry in entries.items()}
+    swap_modules(model, entries, {f"{n}.{part}": scale for n in parts for part in parts[n]})
     if embedding.bits != 16:
         entry = {"bits": embedding.bits}
         entry |= {"group_size": embedding.group_size} if embedding.bits == 4 else {}
