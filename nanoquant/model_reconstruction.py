@@ -1,8 +1,7 @@
 """ModelReconstructor: the whole model against its dense teacher, by KL divergence of logits (Phase 3, Eq. 11).
 
-``train="scales"`` is the paper's form: signs frozen, scales trained. ``train="signs"`` also trains the latents
-behind the signs (straight-through), or codebooks, together with the norms; that wants fresh text, not a few windows
-repeated.
+``train="scales"`` is the paper's form: signs frozen, scales trained. ``train="signs"`` also trains latents behind the
+signs (straight-through), or codebooks, together with norms; that wants fresh text, not a few windows repeated.
 The teacher runs at every step, unless what :mod:`nanoquant.kept_logits` keeps of its logits comes with the windows.
 The state with the lowest divergence on held-out windows wins; the untouched state is a candidate.
 """
@@ -25,7 +24,6 @@ from nanoquant.course import Course
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.kept_logits import as_rows, collate
-from nanoquant.methods import Layer
 from nanoquant.model_state import ModelState
 from nanoquant.non_finite import locate_non_finite
 from nanoquant.offload import settle, visits
@@ -249,7 +247,10 @@ class ModelReconstructor(nn.Module):
         config, report = self.config, keeper.report
         order = Order(len(windows), config.batch, config.epochs, self.seed)
         layers = quantized_layers(objective.student)
-        peak = self.peak_rate(layers)
+        latent = any(layer.latents() for layer in layers.values())
+        peak = config.latent_lr if latent else config.codebook_lr
+        if config.train == "scales":
+            peak = config.scale_lr
         course = Course(
             *(keeper, layers, recorder, order.steps, config.evaluations),
             rate=lambda step: peak * config.optimizer.rate(step, order.steps),
@@ -300,10 +301,3 @@ class ModelReconstructor(nn.Module):
             for norm in norm_parameters(student):
                 groups.append(tensor_group(norm, config.scale_lr, config.relative_rates))
         return groups
-
-    def peak_rate(self, layers: dict[str, Layer]) -> float:
-        """Highest rate of what scales multiply, or of scales where that does not train."""
-        if self.config.train == "scales":
-            return self.config.scale_lr
-        latent = any(layer.latents() for layer in layers.values())
-        return self.config.latent_lr if latent else self.config.codebook_lr
