@@ -9,7 +9,7 @@ importances are not observed, and it costs much quality. ``step="prepare"`` obse
         model(**batch).loss.backward()
     quantize_(model, nanoquant_config(bits=1.0, step="convert"))
 
-A handler sees neither the whole model nor text, so the rank of each linear is the largest that its
+A handler sees neither the whole model nor text, so the rank of each linear, or its codebooks, is the largest that its
 own budget allows, whatever presets say of measured ranks, and block and model reconstruction do not happen:
 that is ``nanoquant.quantize``. ``importance.curvature="inputs"`` works in the steps prepare and convert; without
 data it changes nothing.
@@ -27,12 +27,14 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from nanoquant.admm import ADMMInitializer
 from nanoquant.architectures import as_linear
-from nanoquant.budget import BudgetConfig, allocate_ranks
+from nanoquant.codebooks import ProductFactors
 from nanoquant.config import NanoQuantConfig
 from nanoquant.importance import Importance, ImportanceCollector, ImportanceConfig
+from nanoquant.methods import Size, method_of
+from nanoquant.packed_layers import is_packed
 from nanoquant.packed_tensor import PackedBinaryTensor
+from nanoquant.product_tensor import PackedProductTensor
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
         ValueError: the module can't be quantized, the budget does not suffice, or, for convert,
             nothing was observed.
     """
-    if isinstance(getattr(module, "weight", None), PackedBinaryTensor):
+    if is_packed(getattr(module, "weight", None)):
         return module
     if config.blocks:
         raise ValueError(
@@ -164,24 +166,26 @@ def prepare(module: nn.Module, config: ImportanceConfig) -> ObservedLinear:
 def factorize(linear: nn.Linear, importance: Importance, config: NanoQuantConfig) -> nn.Linear:
     """Put packed factors in the place of the weight (d_out, d_in) of ``linear``."""
     weight = linear.weight.detach()
-    rank = layer_rank(weight, config.budget)
+    size = layer_size(weight, config)
     generator = torch.Generator().manual_seed(config.run.seed)
-    factors = ADMMInitializer(config.admm)(weight, importance, rank, generator)
-    packed = PackedBinaryTensor.from_factors(factors, dtype=weight.dtype)
+    factors = method_of(config).initializer(config)(weight, importance, size, generator)
+    looked_up = isinstance(factors, ProductFactors)
+    kind = PackedProductTensor if looked_up else PackedBinaryTensor
+    packed = kind.from_factors(factors, dtype=weight.dtype)
     linear.weight = nn.Parameter(packed, requires_grad=False)
-    logger.info("%s: rank %d", describe(linear), rank)
+    logger.info("%s: %s %s", describe(linear), "codebooks" if looked_up else "rank", size)
     return linear
 
 
-def layer_rank(weight: Tensor, budget: BudgetConfig) -> int:
-    """Largest rank of one linear that takes at most the asked bits per weight.
+def layer_size(weight: Tensor, config: NanoQuantConfig) -> Size:
+    """Largest rank, or best codebooks, of one linear at no more than the asked bits per weight.
 
     Raises:
-        ValueError: the smallest rank costs more, or the largest less, than is asked.
+        ValueError: the smallest size costs more, or the largest less, than is asked.
     """
     shape = tuple(weight.shape)
     try:
-        return allocate_ranks({"weight": shape}, budget)["weight"]
+        return method_of(config).plan({"weight": shape}, config)["weight"]
     except ValueError as error:
         raise ValueError(
             f"linear of shape {shape}: {error}, or keep this linear dense with "

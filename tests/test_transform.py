@@ -23,6 +23,8 @@ from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.packed_tensor import PackedBinaryTensor
+from nanoquant.product_packed import PackedProductLinear
+from nanoquant.product_tensor import PackedProductTensor
 from nanoquant.training import RunConfig
 from nanoquant.transform import ObservedLinear
 
@@ -66,6 +68,20 @@ def test_without_data_every_linear_becomes_packed_and_keeps_its_bias():
         model[0].weight.dequantize() @ x.T + bias[:, None]
     )
     torch.testing.assert_close(model(x), expected.T, rtol=5e-2, atol=2e-2)
+
+
+def test_without_data_every_linear_is_looked_up_where_the_method_says_so_and_can_be_saved():
+    model, x = nn.Sequential(two_layers()), torch.randn(5, 64)
+    quantize_(model, nanoquant_config(2.0, method="product"))
+    for layer in (model[0][0], model[0][2]):
+        assert isinstance(layer.weight, PackedProductTensor)
+        assert layer.weight.bits <= 2.0 * layer.weight.numel()
+    before = model(x)
+    quantize_(model, nanoquant_config(2.0, method="product"))  # packed linears stay as they are
+    assert torch.equal(model(x), before)
+    nanoquant.pack_model(model)
+    assert isinstance(model[0][0], PackedProductLinear)
+    assert torch.equal(model(x), before)
 
 
 def test_without_data_the_weight_is_close_to_the_dense_one():

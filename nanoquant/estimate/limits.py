@@ -9,13 +9,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nanoquant.budget import allocate_ranks, rank_limits
+from nanoquant.budget import rank_limits
 from nanoquant.config import NanoQuantConfig
 from nanoquant.estimate.memory import needs
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.subject import Subject
 from nanoquant.estimate.terms import ACTIVATIONS, Need, Use
 from nanoquant.file_budget import file_options
+from nanoquant.methods import method_of
 from nanoquant.units import amount, parse_bytes
 
 PLACES = {False: "--max-memory", True: "--max-gpu-memory"}
@@ -78,11 +79,16 @@ def quantities(subject: Subject, config: NanoQuantConfig, use: Use) -> Quantitie
     """Quantities of a run; of several storages of the embedding that a file's budget leaves, the middle one.
 
     Raises:
-        ValueError: the bits can't be met.
+        ValueError: the bits can't be met, or what a method takes is not known.
     """
+    if config.method != "binary":
+        raise ValueError(
+            f"memory and time of method={config.method} are not known: estimate, --max-memory and --max-gpu-memory are "
+            "for method=binary; leave them out, and see nanoquant doctor for bits and room on the disk"
+        )
     options = file_options(subject.model, subject.decoder, subject.chosen, subject.shapes, config)
     option = options[len(options) // 2]
-    ranks = allocate_ranks(subject.shapes, option.budget)
+    ranks = method_of(option).plan(subject.shapes, option)
     most = (
         ranks
         if option.budget.allocation == "uniform"

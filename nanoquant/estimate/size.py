@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanoquant.allocation import allocate_by_prior
-from nanoquant.budget import RankLimits, Shapes, allocate_ranks, rank_limits, used_bits
+from nanoquant.budget import RankLimits, Shapes, rank_limits, used_bits
 from nanoquant.config import NanoQuantConfig
 from nanoquant.estimate.files import WeightFiles, weight_files
 from nanoquant.estimate.subject import Subject
+from nanoquant.methods import Sizes, method_of
 from nanoquant.roles import layer_places
 
 DIGITS = 16
@@ -21,8 +22,8 @@ class Size:
 
     config: NanoQuantConfig
     """Its bits and the storage of the embedding are numbers."""
-    ranks: dict[str, int]
-    """Of each linear; those of equal bits where losses choose."""
+    ranks: Sizes
+    """Of each linear, or its codebooks; ranks of equal bits where losses choose."""
     files: WeightFiles
     """Files at these ranks."""
     least: int
@@ -40,13 +41,13 @@ def size_of(subject: Subject, config: NanoQuantConfig) -> Size:
     """Ranks and files of a configuration whose budget is in bits.
 
     Raises:
-        ValueError: no ranks can meet them.
+        ValueError: nothing can meet them.
     """
     shapes, budget = subject.shapes, config.budget
     if budget.allocation == "prior":
         ranks = allocate_by_prior(shapes, layer_places(subject.decoder, subject.chosen), budget)
     else:
-        ranks = allocate_ranks(shapes, budget)
+        ranks = method_of(config).plan(shapes, config)
     files = weight_files(subject.model, ranks, config.embedding)
     size = files.weight_bytes
     if budget.allocation != "measured":
