@@ -138,7 +138,7 @@ def _packed_layers(model: nn.Module) -> dict[str, PackedBinaryLinear]:
     layers = {n: m for n, m in model.named_modules() if isinstance(m, PackedBinaryLinear)}
     if not layers:
         raise ValueError(
-            "the model has no packed linear; load a saved one, or call nanoquant.pack_model"
+            "the model has no packed linear of signs; load a saved one, or call nanoquant.pack_model"
         )
     for name, layer in layers.items():
         if layer.u_signs.device.type != "cpu":

@@ -153,11 +153,12 @@ def measure_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
         sensitivity_file=shared.folder,
     )
     held_out = report.model.held_out
+    ranks = [size for size in report.ranks.values() if isinstance(size, int)]  # codebooks have none
     return {
         "dense_perplexity": before,
         "perplexity": perplexity(model, windows).value,
         "bits": report.bits,
-        "mean_rank": sum(report.ranks.values()) / len(report.ranks),
+        "mean_rank": sum(ranks) / len(ranks) if ranks else None,
         "errors": errors.means(),
         "divergence": held_out.get(report.model.best_step),
         "phase_seconds": report.seconds,
