@@ -48,7 +48,7 @@ class ProductConfig:
     group: int | None = None
     """Consecutive inputs that share an index; null: as the bits ask for, linear by linear."""
     codebooks: tuple[int, ...] | None = None
-    """Bits of the index of each codebook, the second one for what the first leaves: [8] or [8,4]; null: as the bits
+    """Bits of the index of each codebook, the second one for what the first leaves: [8] or [8,6]; null: as the bits
     ask for. How many ranges of rows have codebooks of their own always follows from the bits."""
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     """How codebooks, indices and scales are found."""

@@ -6,8 +6,9 @@ import pytest
 
 from nanoquant import parsers
 from nanoquant.commands import generate_command, inspect_command
-from nanoquant.config import PRESETS
+from nanoquant.config import PRESETS, preset_config
 from nanoquant.generation_settings import GenerationSettings
+from nanoquant.methods import ProductConfig
 
 
 def settings(*flags):
@@ -40,6 +41,19 @@ def test_flags_reach_every_field_of_the_configuration():
 @pytest.mark.parametrize("preset", PRESETS)
 def test_preset_alone_gives_the_configuration_of_the_library(preset):
     assert settings("--preset", preset) == PRESETS[preset]()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_for_a_method_is_the_same_by_flags_by_yaml_and_in_python(preset, tmp_path):
+    expected = preset_config(preset, "product")
+    assert settings("--preset", preset, "--method", "product") == expected
+    (tmp_path / "run.yaml").write_text(f"method: product\npreset: {preset}\n")
+    assert settings("--config", str(tmp_path / "run.yaml")) == expected
+
+
+def test_codebooks_are_given_as_a_list():
+    found = settings("--method", "product", "--product.group", "8", "--product.codebooks", "[8,6]")
+    assert found.product == ProductConfig(group=8, codebooks=(8, 6))
 
 
 def test_flags_override_yaml_and_yaml_overrides_the_preset(tmp_path):
