@@ -16,6 +16,7 @@ from nanoquant.checkpoint import read_sizes, save_pretrained
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.file_budget import embedding_weights, header_bytes, other_bytes
+from nanoquant.methods import METHODS
 from nanoquant.model_embeddings import quantize_embeddings, quantized_tables
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.quantize import quantize
@@ -51,7 +52,7 @@ def fixed(model, bits=16):
     decoder = find_decoder(model)
     names = decoder_shapes(decoder, range(2))
     rest = other_bytes(model, decoder, range(2), EmbeddingConfig(bits=bits))
-    return rest + header_bytes(model, names)
+    return rest + header_bytes(model, names, METHODS["binary"].parts)
 
 
 def kilobytes(size):
@@ -77,7 +78,7 @@ def test_a_file_is_filled_but_for_less_than_a_step_of_one_linear(allocation, bit
     model = tiny_llama()
     shapes = decoder_shapes(find_decoder(model), range(2))
     rest = other_bytes(model, find_decoder(model), range(2), EmbeddingConfig(bits=bits))
-    headers = header_bytes(model, shapes)
+    headers = header_bytes(model, shapes, METHODS["binary"].parts)
     body = used_bits(shapes, allocate_ranks(shapes, BudgetConfig(rank_multiple=8))) // 8
     asked = rest + body + headers + 400
     report = quantize(model, TOKENS, quick(kilobytes(asked), bits, allocation))
