@@ -76,7 +76,7 @@ def record_model_errors(
                 error = layer_error(layer, dense, importances[full])
                 forget([dense])
                 recorder.record("model", block=block, layer=full, error=error)
-        give_back()
+                give_back()
 
 
 class SignSample:
