@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nanoquant.binary import BinaryFactors, sign, svid
 from nanoquant.budget import WIDEST
-from nanoquant.importance import Importance
+from nanoquant.importance import Importance, check_inputs
 from nanoquant.second_moment import Correlation
 
 
@@ -106,7 +106,10 @@ class ADMMInitializer(nn.Module):
         Raises:
             ValueError: shapes disagree, or a weight or importance is not finite and positive.
         """
-        W, i, o = self._checked(weight, importance, rank)
+        W, i, o = check_inputs(weight, importance)
+        most = WIDEST * min(W.shape[-2:])
+        if not 1 <= rank <= most:
+            raise ValueError(f"rank must lie in 1..{most} for shape {tuple(W.shape)}, got {rank}")
         L, R = (
             None if known is None else Correlation(*(part.to(W) for part in known))
             for known in (importance.output_correlation, importance.input_correlation)
@@ -214,29 +217,6 @@ class ADMMInitializer(nn.Module):
         latent_left = eta * (left.L + left.Z) / D_left.unsqueeze(-1)  # Eq. (9)
         latent_right = (right.L + right.Z) / (eta * D_right.unsqueeze(-1))
         return BinaryFactors(latent_left, latent_right, s_left, s_right)
-
-    def _checked(
-        self, weight: Tensor, importance: Importance, rank: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        W = weight.detach().float()
-        i = importance.input.to(W.device, torch.float32)
-        o = importance.output.to(W.device, torch.float32)
-        if i.shape[-1:] != W.shape[-1:] or o.shape[-1:] != W.shape[-2:-1]:
-            raise ValueError(
-                f"importances of {tuple(i.shape)} inputs and {tuple(o.shape)} outputs do not fit a weight of "
-                f"shape {tuple(W.shape)}"
-            )
-        most = WIDEST * min(W.shape[-2:])
-        if not 1 <= rank <= most:
-            raise ValueError(f"rank must lie in 1..{most} for shape {tuple(W.shape)}, got {rank}")
-        if not W.isfinite().all():
-            raise ValueError(f"weight of shape {tuple(W.shape)} holds non-finite values")
-        for name, moment in (("input", i), ("output", o)):
-            if not (moment.isfinite() & (moment > 0)).all():
-                raise ValueError(
-                    f"{name} importances must be finite and above 0: collect them on more text"
-                )
-        return W, i, o
 
 
 def refit_scales(factors: BinaryFactors, W: Tensor, i: Tensor, o: Tensor) -> BinaryFactors:

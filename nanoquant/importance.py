@@ -101,6 +101,30 @@ def stack(members: Sequence[Importance], like: Tensor) -> Importance:
     )
 
 
+def check_inputs(weight: Tensor, importance: Importance) -> tuple[Tensor, Tensor, Tensor]:
+    """What an initializer works on: W (..., d_out, d_in), i (..., d_in), o (..., d_out), float32, on W's device.
+
+    Raises:
+        ValueError: shapes disagree, or a weight or importance is not finite and positive.
+    """
+    W = weight.detach().float()
+    i = importance.input.to(W.device, torch.float32)
+    o = importance.output.to(W.device, torch.float32)
+    if i.shape[-1:] != W.shape[-1:] or o.shape[-1:] != W.shape[-2:-1]:
+        raise ValueError(
+            f"importances of {tuple(i.shape)} inputs and {tuple(o.shape)} outputs do not fit a weight of "
+            f"shape {tuple(W.shape)}"
+        )
+    if not W.isfinite().all():
+        raise ValueError(f"weight of shape {tuple(W.shape)} holds non-finite values")
+    for name, moment in (("input", i), ("output", o)):
+        if not (moment.isfinite() & (moment > 0)).all():
+            raise ValueError(
+                f"{name} importances must be finite and above 0: collect them on more text"
+            )
+    return W, i, o
+
+
 class ImportanceCollector:
     """Context manager that observes linears while the caller runs forward and backward passes.
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanoquant.codebooks import ProductFactors
-from nanoquant.importance import Importance
+from nanoquant.importance import Importance, check_inputs
 from nanoquant.kmeans import LloydConfig, Points, assign, kmeans, nearest, update
 from nanoquant.product_budget import ProductShape
 
@@ -78,7 +78,8 @@ class KMeansInitializer(nn.Module):
         Raises:
             ValueError: shapes disagree, or a weight or importance is not finite and positive.
         """
-        W, i, o = _checked(weight, importance, shape)
+        shape.check(*weight.shape[-2:])
+        W, i, o = _as_batch(*check_inputs(weight, importance))
         generator = generator or torch.Generator().manual_seed(0)
         slabs = [
             self.slab(W_slab, i_b, o_slab, shape, generator)
@@ -131,7 +132,8 @@ def reassigned(
         ValueError: as of :class:`KMeansInitializer`.
     """
     shape = factors.shape
-    W, i, o = (part[0] for part in _checked(weight, importance, shape))
+    shape.check(*weight.shape)
+    W, i, o = check_inputs(weight, importance)
     W, i = grouped(W, shape.group), grouped(i, shape.group)
     points = scaled_points(W, i, o, factors.scale)
     found = []
@@ -231,26 +233,7 @@ def refit_scales(
     return scale
 
 
-def _checked(
-    weight: Tensor, importance: Importance, shape: ProductShape
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W (B, d_out, d_in), i (B, d_in) and o (B, d_out) in float32, on the device of the weight."""
-    W = weight.detach().float()
-    i = importance.input.to(W.device, torch.float32)
-    o = importance.output.to(W.device, torch.float32)
-    if i.shape[-1:] != W.shape[-1:] or o.shape[-1:] != W.shape[-2:-1]:
-        raise ValueError(
-            f"importances of {tuple(i.shape)} inputs and {tuple(o.shape)} outputs do not fit a weight of "
-            f"shape {tuple(W.shape)}"
-        )
-    shape.check(*W.shape[-2:])
-    if not W.isfinite().all():
-        raise ValueError(f"weight of shape {tuple(W.shape)} holds non-finite values")
-    for name, moment in (("input", i), ("output", o)):
-        if not (moment.isfinite() & (moment > 0)).all():
-            raise ValueError(
-                f"{name} importances must be finite and above 0: collect them on more text"
-            )
-    return W.flatten(0, -3) if W.dim() > 2 else W.unsqueeze(0), *(
-        part.expand(*W.shape[:-2], -1).reshape(-1, part.shape[-1]) for part in (i, o)
-    )
+def _as_batch(W: Tensor, i: Tensor, o: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W (B, d_out, d_in), i (B, d_in) and o (B, d_out) of any leading dimensions, none included."""
+    W = W.flatten(0, -3) if W.dim() > 2 else W.unsqueeze(0)
+    return W, *(part.expand(*W.shape[:-2], -1).reshape(-1, part.shape[-1]) for part in (i, o))
