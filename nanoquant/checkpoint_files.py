@@ -151,12 +151,10 @@ def _has_rank(entry: dict[str, Any]) -> bool:
 
 def _has_codebooks(entry: dict[str, Any]) -> bool:
     widths = entry.get("widths")
-    numbers = [
-        entry.get("group"),
-        entry.get("slabs"),
-        *(widths if isinstance(widths, list) else ()),
-    ]
-    return isinstance(widths, list | tuple) and all(isinstance(n, int) and n >= 1 for n in numbers)
+    if not isinstance(widths, list | tuple):  # JSON gives a list
+        return False
+    numbers = (entry.get("group"), entry.get("slabs"), *widths)
+    return all(isinstance(n, int) and n >= 1 for n in numbers)
 
 
 def lowest_version(tables: dict[str, Any] | None, modules: dict[str, Any]) -> int:

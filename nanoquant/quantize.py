@@ -203,8 +203,8 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
 
     Raises:
         ValueError: a step of torchao is asked for, weights are not finite (named) or float16, the precision or the
-            embedding's group size does not fit, the text has tokens that the model does not know, or logits are to be
-            kept and fewer tokens exist or the model can't run block by block.
+            embedding's group size does not fit, the text has tokens that the model does not know, or more logits are to
+            be kept than tokens exist.
     """
     if config.step:
         raise ValueError(
