@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanoquant.decoder import call_block, replaced_forwards, split_call
+from nanoquant.heap import give_back
 
 
 def recomputed(blocks: Iterable[nn.Module]) -> contextlib.AbstractContextManager[None]:
@@ -33,6 +34,8 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
         hidden, call = split_call(args, kwargs)
 
         def inner(hidden: Tensor) -> Any:  # noqa: ANN401
+            if torch.is_grad_enabled() and hidden.device.type == "cpu":
+                give_back()  # what the block before it freed
             return call_block(forward, hidden, call)
 
         if not torch.is_grad_enabled():

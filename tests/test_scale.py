@@ -50,5 +50,5 @@ def test_a_model_larger_than_memory_is_quantized(tmp_path):
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     record = json.loads((tmp_path / "out.run" / "run.json").read_text())
     peaks = record["memory_bytes"]
-    # pages of files included, and in the model phase what the heap keeps, which the limit may take back
-    assert max(peaks["calibrate"], peaks["blocks"]) < bound and peaks["model"] < 0.65 * size, peaks
+    # as the process itself counts, pages of files included
+    assert max(peaks[phase] for phase in ("calibrate", "blocks", "model")) < bound, peaks
