@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,98 +17,15 @@ from torch import Tensor, nn
 
 from nanoquant.architectures import as_linear, linear_shape
 from nanoquant.binary import relative_error
+from nanoquant.block_config import BlockConfig, BlockReport
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups, weight_groups
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance, stack
 from nanoquant.layer_records import BlockWatch
 from nanoquant.methods import Initializer, Size, layer_of
-from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.schedules import SCHEDULES, Groups
 from nanoquant.training import FitResult
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockConfig:
-    """Phases of a block; rates and epochs of the paper unless a preset says otherwise."""
-
-    schedule: str = "published"
-    """published: a round per linear; grouped: per shared input; algorithm1: one round for the whole block."""
-    windows: int = 16
-    """Calibration windows that the block is tuned on."""
-    held_out: int = 0
-    """The last of those windows, which no phase of the block trains on: a phase ends when their loss no longer falls,
-    in its best state, which may be the untouched one. 0: all windows train, and every epoch runs."""
-    patience: int = 1
-    """Epochs in a row without a lower loss of the held-out windows that end a phase."""
-    dense_epochs: int = 8
-    """Epochs of tuning the still dense weights before each round; 0 skips it."""
-    joint_epochs: int = 0
-    """Epochs of refining all linears of the block together after its last round; 0 skips it."""
-    dense_lr: float = 1e-4
-    """Rate of the dense weights."""
-    dense_batch: int = 4
-    """Windows a step while tuning dense weights."""
-    refine_epochs: int = 8
-    """Epochs of refining latents and scales after each round; 0 skips it."""
-    latent_lr: float = 1e-5
-    """Rate of the latents."""
-    codebook_lr: float = 1e-3
-    """Rate of codebooks, where weights are looked up; relative_rates makes it a share of each one's mean magnitude."""
-    scale_lr: float = 1e-5
-    """Rate of scales and biases."""
-    refine_batch: int = 1
-    """Windows a step while refining."""
-    relative_rates: bool = False
-    """Latents are first scaled to mean magnitude 1, and scale_lr is a share of each layer's mean scale."""
-    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(epsilon=1e-12))
-    """AdamW settings of both tuning phases; the loss is relative, so its gradients are small."""
-
-    def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
-            )
-        for name in ("dense_epochs", "refine_epochs", "joint_epochs"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("windows", "dense_batch", "refine_batch", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("dense_lr", "latent_lr", "codebook_lr", "scale_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.held_out < self.windows:
-            raise ValueError(
-                f"held_out must leave one of windows={self.windows} to train on and not be negative, "
-                f"got {self.held_out}"
-            )
-        if self.held_out and not self.tunes:
-            raise ValueError(
-                f"held_out={self.held_out} and no epochs exclude each other: no phase of the block would be stopped; "
-                "give dense_epochs, refine_epochs or joint_epochs, or leave it out"
-            )
-
-    @property
-    def tunes(self) -> bool:
-        """Whether any phase needs activations."""
-        return bool(self.dense_epochs or self.refine_epochs or self.joint_epochs)
-
-
-@dataclass
-class BlockReport:
-    """Errors of one block: importance-weighted error of each weight, and the block's loss phase by phase."""
-
-    weight_error: dict[str, float] = field(default_factory=dict)
-    loss: dict[str, float] = field(default_factory=dict)
-    undone: int = 0
-
-    def add(self, phase: str, result: FitResult) -> None:
-        """Keep the first loss of the first round and the mean of the last epoch of the last one."""
-        self.undone += result.undone
-        last = result.losses[-max(1, len(result.losses) // max(1, result.epochs)) :]
-        self.loss.setdefault(f"before {phase}", result.losses[0])
-        self.loss[f"after {phase}"] = sum(last) / len(last)
 
 
 class BlockReconstructor(nn.Module):
@@ -124,6 +40,7 @@ class BlockReconstructor(nn.Module):
     def __init__(self, config: BlockConfig, initializer: Initializer, seed: int = 0) -> None:
         super().__init__()
         self.config, self.initializer, self.seed = config, initializer, seed
+        self.stood_for: dict[str, tuple[Tensor, Importance]] = {}
 
     def forward(
         self,
@@ -187,6 +104,7 @@ class BlockReconstructor(nn.Module):
             watch.refined(block, names)
             if freeze:
                 self.freeze(block, names)
+        self.stood_for.clear()
         for other, tensor in _others(block, names):
             tensor.data = tensor.data.to(dtypes[other])
         return report
@@ -234,17 +152,30 @@ class BlockReconstructor(nn.Module):
     def refine(
         self, tuner: BlockTuner, names: Sequence[str], report: BlockReport, epochs: int
     ) -> FitResult:
-        """Factor refinement: weights and scales of the round just initialized (step 3, Eq. 10), or of all."""
+        """Factor refinement: weights and scales of the round just initialized (step 3, Eq. 10), or of all.
+
+        Where ``config.reassign`` says so, looked-up layers choose their indices anew in between.
+        """
         config = self.config
         layers = [tuner.block.get_submodule(linear) for linear in names]
         rates = (config.latent_lr, config.codebook_lr, config.relative_rates)
         groups = weight_groups(layers, *rates)
         for layer in layers:
             groups += scale_groups(layer, config.scale_lr, config.relative_rates)
-        phase = f"refine {', '.join(names)}"
-        result = tuner.fit(phase, groups, epochs, config.refine_batch)
+        phase, result, parts = f"refine {', '.join(names)}", FitResult(), 1 + config.reassign
+        for part in range(parts):
+            own = epochs * (part + 1) // parts - epochs * part // parts
+            result += tuner.fit(phase, groups, own, config.refine_batch)
+            if part + 1 < parts:
+                self.reassign(dict(zip(names, layers, strict=True)))
         report.add("refine", result)
         return result
+
+    @torch.no_grad()
+    def reassign(self, layers: Mapping[str, nn.Module]) -> None:
+        """Choose the indices of looked-up layers anew, nearest to the weights they stand for."""
+        for name, layer in layers.items():
+            layer.reassign(*self.stood_for[name])
 
     def freeze(self, block: nn.Module, names: Sequence[str]) -> None:
         """Fix the signs of these linears."""
@@ -282,6 +213,8 @@ class BlockReconstructor(nn.Module):
         factors = self.initializer(W, importance, size, generator)
         weight = importance.output.unsqueeze(-1) * importance.input.unsqueeze(-2)
         error = relative_error(W, factors.dense(), weight)
+        if self.config.reassign:
+            self.stood_for |= {n: (w, importances[n]) for n, w in zip(names, W, strict=True)}
         for (linear, dense), parts in zip(modules.items(), factors.unbind(), strict=True):
             if self.config.relative_rates:
                 parts = parts.normalized()

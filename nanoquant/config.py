@@ -13,7 +13,7 @@ from typing import Any
 from torchao.core.config import AOBaseConfig
 
 from nanoquant.admm import ADMMConfig
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig

@@ -50,6 +50,8 @@ class ProductConfig:
     codebooks: tuple[int, ...] | None = None
     """Bits of the index of each codebook, the second one for what the first leaves: [8] or [8,6]; null: as the bits
     ask for. How many ranges of rows have codebooks of their own always follows from the bits."""
+    residual: bool | None = None
+    """Whether every linear has a second codebook for what the first leaves; null: as the bits ask for."""
     kmeans: KMeansConfig = field(default_factory=KMeansConfig)
     """How codebooks, indices and scales are found."""
 
@@ -59,8 +61,9 @@ class ProductConfig:
         if not self.menu:
             known = ", ".join(str(ProductShape(*key)) for key in MENU)
             raise ValueError(
-                f"product.group={self.group} and product.codebooks={self.codebooks} are none of the kinds that are "
-                f"planned: {known} (group:widths); null leaves the choice to the bits"
+                f"product.group={self.group}, product.codebooks={self.codebooks} and product.residual="
+                f"{self.residual} together are none of the kinds that are planned: {known} (group:widths); null "
+                "leaves the choice to the bits"
             )
 
     @property
@@ -69,7 +72,9 @@ class ProductConfig:
         return {
             (group, widths): distortion
             for (group, widths), distortion in MENU.items()
-            if self.group in (None, group) and self.codebooks in (None, widths)
+            if self.group in (None, group)
+            and self.codebooks in (None, widths)
+            and self.residual in (None, len(widths) > 1)
         }
 
 
@@ -109,7 +114,7 @@ METHODS = {
         check=lambda shapes, config: rank_limits(shapes, config.budget),
         steps=lambda config: f"ranks in multiples of {config.budget.rank_multiple}",
         parts=("u_signs", "v_signs", "s1", "s2"),
-        unused=("product", "block.codebook_lr", "model.codebook_lr"),
+        unused=("product", "block.codebook_lr", "block.reassign", "model.codebook_lr"),
     ),
     "product": Method(
         initializer=lambda config: KMeansInitializer(config.product.kmeans),

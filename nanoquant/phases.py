@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from nanoquant.activation_memory import ActivationMemory
 from nanoquant.activations import Activations
 from nanoquant.architectures import Decoder
-from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
+from nanoquant.block_config import BlockReport
+from nanoquant.block_reconstruction import BlockReconstructor
 from nanoquant.block_tuning import BlockData
 from nanoquant.calibration import BlockwiseCalibration, passes
 from nanoquant.config import NanoQuantConfig

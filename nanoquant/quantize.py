@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activation_memory import ActivationMemory
 from nanoquant.architectures import find_decoder
-from nanoquant.block_reconstruction import BlockReconstructor, BlockReport
+from nanoquant.block_config import BlockReport
+from nanoquant.block_reconstruction import BlockReconstructor
 from nanoquant.checkpoint import pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.data_parallel import check_batch

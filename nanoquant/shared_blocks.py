@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from nanoquant.architectures import Decoder, linear_shape
-from nanoquant.block_reconstruction import BlockReport
+from nanoquant.block_config import BlockReport
 from nanoquant.mapped import forget
 from nanoquant.methods import Layer, kept_layer
 from nanoquant.processes import broadcast, rank, world_size

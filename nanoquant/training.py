@@ -98,6 +98,12 @@ class FitResult:
     undone: int = 0
     epochs: int = 0
 
+    def __add__(self, more: FitResult) -> FitResult:
+        """One training after the other."""
+        return FitResult(
+            self.losses + more.losses, self.undone + more.undone, self.epochs + more.epochs
+        )
+
 
 class Reconstruction(L.LightningModule):
     """Trains an objective; a step that leads to a non-finite loss is undone and its layer named.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import nanoquant
 from nanoquant.architectures import Decoder
-from nanoquant.block_reconstruction import BlockReport
+from nanoquant.block_config import BlockReport
 from nanoquant.checkpoint_files import read_header
 from nanoquant.config import NanoQuantConfig
 from nanoquant.digest import code_digest, model_digest

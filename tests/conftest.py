@@ -1,5 +1,6 @@
 """Fixtures of the command line: a folder with a dense model and its text, one finished run, one benchmark."""
 
+import gc
 import json
 import logging
 import subprocess
@@ -12,6 +13,17 @@ from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant import console
 from nanoquant.cli import main
+
+
+def pytest_collection_finish():
+    """Keep the libraries' own objects out of every later garbage collection, of which tuning makes many."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """Let the libraries take themselves down as they are used to."""
+    gc.unfreeze()
 
 
 @pytest.fixture

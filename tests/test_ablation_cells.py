@@ -61,6 +61,7 @@ def test_a_plan_runs_once_and_repeats_only_what_failed(plan, tmp_path, monkeypat
     record = again[3]
     assert record["perplexity"] > record["dense_perplexity"] > 1 and 0.9 < record["bits"] <= 1.0
     assert record["errors"].keys() == {"initialize", "model"} and record["divergence"] > 0
+    assert record["untrained_perplexity"] > record["perplexity"]
     files = sorted((tmp_path / "out" / "cells").iterdir())
     assert [json.loads(file.read_text()) for file in files if "all-seed-1" in file.name] == [record]
 

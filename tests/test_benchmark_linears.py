@@ -9,17 +9,35 @@ from nanoquant.benchmark.correctness import (
     check_group,
     check_head,
     dense_product,
+    exact_product,
     packed_product,
 )
-from nanoquant.benchmark.linears import DENSE, OPERATOR, PACKED, SHARED, Bench, Linear, kernel_of
+from nanoquant.benchmark.linears import (
+    CODEBOOKS,
+    DENSE,
+    LOOKED_UP,
+    OPERATOR,
+    PACKED,
+    SHARED,
+    Bench,
+    Linear,
+    kernel_of,
+)
 from nanoquant.benchmark.speed import time_chain, time_linear
 from nanoquant.benchmark.timing import CPUClock, Rotation, TooSlowError
 from nanoquant.embedding import EmbeddingConfig
+from nanoquant.product_budget import ProductShape
 from nanoquant_kernels import compiled, cpu, unpack_signs
 from nanoquant_kernels.cpu_build import available_paths
 from nanoquant_kernels.layout import align_rows
+from nanoquant_kernels.product import dequantize
 
 SMALL = Linear(48, 40, 32)
+LOOKED = {
+    "8:4": Linear(48, 40, 32, ProductShape(8, (4,))),
+    "8:6+4 x2": Linear(256, 128, 32, ProductShape(8, (6, 4), 2)),
+    "4:10": Linear(256, 30, 32, ProductShape(4, (10,))),
+}
 
 
 @pytest.fixture
@@ -43,6 +61,29 @@ def test_the_float64_product_is_that_of_the_dense_weight(bench, linear):
     weight = s1.double()[:, None] * (U @ V) * s2.double()
     torch.testing.assert_close(packed_product(x, u, v, s1, s2, bias, rank), x @ weight.mT)
     torch.testing.assert_close(dense_product(x, weight), x @ weight.mT)
+
+
+@pytest.mark.parametrize("shape", ["8:4", "8:6+4 x2", "4:10"])
+def test_the_float64_product_of_looked_up_weights_is_that_of_the_dense_one(bench, shape):
+    linear = LOOKED[shape]
+    weight = bench.arguments(CODEBOOKS, linear)
+    x = torch.randn(5, linear.d_in, dtype=torch.float64)
+    exact = [w.double() if w is not None and w.is_floating_point() else w for w in weight[:5]]
+    dense = dequantize(*exact, linear.d_in)
+    torch.testing.assert_close(exact_product(CODEBOOKS)(x, *weight), x @ dense.mT)
+    for name in LOOKED_UP:
+        assert 0 < check(bench, name, linear, 3) < bench.most_error
+
+
+def test_figures_of_looked_up_weights_count_indices_codebooks_and_scales(bench):
+    linear = LOOKED["8:6+4 x2"]
+    rows = {row["implementation"]: row for row in time_linear(bench, linear, 2, none_absent)}
+    assert list(rows) == [DENSE, *PACKED, *LOOKED_UP]
+    row = rows[CODEBOOKS]
+    assert row["weight_bytes"] == 256 * (12 + 8) + 2 * (2 * (64 + 16) * 8 + 256)
+    assert row["operations"] == 2 * 2 * 256 * 128
+    assert row["kernel"] == (available_paths()[-1] if available_paths() else "reference")
+    assert rows["codebooks, reference"]["kernel"] is None
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 40])
@@ -234,8 +275,8 @@ def test_generated_code_is_named_where_it_serves(monkeypatch):
     monkeypatch.setattr(compiled, "works", lambda: True)
     served, refused = torch.ones(1, 96), torch.ones(compiled.MOST_TOKENS + 1, 96)
     linear = Linear(24, 96, 64)
-    assert kernel_of(OPERATOR, served, linear) == "generated"
-    assert kernel_of(OPERATOR, refused, linear) == "reference"
+    assert kernel_of(OPERATOR, served, linear, ()) == "generated"
+    assert kernel_of(OPERATOR, refused, linear, ()) == "reference"
 
 
 def test_memory_that_is_read_between_repeats_counts_for_a_chain(bench, monkeypatch):

@@ -8,7 +8,7 @@ from command_line import call, refused
 
 from nanoquant.benchmark import linears, run, speed
 from nanoquant.benchmark.config import BenchConfig
-from nanoquant.benchmark.linears import DENSE, PACKED, SHARED
+from nanoquant.benchmark.linears import DENSE, LOOKED_UP, PACKED, SHARED
 from nanoquant.benchmark.report import plot_roofline, report
 from nanoquant.benchmark.setup import make_bench, targets
 
@@ -49,7 +49,7 @@ def test_every_figure_is_in_the_json(bench_run, config_folder):
     }
     assert device["rotation_bytes"] == 2_000_000 and device["copy_gb_per_s"] > 0
     assert figures["settings"]["model"] == str(config_folder) and figures["absent"] == []
-    shape = FIGURES | WHERE | {"d_out", "d_in", "rank", "relative_error", "kernel"}
+    shape = FIGURES | WHERE | {"d_out", "d_in", "rank", "codebooks", "relative_error", "kernel"}
     assert {frozenset(row) for row in figures["shapes"]} == {frozenset(shape)}
     assert {frozenset(row) for row in figures["chain"]} == {frozenset(FIGURES | WHERE)}
     assert {frozenset(row) for row in figures["model"]} == {frozenset(DECODING)}
@@ -57,7 +57,7 @@ def test_every_figure_is_in_the_json(bench_run, config_folder):
 
 def test_every_case_is_measured_once(bench_run):
     figures = bench_run[1]
-    names = [DENSE, *PACKED]
+    names = [DENSE, *PACKED, *LOOKED_UP]
     cases = {(r["d_out"], r["tokens"], r["implementation"], r["d_in"]) for r in figures["shapes"]}
     shapes = {(256, 256), (128, 256), (320, 256), (256, 320)}
     assert {(d_out, d_in) for d_out, _, _, d_in in cases} == shapes
@@ -131,8 +131,8 @@ def test_on_a_gpu_linears_of_the_same_tensor_are_checked_first_and_timed_togethe
     code, _, _ = call(capsys, "bench", *flags, "--json", tmp_path / "bench.json")
     rows = json.loads((tmp_path / "bench.json").read_text())["chain"]
     assert code == 0 and [(row["tokens"], row["implementation"]) for row in rows] == [
-        *((1, name) for name in (DENSE, *PACKED, SHARED)),
-        *((17, name) for name in (DENSE, *PACKED)),
+        *((1, name) for name in (DENSE, *PACKED, *LOOKED_UP, SHARED)),
+        *((17, name) for name in (DENSE, *PACKED, *LOOKED_UP)),
     ]
     wrong = "nanoquant.benchmark.correctness.binary_low_rank_linears"
     monkeypatch.setattr(wrong, lambda x, u, v, s1, *rest: [x.new_zeros(len(x), len(s)) for s in s1])
@@ -152,9 +152,9 @@ def test_roofs_that_would_take_too_long_are_absent_and_so_are_the_rest(
     figures = json.loads(file.read_text())
     assert (code, figures["chain"], figures["device"]["copy_gb_per_s"]) == (0, [], None)
     assert [item["part"] for item in figures["absent"]] == ["roofs"] * 2 + ["chain"] * (
-        1 + len(PACKED)
+        1 + len(PACKED | LOOKED_UP)
     )
-    assert out.count("--most-seconds allows") == 3 + len(PACKED)
+    assert out.count("--most-seconds allows") == 3 + len(PACKED | LOOKED_UP)
 
 
 def test_a_model_whose_layers_the_operator_refuses_is_absent(

@@ -5,9 +5,9 @@ import json
 import pytest
 from tiny_models import FAMILIES
 
+from nanoquant.benchmark.linears import Linear, distinct_linears
 from nanoquant.benchmark.shapes import (
     CONFIGS,
-    distinct_shapes,
     linear_shapes,
     model_config,
     ranks_at,
@@ -36,10 +36,11 @@ def test_every_model_is_held_to_its_published_parameters():
     assert PUBLISHED.keys() == CONFIGS.keys()
 
 
-def test_distinct_shapes_of_llama_2_70b_share_keys_and_values():
+def test_distinct_linears_of_llama_2_70b_share_keys_and_values():
     shapes = linear_shapes(skeleton(model_config("llama-2-70b", layers=2)))
-    found = distinct_shapes(shapes, ranks_at(shapes, 1.0))
-    assert {shape: kinds for shape, (_, kinds) in found.items()} == {
+    ranks = ranks_at(shapes, 1.0)
+    found = distinct_linears({name: Linear(*shapes[name], ranks[name]) for name in shapes})
+    assert {(one.d_out, one.d_in): kinds for one, kinds in found.items()} == {
         (8192, 8192): "q_proj, o_proj",
         (1024, 8192): "k_proj, v_proj",
         (28672, 8192): "gate_proj, up_proj",

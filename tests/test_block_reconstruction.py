@@ -14,7 +14,8 @@ from nanoquant import block_tuning
 from nanoquant.admm import ADMMConfig, ADMMInitializer
 from nanoquant.architectures import capture_block_inputs, find_decoder, run_block
 from nanoquant.binary import BinaryFactors, sign
-from nanoquant.block_reconstruction import BlockConfig, BlockReconstructor
+from nanoquant.block_config import BlockConfig
+from nanoquant.block_reconstruction import BlockReconstructor
 from nanoquant.block_tuning import BlockData, BlockObjective
 from nanoquant.calibration import collect_importances
 from nanoquant.importance import ImportanceConfig

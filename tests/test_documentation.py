@@ -15,7 +15,7 @@ from tiny_models import tiny_llama, tiny_tokenizer
 import nanoquant
 from nanoquant import parsers
 from nanoquant.admm import ADMMConfig
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.model_reconstruction import ModelConfig

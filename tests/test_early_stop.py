@@ -9,7 +9,7 @@ from test_block_reconstruction import BRISK, INITIALIZE_ONLY, block_loss, prepar
 from torch import nn
 
 from nanoquant import block_tuning
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.block_tuning import BlockData
 from nanoquant.early_stop import EarlyStop
 

@@ -116,7 +116,7 @@ def test_operations_of_a_pass_are_counted(tmp_path):
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.arange(32)[None], use_cache=False)
     assert counter.get_total_flops() == pytest.approx(32 * forward(q, 32), rel=0.02)
-    latents = sum(q.ranks[n] * sum(shape) for n, shape in q.subject.shapes.items())
+    latents = sum(q.given[n] * sum(shape) for n, shape in q.subject.shapes.items())
     dense = sum(d_out * d_in for d_out, d_in in q.subject.shapes.values())
     assert student_forward(q, 32) - forward(q, 32) == 2 * (latents - dense)
 

@@ -230,10 +230,14 @@ def test_the_plan_is_what_quantize_runs_and_the_question_is_on_record(
 
 
 PHASES = ("calibrate", "ranks", "blocks", "model")
+BINARY = ["--admm.iterations", 2, "--sensitivity.iterations", 2]
+LITTLE = ["--model.recompute", "--model.kept_logits", 8, "--run.activation_memory", "1MB"]
 RUNS = {
-    "signs": [],
-    "scales, tuned blocks": ["--model.train", "scales", "--block.dense_epochs", 1],
-    "in little": ["--model.recompute", "--model.kept_logits", 8, "--run.activation_memory", "1MB"],
+    "signs": BINARY,
+    "scales, tuned blocks": [*BINARY, "--model.train", "scales", "--block.dense_epochs", 1],
+    "in little": [*BINARY, *LITTLE],
+    "codebooks": ["--method", "product", "--bits", 2],
+    "codebooks, tuned blocks": ["--method", "product", "--block.refine_epochs", 1],
 }
 
 
@@ -244,7 +248,7 @@ def test_phases_stay_below_their_estimates_which_are_near(kind, tmp_path):
     tiny_llama(layers=3, dtype=torch.bfloat16, **wide).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     (tmp_path / "text.txt").write_text(WORDS * 400)
-    flags = "--admm.iterations 2 --sensitivity.iterations 2 --calibration.windows 16 --calibration.length 64".split()
+    flags = "--calibration.windows 16 --calibration.length 64".split()
     flags += ["--model.windows", 8, "--model.held_out", 2, "--block.windows", 4, *RUNS[kind]]
     once = ["--eval-windows", 2, "--eval-length", 64]
     text = tmp_path / "text.txt"

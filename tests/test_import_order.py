@@ -63,6 +63,7 @@ ORDER = (
     "block_tuning",
     "activations",
     "schedules",
+    "block_config",
     "block_reconstruction",
     "dense_prefix",
     "divergence",

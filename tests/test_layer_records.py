@@ -10,7 +10,7 @@ from tiny_models import random_windows, tiny_gpt2, tiny_llama
 from nanoquant import layer_records
 from nanoquant.admm import ADMMConfig
 from nanoquant.binary import relative_error, sign
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.importance import Importance
@@ -25,7 +25,7 @@ CONFIG = nanoquant_config(
     calibration=CalibrationConfig(windows=4, length=32),
     admm=ADMMConfig(iterations=5),
     block=BlockConfig(
-        schedule="grouped", windows=4, dense_epochs=2, refine_epochs=1, dense_lr=1e-3
+        schedule="algorithm1", windows=4, dense_epochs=2, refine_epochs=1, dense_lr=1e-3
     ),
     model=ModelConfig(windows=16, held_out=2),
 )

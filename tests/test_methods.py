@@ -12,7 +12,9 @@ from test_unfinished import killed, run
 from tiny_models import FAMILIES, tiny_llama
 
 from nanoquant.architectures import as_linear, find_decoder
-from nanoquant.block_reconstruction import BlockConfig, BlockReconstructor
+from nanoquant.binary import relative_error
+from nanoquant.block_config import BlockConfig
+from nanoquant.block_reconstruction import BlockReconstructor
 from nanoquant.config import PRESETS, NanoQuantConfig, nanoquant_config, preset_config
 from nanoquant.importance import Importance
 from nanoquant.methods import METHODS, ProductConfig, body_bits, entry_of, layer_of, size_of
@@ -73,7 +75,7 @@ def test_a_preset_for_product_differs_from_the_preset_in_what_product_does_not_r
         ("product", {"model": {"latent_lr": 0.5}}, "model.latent_lr=0.5"),
         ("binary", {"product": {"group": 8}}, r"product\.\* and method=binary"),
         ("binary", {"model": {"codebook_lr": 0.5}}, "model.codebook_lr=0.5 and method=binary"),
-        ("product", {"product": {"group": 7}}, "product.group=7 .* none of the kinds"),
+        ("product", {"product": {"group": 7}}, "product.group=7, .* none of the kinds"),
         ("trellis", {}, "method must be one of binary, product, got 'trellis'"),
     ],
 )
@@ -93,7 +95,9 @@ def test_a_size_comes_back_from_json(size):
     assert size_of(json.loads(json.dumps(entry_of(size)))) == size
 
 
-@pytest.mark.parametrize("config", [ProductConfig(), ProductConfig(group=4)])
+@pytest.mark.parametrize(
+    "config", [ProductConfig(), ProductConfig(group=4), ProductConfig(residual=True)]
+)
 @pytest.mark.parametrize("bits", [1.5, 2.5])
 def test_planned_codebooks_meet_the_bits_and_the_kinds_that_are_asked_for(bits, config):
     shapes = {f"layer {k}": (256, 128) for k in range(8)}
@@ -101,6 +105,7 @@ def test_planned_codebooks_meet_the_bits_and_the_kinds_that_are_asked_for(bits, 
     sizes = METHODS["product"].plan(shapes, asked)
     assert 0.98 * bits <= body_bits(shapes, sizes) <= bits
     assert config.group is None or {size.group for size in sizes.values()} == {4}
+    assert not config.residual or {len(size.widths) for size in sizes.values()} == {2}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -127,6 +132,37 @@ def test_refinement_trains_codebooks_and_scales_and_lowers_the_loss_of_the_block
     assert losses[1] < 0.9 * losses[0]
     for pair in zip(*books[1:], strict=True):
         assert not torch.equal(*pair)  # the rate is heeded
+
+
+def test_indices_are_chosen_anew_within_refinement_nearer_to_the_dense_weights(monkeypatch):
+    setup, shares, inner = prepare("llama"), [], ProductQuantLinear.reassign
+    dense = {name: setup.block.get_submodule(name).weight.clone() for name in setup.names}
+
+    def spy(layer, weight, importance):
+        name = next(name for name, one in layers_of(setup.block).items() if one is layer)
+        assert torch.equal(weight, dense[name])
+        each = importance.output.unsqueeze(-1) * importance.input
+        before = relative_error(weight, layer.factors().dense(), each)
+        shares.append((name, inner(layer, weight, importance)))
+        assert relative_error(weight, layer.factors().dense(), each) <= before
+
+    monkeypatch.setattr(ProductQuantLinear, "reassign", spy)
+    config = BlockConfig(
+        schedule="grouped", windows=4, dense_epochs=0, refine_epochs=4, codebook_lr=3e-2,
+        scale_lr=1e-2, refine_batch=4, reassign=2,
+    )  # fmt: skip
+    sizes = dict.fromkeys(setup.names, SHAPE)
+    BlockReconstructor(config, KMeansInitializer())(
+        setup.block, setup.groups, setup.importances, sizes, setup.data
+    )
+    assert sorted(name for name, _ in shares) == sorted(2 * setup.names)
+    assert all(0 < share < 1 for _, share in shares)
+
+
+@pytest.mark.parametrize("times", [-1, 2])
+def test_choosing_anew_leaves_epochs_around_it(times):
+    with pytest.raises(ValueError, match=f"reassign must be at least 0 .* got {times} with"):
+        BlockConfig(refine_epochs=2, joint_epochs=3, reassign=times)
 
 
 @pytest.mark.parametrize("build", [tiny_llama, FAMILIES["gpt2"]])

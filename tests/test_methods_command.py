@@ -9,9 +9,14 @@ from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant.checkpoint import load, read_sizes
 from nanoquant.config import nanoquant_config
+from nanoquant.estimate import machine
+from nanoquant.estimate.operations import kmeans
 from nanoquant.estimate.size import size_of
 from nanoquant.estimate.subject import subject_of_folder
+from nanoquant.methods import entry_of
 from nanoquant.packed_layers import packed_modules
+from nanoquant.product import KMeansConfig
+from nanoquant.product_budget import ProductShape
 from nanoquant.product_packed import PackedProductLinear
 
 FLAGS = (
@@ -54,7 +59,7 @@ def test_a_model_is_quantized_and_used_by_every_command(folder, capsys):
     size = size_of(subject_of_folder(folder / "dense", config), config)
     assert {f.name: f.stat().st_size for f in out.glob("*.safetensors")} == size.files.files
     assert size.files.sizes == read_sizes(out) and size.exact
-    assert {name: layer.shape for name, layer in layers.items()} == size.ranks
+    assert {name: layer.shape for name, layer in layers.items()} == size.given
 
     code, shown, err = call(capsys, "inspect", out)
     assert code == 0 and "codebooks" in shown and "method='product'" in shown, err
@@ -81,6 +86,34 @@ def test_bits_that_no_codebooks_meet_are_refused_with_the_nearest(folder, capsys
     assert "bits=0.01 can't be met" in line and "the nearest that can is" in line
 
 
-def test_what_is_not_known_of_a_method_is_refused(folder, capsys):
-    line = refused(capsys, "estimate", folder / "dense", "--method", "product", "--bits", 2)
-    assert "memory and time of method=product are not known" in line
+@pytest.mark.parametrize("machine_of", ["here", "h100"])
+def test_estimate_knows_files_memory_and_time(folder, machine_of, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "SECONDS", 1e-4)
+    file, dense = tmp_path / "estimate.json", folder / "dense"
+    command = ["estimate", dense, *FLAGS, "--machine", machine_of, "--json", file]
+    code, shown, err = call(capsys, *command)
+    assert code == 0, err
+    found = json.loads(file.read_text())
+    assert "codebooks" in shown and all(low < high for low, high in found["seconds"].values())
+    assert {"calibrate", "blocks", "model", "pack"} <= found["memory"].keys()
+    layers = found["sizes"][0]["layers"]
+    config = nanoquant_config(2.0, method="product")
+    planned = size_of(subject_of_folder(dense, config), config).given
+    assert {name: entry_of(size) for name, size in planned.items()} == {
+        name: entry | {"widths": tuple(entry["widths"])} for name, entry in layers.items()
+    }
+
+
+def test_a_promise_for_memory_that_can_not_be_kept_is_refused(folder, capsys):
+    command = ["quantize", folder / "dense", folder / "no", "--text", folder / "text.txt"]
+    line = refused(capsys, *command, *FLAGS, "--max-memory", "1MB")
+    assert "--max-memory 1.0 MB can't be kept" in line and "the smallest that would do is" in line
+
+
+def test_more_work_is_counted_for_more_entries_and_as_much_for_half_the_slabs():
+    config = KMeansConfig()
+    few, many = (kmeans(256, 256, ProductShape(8, (width,)), config) for width in (4, 8))
+    assert 8 < many.full / few.full < 32
+    slabs = kmeans(256, 256, ProductShape(8, (4,), 2), config)
+    halves = kmeans(128, 256, ProductShape(8, (4,)), config)
+    assert slabs.full == 2 * halves.full

@@ -8,7 +8,7 @@ from tiny_models import FAMILIES, random_windows, tiny_llama, tiny_mixtral, tiny
 
 import nanoquant
 from nanoquant.admm import ADMMConfig, ADMMInitializer
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, NanoQuantConfig
 from nanoquant.embedding import EmbeddingConfig
@@ -24,7 +24,7 @@ TOKENS = random_windows(24, 16).flatten()
 TINY = NanoQuantConfig(
     budget=BudgetConfig(bits=1.4, rank_multiple=8),
     calibration=CalibrationConfig(windows=4, length=16),
-    admm=ADMMConfig(iterations=20),
+    admm=ADMMConfig(iterations=5),
     block=BlockConfig(
         schedule="algorithm1",
         windows=4,

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import tiny_tokenizer
 
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.config import CalibrationConfig, NanoQuantConfig
 from nanoquant.mixture import Source
 from nanoquant.model_reconstruction import ModelConfig

@@ -10,7 +10,7 @@ from tiny_models import FAMILIES, random_windows, tiny_llama
 
 from nanoquant import model_reconstruction, training
 from nanoquant.admm import ADMMConfig
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.model_reconstruction import ModelConfig

@@ -15,7 +15,7 @@ from test_unfinished import QUICK, killed, run
 from tiny_models import tiny_llama
 
 from nanoquant import phases, tensor_file
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.importance_store import as_tensors
 from nanoquant.mapped import forget

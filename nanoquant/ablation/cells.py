@@ -6,20 +6,24 @@ import copy
 import json
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.ablation.plan import Cell, Plan
+from nanoquant.config import NanoQuantConfig
 from nanoquant.console import ConsoleProgress, note
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.figures import versions
 from nanoquant.json_files import write_json
 from nanoquant.measuring import evaluation_windows, free_memory
 from nanoquant.mixture import Source, read_sources
+from nanoquant.phases import precision_of
 from nanoquant.quantize import phase_names, quantize
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer
 from nanoquant.text_plan import TextPlan, plan_text
@@ -30,16 +34,23 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 
 
-class LayerErrors:
-    """A recorder that keeps only what the layers' errors are."""
+class CellRecorder:
+    """A recorder that keeps what the layers' errors are, and what the model is worth before it trains as a whole.
+
+    Args:
+        measure: gives the perplexity of the model as it is.
+    """
 
     wanted = True
 
-    def __init__(self) -> None:
-        self.layout = Layout()
+    def __init__(self, measure: Callable[[], float]) -> None:
+        self.layout, self.measure = Layout(), measure
+        self.untrained: float | None = None
 
     def record(self, phase: str, **metrics: Any) -> None:  # noqa: ANN401
-        """Keep errors of layers."""
+        """Keep errors of layers; measure at the first record of the last phase."""
+        if phase == "model" and self.untrained is None:
+            self.untrained = self.measure()
         for _ in self.layout.points({"phase": phase, **metrics}):
             pass
 
@@ -141,14 +152,15 @@ def run_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
 def measure_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
     """Figures of one quantization."""
     windows, before = shared.evaluation(cell)
-    model, errors, plan = copy.deepcopy(shared.model), LayerErrors(), shared.text(cell)
+    model, plan = copy.deepcopy(shared.model), shared.text(cell)
+    recorder = CellRecorder(lambda: perplexity_in_training(model, windows, cell.config))
     report = quantize(
         model,
         plan,
         cell.config,
         shared.tokenizer,
         progress=ConsoleProgress(phase_names(cell.config, bool(plan.written))),
-        recorder=errors,
+        recorder=recorder,
         self_text_file=cell.job.self_text_file or shared.folder,
         sensitivity_file=shared.folder,
     )
@@ -157,9 +169,19 @@ def measure_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
     return {
         "dense_perplexity": before,
         "perplexity": perplexity(model, windows).value,
+        "untrained_perplexity": recorder.untrained,
         "bits": report.bits,
         "mean_rank": sum(ranks) / len(ranks) if ranks else None,
-        "errors": errors.means(),
+        "errors": recorder.means(),
         "divergence": held_out.get(report.model.best_step),
         "phase_seconds": report.seconds,
     }
+
+
+def perplexity_in_training(
+    model: PreTrainedModel, windows: Tensor, config: NanoQuantConfig
+) -> float:
+    """Perplexity of a model whose layers are ready to train, in the precision in which they do."""
+    mixed = precision_of(model, config) == "bf16-mixed"
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed):
+        return perplexity(model, windows).value

@@ -13,6 +13,7 @@ from nanoquant.ablation.plan import SEED
 
 FORMS = {
     "bits": ".4f",
+    "untrained": ".2f",
     "perplexity": ".2f",
     "excess": ".3f",
     "spread": ".3f",
@@ -30,7 +31,8 @@ COLUMNS = tuple(FORMS)
 class Row:
     """Means over the finished seeds of one combination; ``failed`` tells what went wrong in others.
 
-    excess: mean of ln(perplexity) - ln(dense perplexity), in nats a token; spread: its standard deviation
+    untrained: perplexity before the whole model trains; excess: mean of ln(perplexity) - ln(dense
+    perplexity), in nats a token; spread: its standard deviation
     over seeds; change: mean over the seeds that both have of the excess minus that of the first row, and +- its
     standard error; error: weighted relative squared error of the weights after the last phase.
     """
@@ -73,7 +75,8 @@ def _row(
         changes = [by_seed[seed] - first[seed] for seed in by_seed if seed in first]
         values = {
             "bits": _mean([record["bits"] for record in done]),
-            "perplexity": math.exp(_mean([math.log(record["perplexity"]) for record in done])),
+            "untrained": _middle([record.get("untrained_perplexity") for record in done]),
+            "perplexity": _middle([record["perplexity"] for record in done]),
             "excess": _mean(above),
             "spread": statistics.stdev(above) if len(above) > 1 else None,
             "change": math.fsum(changes) / len(changes) if changes else None,
@@ -88,6 +91,11 @@ def _row(
 def _mean(values: list[float | None]) -> float | None:
     """The mean; None where any is missing."""
     return None if None in values else math.fsum(values) / len(values)
+
+
+def _middle(values: list[float | None]) -> float | None:
+    """The geometric mean; None where any is missing."""
+    return None if None in values else math.exp(_mean([math.log(value) for value in values]))
 
 
 def markdown(found: list[Row]) -> str:
@@ -110,7 +118,15 @@ def markdown(found: list[Row]) -> str:
 def write_csv(file: Path, records: list[dict[str, Any]]) -> None:
     """Every cell as a line: choices, figures, and the error of one that failed."""
     axes = list(records[0]["choices"])
-    figures = ["perplexity", "dense_perplexity", "bits", "mean_rank", "divergence", "seconds"]
+    figures = [
+        "perplexity",
+        "untrained_perplexity",
+        "dense_perplexity",
+        "bits",
+        "mean_rank",
+        "divergence",
+        "seconds",
+    ]
     phases = ["initialize", "block", "model"]
     with file.open("w", encoding="utf-8", newline="") as stream:
         writer = csv.writer(stream)

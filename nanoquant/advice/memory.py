@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from nanoquant.advice.anatomy import Anatomy
 from nanoquant.advice.config import Use
 from nanoquant.advice.options import BF16, Option, our_ranks, weight_bytes
+from nanoquant.methods import Size
+from nanoquant.product_budget import ProductShape
+from nanoquant_kernels.product import CHUNK, LARGE_CHUNK
 
 COMFORT = 0.9
 """Share of the memory up to which a total counts as fitting with room: the rest is for what is not counted."""
 SCRATCH = 100 * 2**20
 """Most bytes of unpacked signs at a time on a GPU."""
+LOOKED_UP = 18
+"""Bytes for each weight that is looked up at a time: two stages, their sum, that with scales, and in its type."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +56,33 @@ def activation_bytes(
     option: Option,
     use: Use,
     context: int | None = None,
-    ranks: Mapping[str, int] | None = None,
+    sizes: Mapping[str, Size] | None = None,
 ) -> int:
     """Estimated peak of what a forward pass over the whole context holds besides weights and cache.
 
     Of each token: two hidden states and one in float32 for a norm, and three vectors as long as the
     widest linear (gate, its activation and up). Then logits of the last token, in bf16 and float32.
-    Packed layers, of ``ranks`` or at equal bits, unpack signs of one linear for many tokens; attention
-    over blocks is assumed.
+    Packed layers, of ``sizes`` or at equal bits, unpack signs or look weights up of one linear for many
+    tokens; attention over blocks is assumed.
     Against the allocations of SmolLM2-135M on a CPU, 512 to 2048 tokens, it was 0.99 to 1.15 times.
     """
     tokens = use.batch * (use.context if context is None else context)
     peak = tokens * (BF16 * (2 * model.hidden + 3 * model.widest) + 4 * model.hidden)
     peak += use.batch * model.vocabulary * (BF16 + 4)
     if option.tool == "nanoquant":
-        ranks = our_ranks(model, option.bits) if ranks is None else ranks
-        shapes = ((model.linears[name], rank) for name, rank in ranks.items())
-        sides = ((min(shape), max(shape), rank) for shape, rank in shapes)
-        widest = max(max(small, rank) * large for small, large, rank in sides) * BF16
-        peak += widest if use.device == "cpu" else min(widest, SCRATCH)
+        sizes = our_ranks(model, option.bits) if sizes is None else sizes
+        peak += max(
+            _unpacked(*model.linears[name], size, use.device) for name, size in sizes.items()
+        )
     return peak
+
+
+def _unpacked(d_out: int, d_in: int, size: Size, device: str) -> int:
+    """Bytes in which a packed linear is made dense, a part at a time."""
+    if isinstance(size, ProductShape):
+        return LOOKED_UP * min(d_out * d_in, CHUNK.get(device, LARGE_CHUNK))
+    widest = max(min(d_out, d_in), size) * max(d_out, d_in) * BF16
+    return widest if device == "cpu" else min(widest, SCRATCH)
 
 
 def cost(model: Anatomy, option: Option, use: Use) -> Cost:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nanoquant.benchmark.linears import (
     DENSE,
+    LOOKED_UP,
     OPERATOR,
     SHARED,
     Bench,
@@ -25,7 +26,7 @@ from nanoquant.benchmark.timing import AbsentError
 from nanoquant.embedding import EmbeddingConfig, QuantizedHead, quantize_table
 from nanoquant.packed_linear import frozen
 from nanoquant.shared_launch import MOST_TOKENS
-from nanoquant_kernels import binary_low_rank_linears, packed_width, unpack_signs
+from nanoquant_kernels import binary_low_rank_linears, packed_width, product, unpack_signs
 
 CHECKED_TOKENS = 8
 HEAD_ROWS = 4096
@@ -52,8 +53,7 @@ def check(bench: Bench, name: str, linear: Linear, tokens: int) -> float:
     y = run(name, x, *weights)
     if y.shape != (tokens, linear.d_out):
         raise FloatingPointError(f"{name} gave shape {tuple(y.shape)} for {linear}")
-    product = dense_product if name == DENSE else packed_product
-    error = error_of(y, x, lambda x: product(x, *weights))
+    error = error_of(y, x, lambda x: exact_product(name)(x, *weights))
     refuse_wrong(bench, name, error, f"{linear}, {tokens} tokens")
     bench.errors[key] = error
     return error
@@ -142,6 +142,19 @@ def check_all(bench: Bench, names: Iterable[str], linears: Iterable[Linear], tok
         for name in names:
             with contextlib.suppress(AbsentError):
                 check(bench, name, linear, tokens)
+
+
+def exact_product(name: str) -> Callable[..., Tensor]:
+    """The product in float64 with what an implementation multiplies with."""
+    if name in LOOKED_UP:
+        return looked_up_product
+    return dense_product if name == DENSE else packed_product
+
+
+def looked_up_product(x: Tensor, *weight: Tensor | None) -> Tensor:
+    """The product in float64, for x in float64, of the reference, whose entries and scales are float64 here."""
+    exact = (w.double() if w is not None and w.is_floating_point() else w for w in weight)
+    return product.product_linear(x, *exact)
 
 
 def packed_product(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,8 +15,10 @@ from torch.nn import functional as F
 import nanoquant_kernels
 from nanoquant.benchmark.timing import AbsentError, Clock, Rotation
 from nanoquant.budget import layer_bits
-from nanoquant_kernels import compiled, cpu, gpu, packed_width, reference
+from nanoquant.product_budget import ProductShape, product_bits
+from nanoquant_kernels import compiled, cpu, cpu_product, gpu, packed_width, product, reference
 from nanoquant_kernels.cpu_build import available_paths
+from nanoquant_kernels.indices import index_bytes
 from nanoquant_kernels.layout import ALIGNMENT
 
 OPERATOR = "operator"
@@ -23,6 +27,12 @@ PACKED: dict[str, Callable[..., Tensor]] = {
     "reference": reference.binary_low_rank_linear,
 }
 """What is timed, by name: called as (x, u_signs, v_signs, s1, s2, bias, rank). One more is one line more."""
+CODEBOOKS = "codebooks"
+LOOKED_UP: dict[str, Callable[..., Tensor]] = {
+    CODEBOOKS: nanoquant_kernels.product_linear,
+    f"{CODEBOOKS}, reference": product.product_linear,
+}
+"""The same of weights that are looked up: called as (x, indices, codebook, indices2, codebook2, scale, bias)."""
 DENSE = "F.linear bf16"
 SHARED = f"{OPERATOR}, shared launches"
 """Linears that read the same tensor, launched together, as a packed model on a GPU does."""
@@ -30,11 +40,13 @@ SHARED = f"{OPERATOR}, shared launches"
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: d_out, d_in and the rank of its packed form."""
+    """A linear layer: d_out, d_in, and at the same bits the rank of its signs and the shape of its codebooks."""
 
     d_out: int
     d_in: int
     rank: int
+    codebooks: ProductShape | None = None
+    """None where no codebooks meet the bits."""
 
     @property
     def packed_bytes(self) -> int:
@@ -42,9 +54,16 @@ class Linear:
         return layer_bits(self.d_out, self.d_in, self.rank) // 8
 
     @property
+    def looked_up_bytes(self) -> int:
+        """Bytes of indices, codebooks and scales; 0 without codebooks."""
+        shape = self.codebooks
+        return 0 if shape is None else product_bits(self.d_out, self.d_in, shape) // 8
+
+    @property
     def aligned_bytes(self) -> int:
-        """At least the bytes of signs and scales with rows aligned as on a GPU."""
-        return self.packed_bytes + ALIGNMENT * (self.d_out + self.rank)
+        """At least the bytes of either packed form, of signs with rows aligned as on a GPU."""
+        aligned = self.packed_bytes + ALIGNMENT * (self.d_out + self.rank)
+        return max(aligned, self.looked_up_bytes)
 
     @property
     def dense_bytes(self) -> int:
@@ -53,12 +72,14 @@ class Linear:
 
     def weight_bytes(self, name: str) -> int:
         """Bytes of weights that an implementation has to read."""
+        if name in LOOKED_UP:
+            return self.looked_up_bytes
         return self.dense_bytes if name == DENSE else self.packed_bytes
 
     def operations(self, name: str, tokens: int) -> int:
         """Floating-point operations of the product as an implementation computes it."""
         factors = self.d_out * self.d_in
-        if name != DENSE:
+        if name != DENSE and name not in LOOKED_UP:
             factors = self.rank * (self.d_out + self.d_in)
         return 2 * tokens * factors
 
@@ -86,9 +107,21 @@ class Bench:
         """Fresh random weights of one layer, as an implementation takes them after x."""
         if name == DENSE:
             return (self.reals.take([linear.d_out, linear.d_in], torch.bfloat16),)
+        if name in LOOKED_UP:
+            return self._codebooks(linear)
         signs = (self._rows(linear.d_out, linear.rank), self._rows(linear.rank, linear.d_in))
         scales = (self.reals.take([size], torch.bfloat16) for size in (linear.d_out, linear.d_in))
         return (*signs, *scales, None, linear.rank)
+
+    def _codebooks(self, linear: Linear) -> tuple:
+        """Random indices and entries."""
+        shape, stages = linear.codebooks, []
+        for width, entries in zip(shape.widths, shape.entries, strict=True):
+            size = [linear.d_out, index_bytes(shape.groups(linear.d_in), width)]
+            book = self.reals.take([shape.slabs, entries, shape.group], torch.bfloat16)
+            stages += [self.signs.take(size, torch.uint8), book]
+        scale = self.reals.take([linear.d_out], torch.bfloat16)
+        return (*stages, *[None] * (4 - len(stages)), scale, None)
 
     def _rows(self, rows: int, columns: int) -> Tensor:
         """Random packed signs, aligned on a GPU as ``prepare_for_decoding`` aligns them, zeros past the last."""
@@ -110,8 +143,30 @@ class Bench:
         return None if self.cache is None else reuse_bytes < 4 * self.cache
 
 
-def kernel_of(name: str, x: Tensor, linear: Linear) -> str | None:
+def distinct_linears(linears: dict[str, Linear]) -> dict[Linear, str]:
+    """Of every shape (d_out, d_in) the commonest linear, and the names that have the shape: "q_proj, o_proj"."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for name, linear in linears.items():
+        found.setdefault((linear.d_out, linear.d_in), []).append(name)
+    commonest = [
+        Counter(linears[n] for n in names).most_common(1)[0][0] for names in found.values()
+    ]
+    kinds = [", ".join(dict.fromkeys(n.rpartition(".")[2] for n in ns)) for ns in found.values()]
+    return dict(zip(commonest, kinds, strict=True))
+
+
+def contestants(linears: Iterable[Linear]) -> list[str]:
+    """Implementations that can multiply with all of these: looked-up ones where every linear has codebooks."""
+    looked_up = LOOKED_UP if all(linear.codebooks for linear in linears) else ()
+    return [DENSE, *PACKED, *looked_up]
+
+
+def kernel_of(name: str, x: Tensor, linear: Linear, weights: tuple) -> str | None:
     """What runs for this x: a path of the C++ loop, a Triton kernel, "generated" code, or the reference."""
+    if name == CODEBOOKS:
+        if x.is_cuda:
+            return "triton" if triton_product().serves(x) else "reference"
+        return available_paths()[-1] if cpu_product.serves(x, *weights) else "reference"
     if name != OPERATOR:
         return None
     if x.is_cuda:
@@ -124,7 +179,14 @@ def kernel_of(name: str, x: Tensor, linear: Linear) -> str | None:
 
 def function_of(name: str) -> Callable[..., Tensor]:
     """The implementation of a name."""
-    return F.linear if name == DENSE else PACKED[name]
+    return F.linear if name == DENSE else (PACKED | LOOKED_UP)[name]
+
+
+def triton_product() -> ModuleType:
+    """The kernel of looked-up weights, which only a GPU imports."""
+    from nanoquant_kernels import triton_product
+
+    return triton_product
 
 
 def run(name: str, *arguments: Any) -> Tensor:  # noqa: ANN401

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.benchmark.config import PARTS
+from nanoquant.benchmark.linears import CODEBOOKS
 from nanoquant.checkpoint_files import read_json
 from nanoquant.console import table
 
@@ -92,7 +93,7 @@ def _line(row: dict[str, Any], shaped: bool) -> list[str]:
         str(row.get("rank", "")),
         f"{row['bits']:g}",
         str(row["tokens"]),
-        row["implementation"] + (f" ({row['kernel']})" if row.get("kernel") else ""),
+        _implementation(row),
         number(row["microseconds"], ".1f"),
         number(row["spread"], ".0%"),
         number(row["gb_per_s"], ".2f"),
@@ -101,6 +102,14 @@ def _line(row: dict[str, Any], shaped: bool) -> list[str]:
         number(row.get("relative_error"), ".1e"),
         PLACES[row["in_cache"]],
     ]
+
+
+def _implementation(row: dict[str, Any]) -> str:
+    """Its name, with the codebooks of a shape and the kernel that served."""
+    name, kernel = row["implementation"], row.get("kernel")
+    if name.startswith(CODEBOOKS) and "codebooks" in row:
+        name = name.replace(CODEBOOKS, f"{CODEBOOKS} {row['codebooks']}")
+    return f"{name} ({kernel})" if kernel else name
 
 
 def _models(rows: list[dict[str, Any]]) -> list[str]:

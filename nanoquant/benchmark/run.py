@@ -16,11 +16,18 @@ import torch
 
 from nanoquant.benchmark.config import PARTS, BenchConfig
 from nanoquant.benchmark.correctness import check, check_all, check_groups, check_head
-from nanoquant.benchmark.linears import DENSE, OPERATOR, PACKED, Bench, Linear
+from nanoquant.benchmark.linears import (
+    DENSE,
+    OPERATOR,
+    Bench,
+    Linear,
+    contestants,
+    distinct_linears,
+)
 from nanoquant.benchmark.model import Arm, build, check_context
 from nanoquant.benchmark.process import time_arms
 from nanoquant.benchmark.setup import Target, make_bench, roofs, targets
-from nanoquant.benchmark.shapes import distinct_shapes, skeleton
+from nanoquant.benchmark.shapes import skeleton
 from nanoquant.benchmark.speed import time_chain, time_linear
 from nanoquant.benchmark.timing import AbsentError, available_bytes
 from nanoquant.embedding import EmbeddingConfig
@@ -139,7 +146,7 @@ def check_cases(
     with progress.phase("correctness", len(checks) + len(decoding)):
         for linear, n in checks:
             progress.advance(0, f"{linear.d_out} x {linear.d_in}, rank {linear.rank}, {n} tokens")
-            check_all(bench, [DENSE, *PACKED], [linear], n)
+            check_all(bench, contestants([linear]), [linear], n)
             progress.advance(1)
         for case in cases if "chain" in config.parts_asked else ():
             check_groups(bench, launches(*case, bench.device), tokens)
@@ -165,10 +172,11 @@ def _kinds(target: Target, bits: float) -> list[Linear]:
 
 def shape_groups(config: BenchConfig, target: Target, bits: float, bench: Bench) -> Iterator[Group]:
     """Every distinct linear shape of a model, at every number of tokens."""
-    for shape, (rank, kinds) in distinct_shapes(target.shapes, target.ranks[bits]).items():
-        linear = Linear(*shape, rank)
+    linears = {name: target.linear(name, bits) for name in target.shapes}
+    for linear, kinds in distinct_linears(linears).items():
         for tokens in config.numbers("tokens", int):
             where = {"bits": bits, "linears": kinds, **asdict(linear), "tokens": tokens}
+            where["codebooks"] = None if linear.codebooks is None else str(linear.codebooks)
             measure = functools.partial(time_linear, bench, linear, tokens)
             yield Group(target.depth | where, measure)
 

@@ -25,6 +25,7 @@ from nanoquant.benchmark.timing import (
     device_name,
     matmul_rate,
 )
+from nanoquant.product_budget import ProductShape, plan_product
 from nanoquant.shared_launch import readers
 
 logger = logging.getLogger(__name__)
@@ -37,13 +38,15 @@ MEMORY_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Target:
-    """A model to measure: its configuration, and the ranks of its linears for every number of bits."""
+    """A model to measure: its configuration, and ranks and codebooks of its linears for every number of bits."""
 
     name: str
     config: PreTrainedConfig
     whole_layers: int
     shapes: dict[str, tuple[int, int]]
     ranks: dict[float, dict[str, int]]
+    codebooks: dict[float, dict[str, ProductShape]]
+    """Empty for bits that none meet."""
 
     @property
     def depth(self) -> dict[str, Any]:
@@ -53,7 +56,8 @@ class Target:
 
     def linear(self, name: str, bits: float) -> Linear:
         """One linear by its full name."""
-        return Linear(*self.shapes[name], self.ranks[bits][name])
+        books = self.codebooks[bits].get(name)
+        return Linear(*self.shapes[name], self.ranks[bits][name], books)
 
     def linears(self, bits: float) -> list[Linear]:
         """All linears in order."""
@@ -83,9 +87,22 @@ def targets(config: BenchConfig) -> list[Target]:
         whole = model_config(name).num_hidden_layers
         settings = model_config(name, config.layers)
         shapes = linear_shapes(skeleton(settings))
-        ranks = {bits: ranks_at(shapes, bits) for bits in config.numbers("bits", float)}
-        found.append(Target(name, settings, whole, shapes, ranks))
+        every = config.numbers("bits", float)
+        ranks = {bits: ranks_at(shapes, bits) for bits in every}
+        books = {bits: codebooks_at(name, shapes, bits) for bits in every}
+        found.append(Target(name, settings, whole, shapes, ranks, books))
     return found
+
+
+def codebooks_at(
+    name: str, shapes: dict[str, tuple[int, int]], bits: float
+) -> dict[str, ProductShape]:
+    """Codebooks of every linear as quantization at ``bits`` would choose them; none, with a warning, if none do."""
+    try:
+        return plan_product(shapes, bits)
+    except ValueError as error:
+        logger.warning("%s is measured without codebooks: %s", name, error)
+        return {}
 
 
 def make_bench(config: BenchConfig, models: list[Target], device: torch.device) -> Bench:

@@ -6,7 +6,6 @@ The models are built on the meta device by transformers, so a shape is what tran
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -134,16 +133,3 @@ def linear_shapes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 def ranks_at(shapes: dict[str, tuple[int, int]], bits: float) -> dict[str, int]:
     """Rank of every linear as quantization at ``bits`` per weight would choose it."""
     return allocate_ranks(shapes, BudgetConfig(bits=bits))
-
-
-def distinct_shapes(
-    shapes: dict[str, tuple[int, int]], ranks: dict[str, int]
-) -> dict[tuple[int, int], tuple[int, str]]:
-    """Every shape (d_out, d_in) once, with its commonest rank and the linears that have it: "q_proj, o_proj"."""
-    found = {}
-    for shape in dict.fromkeys(shapes.values()):
-        names = [name for name in shapes if shapes[name] == shape]
-        rank = Counter(ranks[name] for name in names).most_common(1)[0][0]
-        kinds = dict.fromkeys(name.rpartition(".")[2] for name in names)
-        found[shape] = rank, ", ".join(kinds)
-    return found

@@ -15,10 +15,10 @@ from nanoquant.benchmark.correctness import check, check_group
 from nanoquant.benchmark.linears import (
     DENSE,
     OPERATOR,
-    PACKED,
     SHARED,
     Bench,
     Linear,
+    contestants,
     function_of,
     kernel_of,
 )
@@ -48,19 +48,21 @@ def time_linear(
         tokens: T.
         absent: told the name and the reason where an implementation has no figure.
     """
-    x = bench.activations(tokens, linear.d_in)
+    x, kernels = bench.activations(tokens, linear.d_in), {}
 
     def make(name: str) -> Call:
-        return functools.partial(function_of(name), x, *bench.arguments(name, linear))
+        weights = bench.arguments(name, linear)
+        kernels[name] = kernel_of(name, x, linear, weights)
+        return functools.partial(function_of(name), x, *weights)
 
     def right(name: str) -> None:
         check(bench, name, linear, tokens)
 
-    timings = race(bench, (DENSE, *PACKED), [linear], tokens, right, make, absent)
+    timings = race(bench, contestants([linear]), [linear], tokens, right, make, absent)
     cached = bench.in_cache(min(bench.signs.asked, bench.reals.asked))
     return [
         figures(name, timings, linear.weight_bytes(name), linear.operations(name, tokens))
-        | {"kernel": kernel_of(name, x, linear), "in_cache": cached}
+        | {"kernel": kernels[name], "in_cache": cached}
         | {"relative_error": bench.errors[name, linear, tokens]}
         for name in timings
     ]
@@ -101,7 +103,7 @@ def time_chain(
 
         return chain
 
-    names = [DENSE, *PACKED, *([SHARED] if shared else [])]
+    names = [*contestants(linears), *([SHARED] if shared else [])]
     timings = race(bench, names, linears, tokens, right, make, absent, calls=1)
     rows = []
     for name in timings:

@@ -109,7 +109,7 @@ def make_estimate(
 def disk(q: Quantities, size: Size) -> Room:
     """What a run leaves on the disk at most, while it runs and afterwards."""
     subject = q.subject
-    room = room_of(subject.model, subject.decoder, subject.chosen, q.ranks, q.config)
+    room = room_of(subject.model, subject.decoder, subject.chosen, q.given, q.config)
     return replace(room, checkpoint=size.most)
 
 
@@ -126,13 +126,13 @@ def inference(
         logger.warning("%s", error)
         return None
     option = Option("own", "nanoquant", size.config.budget.bits, "nanoquant")
-    ranks = size.ranks if size.ranks.keys() <= model.linears.keys() else None  # inside a composite
+    layers = size.given if size.given.keys() <= model.linears.keys() else None  # inside a composite
     return Inference(
         use.context,
         use.batch,
         size.files.sizes.bytes_resident + size.most - size.files.weight_bytes,
         cache_bytes(model, use),
-        activation_bytes(model, option, use, ranks=ranks),
+        activation_bytes(model, option, use, sizes=layers),
         base,
     )
 

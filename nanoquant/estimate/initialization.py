@@ -1,4 +1,4 @@
-"""Most memory of the phases up to the binary blocks, as sums of terms.
+"""Most memory of the phases up to the quantized blocks, as sums of terms.
 
 Weights that stay in their files count as one block and what lies around the blocks, because a block that is done is let
 go of. Shapes: N windows, T tokens a window, d hidden size, V vocabulary.
@@ -104,18 +104,20 @@ def initializer(q: Quantities) -> list[Term]:
 
 
 def blocks(q: Quantities) -> list[Term]:
-    """A block from dense to binary; with epochs it is trained in float32."""
-    own = q.block_latents if q.on_host else q.latents
-    rest = q.latents * (q.on_host and q.config.run.save_every is None)
-    terms = [q.weights, *initializer(q), Term("latents", work.F32 * own)]
-    terms.append(Term("latents of all blocks, which no file keeps", work.F32 * rest, host=True))
+    """A block from dense to quantized; with epochs it is trained in float32."""
+    all_of = work.F32 * q.of_all.weights + q.indices
+    own = work.F32 * q.of_block.weights + q.indices // len(q.subject.chosen)
+    rest = all_of * (q.on_host and q.config.run.save_every is None)
+    what = "latents" if q.of_all.latents else "codebooks and indices"
+    terms = [q.weights, *initializer(q), Term(what, own if q.on_host else all_of)]
+    terms.append(Term(f"{what} of all blocks, which no file keeps", rest, host=True))
     return terms + (tuning(q) if q.config.block.tunes else [])
 
 
 def tuning(q: Quantities) -> list[Term]:
     """The block in float32, gradients, moments and copies of what trains, and two streams of activations."""
     config = q.config.block
-    trained = max(q.block_weights * (config.dense_epochs > 0), q.block_latents)
+    trained = max(q.block_weights * (config.dense_epochs > 0), q.of_block.weights)
     copies = 4 + 1 + (config.held_out > 0)  # gradient, moments, last good one and the next, best
     tokens = max(config.dense_batch, config.refine_batch) * q.config.calibration.length
     activations = work.block_activations(q.subject, q.block, tokens, q.item)
@@ -123,6 +125,9 @@ def tuning(q: Quantities) -> list[Term]:
         Term("the block in float32, and as it was", 2 * work.F32 * q.numbers, "--preset fast"),
         Term("gradients, moments and copies", copies * work.F32 * trained, "--preset fast"),
         Term("weights in the type of products", q.item * q.numbers, "--preset fast"),
+        Term(
+            "dense weights that indices follow", work.F32 * q.block_weights * (config.reassign > 0)
+        ),
         streams(q, q.streams[1].bytes),
         Term("activations of the block", activations, "--block.dense_batch"),
     ]

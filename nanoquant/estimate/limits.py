@@ -79,22 +79,17 @@ def quantities(subject: Subject, config: NanoQuantConfig, use: Use) -> Quantitie
     """Quantities of a run; of several storages of the embedding that a file's budget leaves, the middle one.
 
     Raises:
-        ValueError: the bits can't be met, or what a method takes is not known.
+        ValueError: the bits can't be met.
     """
-    if config.method != "binary":
-        raise ValueError(
-            f"memory and time of method={config.method} are not known: estimate, --max-memory and --max-gpu-memory are "
-            "for method=binary; leave them out, and see nanoquant doctor for bits and room on the disk"
-        )
     options = file_options(subject.model, subject.decoder, subject.chosen, subject.shapes, config)
     option = options[len(options) // 2]
-    ranks = method_of(option).plan(subject.shapes, option)
+    sizes = method_of(option).plan(subject.shapes, option)
     most = (
-        ranks
+        sizes
         if option.budget.allocation == "uniform"
         else rank_limits(subject.shapes, option.budget).cap
     )
-    return Quantities(subject, option, ranks, dict(most), use)
+    return Quantities(subject, option, sizes, dict(most), use)
 
 
 def fit(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from nanoquant.admm import ADMMConfig, ADMMInitializer
-from nanoquant.estimate.operations import Work, iteration
+from nanoquant.estimate.operations import Work, iteration, kmeans
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.importance import Importance
+from nanoquant.product import KMeansInitializer
+from nanoquant.product_budget import ProductShape
 from nanoquant.second_moment import Correlation
 
 FASTEST, SLOWEST = 0.6, 2.0
@@ -70,7 +72,6 @@ def measure(q: Quantities, device: torch.device) -> Rates:
     name = max(shapes, key=lambda n: shapes[n][0] * shapes[n][1])
     scale = min(1.0, LARGEST_SIDE / max(shapes[name]))
     d_out, d_in = (max(8, int(side * scale)) for side in shapes[name])
-    rank = max(4, int(q.ranks[name] * scale))
     x = torch.randn(512, d_in, device=device)
     W = torch.randn(d_out, d_in, device=device)
     half = (x.to(q.subject.model.dtype), W.to(q.subject.model.dtype))
@@ -83,23 +84,35 @@ def measure(q: Quantities, device: torch.device) -> Rates:
         eigen=d_in**3 / _seconds(lambda: torch.linalg.eigh(square), device),
         numbers=many.numel() / _seconds(lambda: many.mul_(1.0), device),
     )
-    curvature = q.config.importance.curvature
-    one = iteration(d_out, d_in, rank, curvature, q.config.admm.power_iterations)
-    measured = _iteration(W, square, rank, curvature, device)
-    return Rates(
-        rates.products,
-        rates.full,
-        rates.eigen,
-        rates.numbers,
+    size = q.given[name]
+    if isinstance(size, ProductShape):
+        one, measured = _kmeans(q, W, size)
+    else:
+        one, measured = _iteration(q, W, square, max(4, int(size * scale)))
+    return replace(
+        rates,
         initializer=measured / rates.seconds(one),
         source=f"measured on this {device.type}, {torch.get_num_threads()} threads, at {d_out} x {d_in}",
     )
 
 
+def _kmeans(q: Quantities, W: torch.Tensor, shape: ProductShape) -> tuple[Work, float]:
+    """Work and seconds of the codebooks of W; of a slab of W's rows, or of what has a group for every entry."""
+    g, config = shape.group, q.config.product.kmeans
+    one = ProductShape(g, shape.widths)
+    if len(W) * one.groups(W.shape[1]) < max(one.entries):
+        W = W.new_ones(max(one.entries), g).normal_()
+    importance = Importance(W.new_ones(W.shape[1]), W.new_ones(len(W)))
+    initializer = KMeansInitializer(config)
+    seconds = _seconds(lambda: initializer(W, importance, one), W.device)
+    return kmeans(*W.shape, one, config), seconds
+
+
 def _iteration(
-    W: torch.Tensor, square: torch.Tensor, rank: int, curvature: str, device: torch.device
-) -> float:
-    """Seconds of an iteration of the initializer on W: of five less those of one, over four."""
+    q: Quantities, W: torch.Tensor, square: torch.Tensor, rank: int
+) -> tuple[Work, float]:
+    """Work and seconds of an iteration of the initializer on W: of five less those of one, over four."""
+    curvature, device = q.config.importance.curvature, W.device
     spread, Q = torch.linalg.eigh(square)
     known = Correlation(Q, spread.clamp_min(1e-6) / spread.mean())
     outputs = torch.linalg.eigh(W @ W.T / W.shape[1])
@@ -111,7 +124,9 @@ def _iteration(
     )
     few, more = (ADMMInitializer(ADMMConfig(iterations=k, refit_sweeps=0)) for k in (1, 5))
     least = _seconds(lambda: few(W, importance, rank), device)
-    return max(1e-9, (_seconds(lambda: more(W, importance, rank), device) - least) / 4)
+    seconds = (_seconds(lambda: more(W, importance, rank), device) - least) / 4
+    one = iteration(*W.shape, rank, curvature, q.config.admm.power_iterations)
+    return one, max(1e-9, seconds)
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:

@@ -7,9 +7,13 @@ Shapes: T tokens a window, d hidden size, W weights of all linears, r rank.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nanoquant.estimate.quantities import Quantities
+from nanoquant.kmeans import START_SAMPLE
+from nanoquant.product import EXHAUSTIVE, KMeansConfig
+from nanoquant.product_budget import ProductShape
 
 PASSES = 25
 """How often a step goes over each trained number: signs, gradient, its norm, AdamW."""
@@ -17,6 +21,10 @@ PROXY = 12
 """How often an iteration of the initializer goes over a factor, besides its power iterations."""
 REFIT = 10
 """How often a sweep of the refit goes over a matrix."""
+POINT = 15
+"""How often a round over codebooks goes over each weight: what stages leave, their means, scales."""
+LOOK_UP = 6
+"""How often a pass goes over each weight that it looks up."""
 PROBES = 3
 """Ranks at which errors are measured where ``sensitivity.spread`` is above 0."""
 
@@ -65,11 +73,34 @@ def iteration(d_out: int, d_in: int, rank: int, curvature: str, power: int) -> W
     return left + update(d_in, d_out, rank, inputs, outputs, power)
 
 
+def assigning(points: float, entries: int, group: int) -> Work:
+    """The nearest of ``entries`` for every group of weights."""
+    return Work(full=4.0 * points * group * entries, numbers=2.0 * points * entries)
+
+
+def kmeans(d_out: int, d_in: int, shape: ProductShape, config: KMeansConfig) -> Work:
+    """Codebooks of one linear: k-means of each stage on a sample, and rounds over all groups."""
+    points, g = float(d_out // shape.slabs * shape.groups(d_in)), shape.group
+    work = Work()
+    for K in shape.entries:
+        sample = min(points, config.lloyd.sample * K)
+        work += assigning(sample, K, g) * config.lloyd.iterations
+        work += Work(numbers=3.0 * K * g * min(points, START_SAMPLE * K))
+    each = assigning(points, math.prod(shape.entries), g)
+    if len(shape.entries) > 1 and math.prod(shape.entries) > EXHAUSTIVE:
+        first, second = shape.entries
+        each = assigning(points, first, g) + assigning(points, second, g) * config.beam
+    return (work + (each + Work(numbers=POINT * g * points)) * config.rounds) * shape.slabs
+
+
 def initializer(q: Quantities, iterations: int) -> Work:
     """All linears once."""
     admm, work = q.config.admm, Work()
     for name, (d_out, d_in) in q.subject.shapes.items():
-        rank = q.ranks[name]
+        rank = q.given[name]
+        if isinstance(rank, ProductShape):
+            work += kmeans(d_out, d_in, rank, q.config.product.kmeans)
+            continue
         one = iteration(d_out, d_in, rank, q.config.importance.curvature, admm.power_iterations)
         refit = admm.refit_sweeps * (2.0 * d_out * d_in * rank)
         passes = REFIT * (1 + admm.refit_sweeps) * d_out * d_in
@@ -86,9 +117,19 @@ def forward(q: Quantities, length: int, share: float = 1.0) -> float:
 
 
 def student_forward(q: Quantities, length: int) -> float:
-    """The same of the model whose chosen blocks are binary: 2 r (d_out + d_in) a linear."""
-    dense = sum(d_out * d_in for d_out, d_in in q.subject.shapes.values())
-    return forward(q, length) + 2.0 * (q.latents - dense)
+    """The same of the model whose chosen blocks are quantized: 2 r (d_out + d_in) a binary linear."""
+    latents = q.of_all.latents
+    return forward(q, length) + 2.0 * (latents - dense_weights(q) if latents else 0)
+
+
+def dense_weights(q: Quantities) -> int:
+    """Weights of the linears to quantize."""
+    return sum(d_out * d_in for d_out, d_in in q.subject.shapes.values())
+
+
+def looked_up(q: Quantities) -> float:
+    """Numbers that a pass reads and writes to look all weights up; none of binary linears."""
+    return 0.0 if q.of_all.latents else float(LOOK_UP * dense_weights(q))
 
 
 def phases(q: Quantities, eval_windows: int) -> dict[str, Work]:
@@ -103,7 +144,8 @@ def phases(q: Quantities, eval_windows: int) -> dict[str, Work]:
         found["model"] = model(q)
     if tokens:
         found["measure in a fresh process"] = Work(
-            products=tokens * student_forward(q, q.use.length)
+            products=tokens * student_forward(q, q.use.length),
+            numbers=eval_windows * looked_up(q),
         )
     order = ("measure dense", "calibrate", "ranks", "blocks", "model", "measure in a fresh process")
     return {name: found[name] for name in order if name in found}
@@ -145,7 +187,7 @@ def blocks(q: Quantities) -> Work:
     if not config.tunes:
         return work
     tokens = min(config.windows, q.config.calibration.windows) * q.config.calibration.length
-    weights = sum(d_out * d_in for d_out, d_in in q.subject.shapes.values())
+    weights = dense_weights(q)
     rounds = (
         len(q.subject.names(q.block))
         if config.schedule == "published"
@@ -169,7 +211,8 @@ def model(q: Quantities) -> Work:
     signs = config.train == "signs"
     times = (3 if signs else 2) + config.recompute
     products = length * (taught * teacher + (windows * times + looks) * own)
-    trained = q.latents if signs else q.scales
-    unpacked = 0 if signs else q.latents
+    trained = q.of_all.weights if signs else q.scales
+    unpacked = 0.0 if signs else 4.0 * q.of_all.latents
+    unpacked += (1 + times) * looked_up(q)  # gradients of inputs and codebooks look up once
     steps = windows / config.batch
-    return Work(products=products, numbers=steps * (PASSES * trained + 4.0 * unpacked))
+    return Work(products=products, numbers=steps * (PASSES * trained + unpacked))

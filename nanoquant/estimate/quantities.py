@@ -8,12 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from nanoquant.budget import layer_bits
 from nanoquant.config import NanoQuantConfig
 from nanoquant.disk import Streams, streams
 from nanoquant.estimate.subject import Subject
 from nanoquant.estimate.terms import Term, Use
+from nanoquant.methods import Sizes, Trained, stored_bits, trained_numbers
 from nanoquant.sizes import tensor_bytes
+
+F16 = 2
+"""Bytes of a stored scale, and of an entry of a codebook."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +27,10 @@ class Quantities:
     """The model."""
     config: NanoQuantConfig
     """Of the run; bits and storage of the embedding are numbers."""
-    ranks: dict[str, int]
-    """Ranks at equal bits; together they take as much as any others that meet the bits."""
-    most: dict[str, int]
-    """Largest rank that each linear may get."""
+    given: Sizes
+    """Ranks at equal bits, which together take as much as any others that meet the bits; or codebooks."""
+    most: Sizes
+    """Largest rank that each linear may get; or its codebooks."""
     use: Use
     """How the command runs."""
 
@@ -100,15 +103,21 @@ class Quantities:
         return sum(shapes[n][0] * shapes[n][1] for n in self.subject.names(self.block))
 
     @cached_property
-    def block_latents(self) -> int:
-        """Entries of U and V of the block at the largest ranks."""
-        shapes = self.subject.shapes
-        return sum(sum(shapes[n]) * self.most[n] for n in self.subject.names(self.block))
+    def of_block(self) -> Trained:
+        """What may train of the block, at the largest ranks."""
+        chosen = {name: self.most[name] for name in self.subject.names(self.block)}
+        return trained_numbers(self.subject.shapes, chosen)
 
     @cached_property
-    def latents(self) -> int:
-        """Entries of U and V of all linears."""
-        return sum(sum(shape) * self.ranks[n] for n, shape in self.subject.shapes.items())
+    def of_all(self) -> Trained:
+        """What may train of all linears."""
+        return trained_numbers(self.subject.shapes, self.given)
+
+    @cached_property
+    def indices(self) -> int:
+        """Bytes of the packed indices of all linears; 0 of binary ones, whose signs follow from latents."""
+        all_of = self.of_all
+        return 0 if all_of.latents else self.packed - F16 * (all_of.entries + all_of.scales)
 
     @cached_property
     def scales(self) -> int:
@@ -117,9 +126,9 @@ class Quantities:
 
     @cached_property
     def packed(self) -> int:
-        """Bytes of packed signs and scales."""
+        """Bytes of packed signs or indices, codebooks and scales."""
         shapes = self.subject.shapes
-        return sum(layer_bits(*shapes[name], rank) for name, rank in self.ranks.items()) // 8
+        return sum(stored_bits(shapes[name], size) for name, size in self.given.items()) // 8
 
     @property
     def item(self) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from nanoquant.budget import layer_bits
 from nanoquant.commands import kind_of, summary
 from nanoquant.console import table
 from nanoquant.estimate.estimate import Estimate
 from nanoquant.estimate.size import Size
 from nanoquant.estimate.terms import Need
+from nanoquant.methods import Size as LayerSize
+from nanoquant.methods import entry_of, stored_bits
 from nanoquant.units import amount
 
 TERMS = 3
@@ -18,7 +19,7 @@ TERMS = 3
 
 
 def report(found: Estimate) -> str:
-    """Ranks, sizes, memory, disk and time."""
+    """Ranks or codebooks, sizes, memory, disk and time."""
     subject = found.subject
     parts = [
         f"{subject.name}: {subject.parameters:,} parameters, {amount(subject.file_bytes)} dense, "
@@ -33,16 +34,16 @@ def report(found: Estimate) -> str:
 
 
 def kinds(found: Estimate, size: Size) -> dict[str, dict[str, Any]]:
-    """Shape, ranks and bits of the linears, by the last parts of their names."""
-    groups: dict[str, list[tuple[int, int, int, int]]] = {}
-    for name, rank in size.ranks.items():
+    """Shape, ranks or codebooks, and bits of the linears, by the last parts of their names."""
+    groups: dict[str, list[tuple[int, int, LayerSize, int]]] = {}
+    for name, own in size.given.items():
         shape = found.subject.shapes[name]
-        groups.setdefault(kind_of(name), []).append((*shape, rank, layer_bits(*shape, rank)))
+        groups.setdefault(kind_of(name), []).append((*shape, own, stored_bits(shape, own)))
     return {kind: summary(layers) for kind, layers in groups.items()}
 
 
 def kind_lines(found: Estimate) -> str:
-    """Ranks by kind of linear, of one storage of the embedding."""
+    """Ranks or codebooks by kind of linear, of one storage of the embedding."""
     rows = kinds(found, found.sizes[len(found.sizes) // 2])
     header = ["layer", *next(iter(rows.values()))]
     return table([[kind, *map(str, row.values())] for kind, row in rows.items()], header=header)
@@ -140,7 +141,7 @@ def to_dict(found: Estimate) -> dict[str, Any]:
                 "most_bytes": size.most,
                 "files": size.files.files,
                 **size.files.sizes.to_dict(),
-                "ranks": size.ranks,
+                "layers": {name: entry_of(own) for name, own in size.given.items()},
                 "linears": kinds(found, size),
             }
             for size in found.sizes

@@ -22,8 +22,8 @@ class Size:
 
     config: NanoQuantConfig
     """Its bits and the storage of the embedding are numbers."""
-    ranks: Sizes
-    """Of each linear, or its codebooks; ranks of equal bits where losses choose."""
+    given: Sizes
+    """Rank of each linear, or its codebooks; ranks of equal bits where losses choose."""
     files: WeightFiles
     """Files at these ranks."""
     least: int

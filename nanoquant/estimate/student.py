@@ -11,6 +11,7 @@ from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.terms import Term
 from nanoquant.kept_logits import PORTION, bytes_a_token
 from nanoquant.verification import PROMPT, TOKENS
+from nanoquant_kernels.product import CHUNK, LARGE_CHUNK
 
 MOMENTS = {32: 8.0, 8: 2 + 2 * 4 / 256, 4: 1 + 2 * 4 / 128}
 """Bytes of the two moments of a number by their bits; torchao adds a scale for 256 or 128 of them."""
@@ -20,6 +21,8 @@ VERIFIED = 1 + len(PROMPT) + TOKENS
 """Most tokens that a verification generates and scores; one that is read has a character at least."""
 GATHERED = 3
 """Copies of a block's latents at once: gathered, its gradient, and that as it is sent; on a GPU the next block too."""
+LOOKED_UP = 24
+"""Bytes for each weight that is looked up at a time: two stages, their sum, that with scales, its gradient, numbers."""
 COMPILER = 350 * 2**20
 """Bytes that compiling blocks adds to the process."""
 
@@ -30,7 +33,7 @@ def model(q: Quantities) -> list[Term]:
     Processes that divide the former hold a part each, and gather a block.
     """
     signs = q.config.model.train == "signs"
-    trained = -(-(q.latents + q.scales if signs else q.scales) // parts(q))
+    trained = -(-(q.of_all.weights + q.scales if signs else q.scales) // parts(q))
     bits = q.config.model.optimizer.state_bits
     less = "--model.train scales" if signs else ""
     narrower = "--model.optimizer.state_bits 8" if signs and bits == 32 else less
@@ -42,7 +45,7 @@ def model(q: Quantities) -> list[Term]:
         Term("gradients", work.F32 * trained, less),
         Term("moments", int(MOMENTS[bits] * trained), narrower),
         Term("the best state, the last good one and the next", COPIES * work.F32 * trained, less),
-        *([] if signs else [Term("signs in bits", q.packed), unpacked(q)]),
+        *fixed(q, signs),
         *gathered(q, trained),
         *activations(q),
         Term("compiled blocks", COMPILER * compiles(q), "--model.compile_from null", host=True),
@@ -59,10 +62,10 @@ def gathered(q: Quantities, trained: int) -> list[Term]:
     if parts(q) == 1:
         return []
     mapped = q.config.run.save_every is not None and q.on_host
-    more = max(0, q.latents - (1 + 2 + COPIES) * trained) * (not mapped)
+    more = max(0, q.of_all.weights - (1 + 2 + COPIES) * trained) * (not mapped)
     ahead = GATHERED + q.use.gpu
     return [
-        Term("a block, gathered, and its gradient", work.F32 * ahead * q.block_latents),
+        Term("a block, gathered, and its gradient", work.F32 * ahead * q.of_block.weights),
         Term("latents, whole until they are divided", work.F32 * more, host=q.on_host),
     ]
 
@@ -74,9 +77,21 @@ def compiles(q: Quantities) -> bool:
     return config.compile_from is not None and steps >= config.compile_from
 
 
+def fixed(q: Quantities, signs: bool) -> list[Term]:
+    """What does not train and is unpacked for each product: frozen signs, or indices and codebooks at rest."""
+    if q.of_all.latents:
+        return [] if signs else [Term("signs in bits", q.packed), unpacked(q)]
+    still = 0 if signs else work.F32 * q.of_all.entries
+    return [Term("indices, and codebooks that do not train", q.indices + still), unpacked(q)]
+
+
 def unpacked(q: Quantities) -> Term:
-    """Signs of the largest linear in the type of products: a pass unpacks U and V in turn."""
+    """Signs of the largest linear in the type of products, U and V in turn; or what is looked up at a time."""
     shapes = q.subject.shapes
+    if not q.of_all.latents:
+        largest = max(d_out * d_in for d_out, d_in in shapes.values())
+        chunk = LARGE_CHUNK if q.use.gpu else CHUNK["cpu"]
+        return Term("weights that are looked up at a time", LOOKED_UP * min(largest, chunk))
     largest = max(sum(shapes[name]) * rank for name, rank in q.most.items())
     return Term("signs of a linear, unpacked", 2 * q.item * largest)
 
@@ -101,12 +116,12 @@ def activations(q: Quantities) -> list[Term]:
     length, windows = q.config.calibration.length, -(-config.batch // q.use.devices)
     tokens = windows * length
     each = [
-        work.binary_activations(subject, b, q.ranks, tokens, q.item)
+        work.quantized_activations(subject, b, q.given, tokens, q.item)
         if b in subject.chosen
         else work.block_activations(subject, b, tokens, q.item)
         for b in range(len(subject.decoder.blocks))
     ]
-    signs = q.item * q.latents if config.train == "signs" else 0
+    signs = q.item * q.of_all.latents if config.train == "signs" else 0
     scores = work.scores(subject, windows, length)
     less = "--model.batch" if config.recompute else "--model.recompute"
     if config.recompute:

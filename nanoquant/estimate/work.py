@@ -6,11 +6,13 @@ near; tests measure whole phases against their sums.
 
 from __future__ import annotations
 
-from nanoquant.block_reconstruction import BlockConfig
+from nanoquant.block_config import BlockConfig
 from nanoquant.estimate.subject import Subject
 from nanoquant.evaluation.perplexity import CHUNK_ELEMENTS
 from nanoquant.importance import LOSS_CHUNK
 from nanoquant.importance_store import statistics_bytes
+from nanoquant.methods import Sizes
+from nanoquant.product_budget import ProductShape
 from nanoquant.schedules import SCHEDULES
 
 F32 = 4
@@ -26,6 +28,8 @@ SQUARES = 6
 """Matrices (r, r): the system, its factor or eigenvectors, and what LAPACK works in."""
 EIGEN = 7
 """Matrices (d, d) while one correlation is decomposed: the moment, two quotients, eigenvectors, LAPACK's work."""
+INDEX = 6
+"""Bytes of an index while the error is measured: as it is, and int64 for the look-up, of one matrix at a time."""
 NORMS = 24
 """Bytes for each hidden channel of a token that two norms in float32 and the sums around them keep."""
 
@@ -42,8 +46,17 @@ def admm_metric(d_in: int, d_out: int, curvature: str, members: int = 1) -> int:
     return F32 * members * squares
 
 
+def kmeans(d_out: int, d_in: int, shape: ProductShape, members: int = 1) -> int:
+    """Codebooks of ``members`` linears, one slab after the other, which takes less than measuring their error.
+
+    Of W in float32 a slab takes five: its groups over their scales, what two stages leave, and entries twice.
+    """
+    indices = INDEX * d_out * shape.groups(d_in) * len(shape.widths)
+    return members * (F32 * COPIES * d_out * d_in + indices)
+
+
 def initializer(
-    subject: Subject, block: int, ranks: dict[str, int], config: BlockConfig, curvature: str
+    subject: Subject, block: int, sizes: Sizes, config: BlockConfig, curvature: str
 ) -> int:
     """The largest batch of linears that a block initializes at once."""
     groups = tuple(tuple(group) for group in subject.groups(block))
@@ -53,8 +66,11 @@ def initializer(
         for name in names:
             batches.setdefault(subject.shapes[name], []).append(name)
         for (d_out, d_in), members in batches.items():
-            rank, count = max(ranks[name] for name in members), len(members)
-            own = admm(d_out, d_in, rank, count) + admm_metric(d_in, d_out, curvature, count)
+            size, count = max(sizes[name] for name in members), len(members)
+            if isinstance(size, ProductShape):
+                own = kmeans(d_out, d_in, size, count)
+            else:
+                own = admm(d_out, d_in, size, count) + admm_metric(d_in, d_out, curvature, count)
             largest = max(largest, own)
     return largest
 
@@ -82,14 +98,17 @@ def block_activations(subject: Subject, block: int, tokens: int, itemsize: int) 
     return tokens * (itemsize * (inputs + 2 * outputs) + NORMS * subject.hidden)
 
 
-def binary_activations(
-    subject: Subject, block: int, ranks: dict[str, int], tokens: int, itemsize: int
+def quantized_activations(
+    subject: Subject, block: int, sizes: Sizes, tokens: int, itemsize: int
 ) -> int:
-    """The same of a binary block: of a linear its input, that times s2, what is between U and V, and two outputs."""
+    """The same of a quantized block: of a linear its input and two outputs.
+
+    Binary ones keep the input times s2, too, and what is between U and V.
+    """
     own = 0
     for name in subject.names(block):
-        d_out, d_in = subject.shapes[name]
-        own += 2 * d_in + 2 * d_out + ranks[name]
+        (d_out, d_in), size = subject.shapes[name], sizes[name]
+        own += d_in + 2 * d_out + (0 if isinstance(size, ProductShape) else d_in + size)
     return tokens * (itemsize * own + NORMS * subject.hidden)
 
 
