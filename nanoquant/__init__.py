@@ -28,6 +28,8 @@ _MODULES = {
     "BinaryFactors": "binary",
     "Importance": "importance",
     "ADMMInitializer": "admm",
+    "ProductQuantLinear": "product_linear",
+    "KMeansInitializer": "product",
     "BlockReconstructor": "block_reconstruction",
     "ModelReconstructor": "model_reconstruction",
     "PackedBinaryLinear": "packed_linear",

@@ -13,6 +13,7 @@ from nanoquant.config import nanoquant_config
 from nanoquant.estimate import machine
 from nanoquant.estimate.estimate import SHARED
 from nanoquant.estimate.limits import quantities
+from nanoquant.estimate.machine import FASTEST
 from nanoquant.estimate.operations import forward, iteration, student_forward
 from nanoquant.estimate.subject import subject_of_folder
 from nanoquant.estimate.terms import Use
@@ -58,6 +59,20 @@ def test_devices_divide_what_they_share(tmp_path, capsys):
     for phase, (low, high) in seconds[0].items():
         times = 8 if phase in SHARED else 1
         assert seconds[1][phase] == pytest.approx([low / times, high / times])
+
+
+def test_visits_of_dense_blocks_take_time_where_no_logits_are_kept(tmp_path, capsys):
+    def model_phase(*flags):
+        flags = ["--machine", "h100", "--model.batch", 4, "--model.windows", 64, *flags]
+        return of(capsys, tmp_path, "llama-2-7b", *flags)[0]["seconds"]["model"][0]
+
+    steps, looks = 64 / 4, nanoquant_config().model.held_out
+    looks *= 1 + nanoquant_config().model.evaluations
+    bytes_moved = 2 * PUBLISHED["llama-2-7b"] * (steps + looks)
+    extra = model_phase("--run.offload") - model_phase()
+    assert extra == pytest.approx(FASTEST * bytes_moved / 25e9)
+    kept = ["--model.kept_logits", 8]
+    assert model_phase(*kept, "--run.offload") - model_phase(*kept) < extra / 2
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ def test_a_model_is_quantized_and_used_by_every_command(folder, capsys):
     assert code == 0, err
     code, _, err = call(capsys, "report", out)
     assert code == 0, err
+    page = next(folder.glob("out*/**/*.html")).read_text()
+    assert "Codebooks of each layer" in page and str(next(iter(size.given.values()))) in page
 
 
 def test_doctor_finds_codebooks_for_the_bits(folder, capsys):

@@ -16,7 +16,7 @@ from nanoquant.disk import Room, room_of
 from nanoquant.estimate.limits import quantities
 from nanoquant.estimate.machine import ASSUMED, FASTEST, SLOWEST, STARTING, Rates, measure
 from nanoquant.estimate.memory import needs
-from nanoquant.estimate.operations import phases
+from nanoquant.estimate.operations import phases, visits
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.request import HERE, EstimateConfig
 from nanoquant.estimate.size import Size, size_of
@@ -139,10 +139,12 @@ def inference(
 
 def seconds(q: Quantities, rates: Rates, request: EstimateConfig) -> dict[str, tuple[float, float]]:
     """Fewest and most seconds of each phase."""
-    found = {}
+    found, passes = {}, visits(q, request.eval_windows)
     for name, work in phases(q, request.eval_windows).items():
         own = rates.seconds(work) / (request.devices if name in SHARED else 1)
         own *= rates.initializer if name in ("ranks", "blocks") else 1.0
+        if q.visits and name in passes:
+            own += passes[name] * q.subject.dense_bytes / rates.moved
         extra = STARTING if name == "measure in a fresh process" else 0.0
         found[name] = FASTEST * own, SLOWEST * own + extra
     return found

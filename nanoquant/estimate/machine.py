@@ -38,6 +38,8 @@ class Rates:
     """n^3 of an eigendecomposition."""
     numbers: float
     """Numbers that are read and written."""
+    moved: float = 25e9
+    """Bytes that come to a GPU, where blocks of the dense model visit it; assumed where there is none."""
     initializer: float = 1.0
     """Seconds of the initializer over those of its work."""
     source: str = ""
@@ -60,7 +62,7 @@ ASSUMED = {
         eigen=5e10,
         numbers=2.5e11,
         source="assumed for an H100, nobody has measured them: 300 TFLOP/s in bfloat16, 40 in float32, eigenvectors of "
-        "5e10 n^3 a second, 2.5e11 numbers a second",
+        "5e10 n^3 a second, 2.5e11 numbers a second, 25 GB/s from main memory",
     )
 }
 """Rates of machines that are not here."""
@@ -78,11 +80,13 @@ def measure(q: Quantities, device: torch.device) -> Rates:
     operations = 2.0 * x.shape[0] * d_out * d_in
     square = W.T @ W / d_out
     many = torch.randn(1 << 22, device=device)
+    home = torch.zeros(1 << 24)
     rates = Rates(
         products=operations / _seconds(lambda: half[0] @ half[1].T, device),
         full=operations / _seconds(lambda: x @ W.T, device),
         eigen=d_in**3 / _seconds(lambda: torch.linalg.eigh(square), device),
         numbers=many.numel() / _seconds(lambda: many.mul_(1.0), device),
+        moved=home.nbytes / _seconds(lambda: home.to(device, copy=True), device),
     )
     size = q.given[name]
     if isinstance(size, ProductShape):

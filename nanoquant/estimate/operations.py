@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 
 from nanoquant.estimate.quantities import Quantities
+from nanoquant.kept_logits import portion
 from nanoquant.kmeans import START_SAMPLE
 from nanoquant.product import EXHAUSTIVE, KMeansConfig
 from nanoquant.product_budget import ProductShape
@@ -216,3 +217,24 @@ def model(q: Quantities) -> Work:
     unpacked += (1 + times) * looked_up(q)  # gradients of inputs and codebooks look up once
     steps = windows / config.batch
     return Work(products=products, numbers=steps * (PASSES * trained + unpacked))
+
+
+def visits(q: Quantities, eval_windows: int) -> dict[str, float]:
+    """How often all blocks of the dense model come to a GPU in each phase, where they visit it."""
+    config = q.config.model
+    found = {
+        "measure dense": float(eval_windows),
+        "calibrate": 2.0,
+        "blocks": 1.0 + q.config.block.tunes,
+    }
+    decoder, total = q.subject.decoder, len(q.subject.decoder.blocks)
+    found["ranks"] = 1.0 + sum(
+        len(decoder.groups[b]) * (total - b) / total for b in q.subject.chosen
+    )
+    looks = config.held_out * (1 + config.evaluations)
+    found["model"] = config.epochs * config.windows / config.batch + looks
+    if config.kept_logits is not None:
+        length = q.config.calibration.length
+        size = portion(q.subject.model, length, config.kept_logits)
+        found["model"] = float(sum(-(-n // size) for n in (config.windows, config.held_out)))
+    return found

@@ -1,4 +1,4 @@
-"""Sections over layers: error before and after each phase, and the rank each layer got."""
+"""Sections over layers: error before and after each phase, and the rank or codebooks each layer got."""
 
 from __future__ import annotations
 
@@ -6,8 +6,17 @@ import math
 import statistics
 from typing import TYPE_CHECKING
 
+from nanoquant.methods import sizes_summary
+from nanoquant.product_budget import ProductShape
 from nanoquant.report.content import Plot, Section, Table, figure, short
-from nanoquant.report.measures import Grid, layer_errors, layer_metric, layer_ranks
+from nanoquant.report.measures import (
+    Cell,
+    Grid,
+    layer_codebooks,
+    layer_errors,
+    layer_metric,
+    layer_ranks,
+)
 from nanoquant.report.run_files import Run
 from nanoquant.report.style import MARKERS, Theme, heat_map, plot, whole_ticks
 
@@ -155,9 +164,11 @@ def _error_table(grids: dict[str, Grid]) -> Table:
 
 
 def rank_section(run: Run) -> Section:
-    """Rank of each layer, and its bits per weight where the rows tell."""
-    section = Section("ranks", "Rank of each layer")
+    """Rank of each layer, or its codebooks, and its bits per weight where the rows tell."""
     ranks, bits = layer_ranks(run), layer_metric(run, "bits")
+    if books := layer_codebooks(run):
+        return _codebook_section(books, bits)
+    section = Section("ranks", "Rank of each layer")
     if not ranks.values:
         section.missing.append(
             "No ranks: neither metrics.jsonl nor the figures of run.json name any."
@@ -190,6 +201,25 @@ def rank_section(run: Run) -> Section:
     )
     alt = f"Heat map of ranks, {len(kinds)} kinds of layers by {len(blocks)} blocks, {said}."
     section.items.append(plot("ranks", PANEL + ROW * len(kinds) + 0.3, draw, caption, alt))
+    return section
+
+
+def _codebook_section(books: dict[Cell, ProductShape], bits: Grid) -> Section:
+    """Codebooks of each kind of layer, how often each comes, and the mean of its bits per weight."""
+    section, kinds = Section("ranks", "Codebooks of each layer"), {}
+    for (_, kind), shape in books.items():
+        kinds.setdefault(kind, []).append(shape)
+    rows = []
+    for kind, shapes in kinds.items():
+        spent = bits.of_kind(kind)
+        mean = figure(statistics.fmean(spent) if spent else None, ".4f")
+        rows.append([kind, sizes_summary(shapes)["codebooks"], mean])
+    caption = (
+        "Group of inputs that share an index, bits of the index of each codebook, and ranges of rows with codebooks "
+        "of their own (8:8+4 x2); in parentheses how many layers have them. Bits are means over all blocks, codebooks "
+        "and scales counted."
+    )
+    section.items.append(Table(caption, ["layer", "codebooks", "bits per weight"], rows))
     return section
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from nanoquant.methods import size_of
+from nanoquant.product_budget import ProductShape
 from nanoquant.recorder import PHASES
 from nanoquant.report.run_files import Run, number
 
@@ -127,6 +129,17 @@ def layer_ranks(run: Run) -> Grid:
         return grid
     cells = {cell_of(str(name)): number(rank) for name, rank in ranks.items()}
     return Grid({c: rank for c, rank in cells.items() if c is not None and rank is not None})
+
+
+def layer_codebooks(run: Run) -> dict[Cell, ProductShape]:
+    """Codebooks of each layer, from the final figures; empty where layers have ranks."""
+    entries = run.get("figures", "report", "ranks")
+    found = {}
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        cell = cell_of(str(name))
+        if cell is not None and isinstance(entry, dict) and "widths" in entry:
+            found[cell] = size_of(entry)
+    return found
 
 
 def curves(run: Run, metric: str, phase: str) -> dict[str, Curve]:
