@@ -29,6 +29,8 @@ commands:
   estimate MODEL                    ranks, bytes, memory, disk and time of a quantization, beforehand
   doctor MODEL                      what would stop a quantization on this machine
   report OUT                        one page of plots from what a run recorded
+  card OUT                          model card of a checkpoint, with its figures and how to make it again
+  push OUT --name OWNER/NAME        upload a checkpoint and its card to a hub
 
 "nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
 NANOQUANT_DEBUG=1 shows the traceback of an error.
@@ -219,4 +221,6 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "nanoquant.doctor.command",
     ),
     "report": _report,
+    "card": _other("card", "Write the model card of a checkpoint.", "nanoquant.hub.command"),
+    "push": _other("push", "Upload a checkpoint to a hub.", "nanoquant.hub.command"),
 }

@@ -244,20 +244,23 @@ def nanoquant_config(
 
         nanoquant_config(bits=0.8, preset="balanced", run=RunConfig(seed=1))
         nanoquant_config(budget={"file": "64MB"}, run={"seed": 1})
-        nanoquant_config(bits=2.1, method="product", product={"group": 8, "codebooks": (8, 8)})
+        nanoquant_config(bits=2.1, method="product", group=8, codebooks=(8, 8))
 
     Args:
         bits: bits per weight over the quantized linears; none keeps the default.
         preset: fast, balanced, best, long or paper. For ``method="product"`` it gives text, epochs and rates; bits go
             where codebooks gain most, so ranks are not measured, nor how inputs go together.
         **fields: fields of :class:`NanoQuantConfig` to replace; a stage's config replaces that whole stage, a dict
-            fields of the preset's.
+            fields of the preset's. Fields of :class:`ProductConfig` may stand beside them: ``group=8``.
 
     Raises:
         ValueError: unknown preset or method, or a value out of its range.
         TypeError: a field that is not there, or a stage that is neither its config nor a dict.
     """
+    own = {f.name for f in dataclasses.fields(ProductConfig)} & fields.keys()
+    beside = {"product": {name: fields.pop(name) for name in own}} if own else {}
     config = _changed(preset_config(preset, fields.get("method", "binary")), fields)
+    config = _changed(config, beside)
     if bits is not None:
         config = dataclasses.replace(config, budget=dataclasses.replace(config.budget, bits=bits))
     return config

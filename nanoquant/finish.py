@@ -15,6 +15,7 @@ from nanoquant.checkpoint_files import read_json
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import say
 from nanoquant.figures import Figures, JobResult, result_table, versions
+from nanoquant.hub.publish import write_card
 from nanoquant.job_config import JobConfig
 from nanoquant.json_files import finite, write_json
 from nanoquant.lock import exclusive
@@ -59,7 +60,7 @@ def finish(
     progress: TrackedProgress,
     ending: Ending,
 ) -> JobResult:
-    """Measure the checkpoint in a fresh process, print the table, write the figures.
+    """Measure the checkpoint in a fresh process, print the table, write figures and model card.
 
     Raises:
         ValueError: the checkpoint does not pass, or measuring failed; table and figures have all that is known.
@@ -79,6 +80,7 @@ def finish(
         tracker.folder.update(figures=result.to_dict(), **{UNMEASURED: left})
         say(result_table(result))
         write_json(job.json, result.to_dict())
+    write_card(job.output, tracker.folder.content)
     return result
 
 

@@ -84,6 +84,15 @@ def test_what_a_method_does_not_read_is_refused_by_name(method, fields, what):
         nanoquant_config(method=method, **fields)
 
 
+def test_fields_of_codebooks_may_stand_beside_the_method():
+    config = nanoquant_config(2.1, method="product", group=8, codebooks=(8, 8))
+    deep = nanoquant_config(2.1, method="product", product={"group": 8, "codebooks": (8, 8)})
+    both = nanoquant_config(2.1, method="product", group=8, product=ProductConfig(codebooks=(8, 8)))
+    assert config == deep == both
+    with pytest.raises(ValueError, match=r"product\.\* and method=binary exclude"):
+        nanoquant_config(group=8)
+
+
 def test_a_config_of_codebooks_comes_back_from_json():
     config = nanoquant_config(2.1, method="product", product={"group": 8, "codebooks": (8, 8)})
     assert config.product.menu.keys() == {(8, (8, 8))}

@@ -1,0 +1,150 @@
+"""A checkpoint finds its way to a hub and back, with a card that says what is known of it and nothing else."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from command_line import call, refused
+from fake_hub import fake_hub
+from huggingface_hub import ModelCard
+
+from nanoquant.config import nanoquant_config
+from nanoquant.hub.publish import write_card
+from nanoquant.hub.reproduce import quantize_line
+from nanoquant.job_config import JobConfig
+from nanoquant.parsers import parse_quantize
+
+pytestmark = pytest.mark.usefixtures("untouched_process")
+
+
+@pytest.fixture
+def copied(place, finished, tmp_path):
+    """A copy of the finished checkpoint and of the record of its run."""
+    for name in ("out", "out.run"):
+        shutil.copytree(place / name, tmp_path / name)
+    return tmp_path / "out"
+
+
+def test_a_run_writes_the_card_of_its_checkpoint(place, finished):
+    card = ModelCard((place / "out" / "README.md").read_text())
+    record = json.loads((place / "out.run" / "run.json").read_text())
+    figures = record["figures"]
+    assert card.data.tags[0] == "nanoquant" and card.data.library_name == "transformers"
+    assert "base_model" not in card.data.to_dict()  # the dense model is a folder of this machine
+    for known in (
+        f"{figures['quantized']['sizes']['body_bits_per_weight']:.4f} bits per weight",
+        f"| dense | 16 | 16.0000 | {figures['dense']['file_bytes']:,} |",
+        f"{figures['quantized']['perplexity']:.2f} |",
+        "4 windows of 32 tokens of `text.txt`",
+        "`text.txt` (",
+        "nanoquant generate out",
+        "expect wrong answers",
+    ):
+        assert known in card.text, known
+    assert str(place) not in card.text
+
+
+def test_licence_and_language_of_the_dense_model_are_carried_over_and_kept(copied):
+    (copied / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: own\nlanguage: [en, de]\ntags: [chat]\n---\n# Dense\n"
+    )
+    for _ in range(2):  # the second time from its own card
+        head = ModelCard(write_card(copied).read_text()).data.to_dict()
+        assert (head["license"], head["license_name"]) == ("other", "own")
+        assert head["language"] == ["en", "de"] and "chat" not in head["tags"]
+    head = ModelCard(write_card(copied, license="mit").read_text()).data.to_dict()
+    assert head["license"] == "mit" and "license_name" not in head
+
+
+def test_a_checkpoint_whose_run_is_not_at_hand_says_what_is_unknown(copied, capsys):
+    shutil.rmtree(copied.with_name("out.run"))
+    code, out, err = call(capsys, "card", copied)
+    assert code == 0 and out.strip() == str(copied / "README.md"), err
+    text = (copied / "README.md").read_text()
+    assert "not measured" in text and "Nobody has measured" in text and "| dense" not in text
+
+
+def test_a_card_of_another_run_is_not_made_from_this_record(copied):
+    file = copied.with_name("out.run") / "run.json"
+    record = json.loads(file.read_text())
+    record["figures"]["report"]["seconds"]["pack"] += 1
+    file.write_text(json.dumps(record))
+    assert "not measured" in write_card(copied).read_text()
+
+
+def test_the_line_that_reproduces_gives_the_same_job_and_configuration():
+    given = (
+        "owner/name OUT --text a.txt=3 --text b.txt --preset balanced --bits 0.8 --model.recompute "
+        "--model.kept_logits 8 --eval-text test.txt --eval-windows 9 --sample hello --run.seed 4 "
+        "--embedding.bits 8 --blocks 0:3 --no-such"
+    ).split()[:-1]
+    job, config = parse_quantize(given)
+    line = quantize_line(vars(job), config, {"eval_windows": JobConfig.eval_windows})
+    again, same = parse_quantize(shlex.split(line)[2:])
+    assert same == config and vars(again) | {"output": "OUT"} == vars(job)
+    product = nanoquant_config(2.0, method="product", product={"codebooks": (8, 8)})
+    words = shlex.split(quantize_line(vars(job), product, {}))
+    assert parse_quantize(words[2:])[1] == product
+
+
+def test_paths_of_this_machine_are_not_told():
+    job = JobConfig(
+        source="/home/me/dense", output="o", text="/home/me/text.txt", eval_text="/x/t.txt"
+    )
+    line = quantize_line(vars(job), nanoquant_config(), {})
+    assert "/home" not in line and "/x/" not in line
+    assert line.startswith("nanoquant quantize dense OUT --text text.txt")
+
+
+def nanoquant(hub, home, *words, token="right"):
+    """The command in a process that knows the fake hub alone."""
+    known = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HOME": str(home)}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | known
+    command = [sys.executable, "-m", "nanoquant", *map(str, words)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_a_checkpoint_goes_to_a_hub_and_generates_from_there(copied, tmp_path):
+    (copied / "README.md").write_text("# of the dense model\n")
+    with fake_hub(tmp_path / "hub", "right") as hub:
+        done = nanoquant(hub, tmp_path / "home", "push", copied, "--name", "me/small")
+        assert done.returncode == 0 and done.stdout.strip() == f"{hub.address}/me/small", (
+            done.stderr
+        )
+        there = tmp_path / "hub" / "me" / "small"
+        assert {f.name for f in there.iterdir()} == {f.name for f in copied.iterdir()}
+        assert (there / "model.safetensors").read_bytes() == (
+            copied / "model.safetensors"
+        ).read_bytes()
+        assert "bits per weight" in (there / "README.md").read_text()
+        words = ["generate", "me/small", "--prompt", "the river", "--max-new-tokens", 4]
+        done = nanoquant(hub, tmp_path / "other home", *words)
+        assert done.returncode == 0, done.stderr
+    local = subprocess.run(
+        [sys.executable, "-m", "nanoquant", "generate", copied, *map(str, words[2:])],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == local.stdout != ""
+
+
+def test_a_hub_that_refuses_is_told_with_what_to_do(copied, tmp_path):
+    with fake_hub(tmp_path / "hub", "right") as hub:
+        words = ["push", copied, "--name", "me/small"]
+        done = nanoquant(hub, tmp_path / "home", *words, token="wrong")
+        assert done.returncode == 2 and "hf auth login" in done.stderr
+        done = nanoquant(hub, tmp_path / "home", "generate", "me/none", "--prompt", "x")
+        assert done.returncode == 2 and "me/none" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["small one", "a/b/c", "-a/b"])
+def test_names_that_no_hub_has_are_refused(copied, name, capsys):
+    assert "no name on a hub" in refused(capsys, "push", copied, f"--name={name}")
+
+
+def test_what_is_no_checkpoint_has_no_card(place, tmp_path, capsys):
+    assert "dense" in refused(capsys, "card", place / "dense")
+    assert "is not a folder" in refused(capsys, "card", tmp_path / "none")
