@@ -180,7 +180,7 @@ def save_pretrained(
                 tokenizer.save_pretrained(partial)
             if source_folder is not None:
                 copy_other_files(source_folder, Path(partial))
-            _move_in(Path(partial), folder)
+            move_in(Path(partial), folder)
     except (SafetensorError, OSError) as error:
         raise OSError(
             f"the checkpoint {folder} can't be written ({error}); make room and save again, or give the same quantize "
@@ -190,7 +190,7 @@ def save_pretrained(
     return folder
 
 
-def _move_in(partial: Path, folder: Path) -> None:
+def move_in(partial: Path, folder: Path) -> None:
     """Give files their place once the disk has them, ``config.json`` when it has all others there; all or none."""
     sync_tree(partial)
     *others, last = sorted((file.name for file in partial.iterdir()), key="config.json".__eq__)

@@ -29,6 +29,7 @@ commands:
   estimate MODEL                    ranks, bytes, memory, disk and time of a quantization, beforehand
   doctor MODEL                      what would stop a quantization on this machine
   report OUT                        one page of plots from what a run recorded
+  import FILE --output OUT          checkpoint from the published code's packed state; export goes back
   card OUT                          model card of a checkpoint, with its figures and how to make it again
   push OUT --name OWNER/NAME        upload a checkpoint and its card to a hub
 
@@ -222,5 +223,11 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     ),
     "report": _report,
     "card": _other("card", "Write the model card of a checkpoint.", "nanoquant.hub.command"),
+    "import": _other(
+        "import", "Make a checkpoint from a packed state.", "nanoquant.interchange.command"
+    ),
+    "export": _other(
+        "export", "Write a checkpoint's signs as words.", "nanoquant.interchange.command"
+    ),
     "push": _other("push", "Upload a checkpoint to a hub.", "nanoquant.hub.command"),
 }
