@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nanoquant.fit_result import FitResult
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.schedules import SCHEDULES
-from nanoquant.training import FitResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,9 @@ class BlockConfig:
     codebook_lr: float = 1e-3
     """Rate of codebooks, where weights are looked up; relative_rates makes it a share of each one's mean magnitude."""
     reassign: int = 0
-    """How often within a refinement, after equal shares of its epochs, weights that are looked up choose their indices
-    anew, nearest to the dense weights they stand for."""
+    """How often within a refinement weights that are looked up choose their indices anew, nearest to the dense weights
+    they stand for; its epochs are divided into equal trainings, each with a schedule of its own. Goes without held_out,
+    which could not take it back."""
     scale_lr: float = 1e-5
     """Rate of scales and biases."""
     refine_batch: int = 1
@@ -72,6 +73,11 @@ class BlockConfig:
             raise ValueError(
                 f"reassign must be at least 0 and leave an epoch of each refinement before and after it, got "
                 f"{self.reassign} with refine_epochs={self.refine_epochs} and joint_epochs={self.joint_epochs}"
+            )
+        if self.held_out and self.reassign:
+            raise ValueError(
+                f"held_out={self.held_out} and reassign={self.reassign} exclude each other: the best state of a phase "
+                "keeps no indices; leave one out"
             )
         if self.held_out and not self.tunes:
             raise ValueError(

@@ -19,13 +19,14 @@ from nanoquant.architectures import as_linear, linear_shape
 from nanoquant.binary import relative_error
 from nanoquant.block_config import BlockConfig, BlockReport
 from nanoquant.block_tuning import BlockData, BlockTuner, scale_groups, weight_groups
+from nanoquant.fit_result import FitResult
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance, stack
 from nanoquant.layer_records import BlockWatch
 from nanoquant.methods import Initializer, Size, layer_of
+from nanoquant.product import KMeansConfig
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.schedules import SCHEDULES, Groups
-from nanoquant.training import FitResult
 
 
 class BlockReconstructor(nn.Module):
@@ -124,6 +125,10 @@ class BlockReconstructor(nn.Module):
                 raise ValueError(
                     f"{name}: no {what} for {', '.join(missing)}; collect statistics for every linear"
                 )
+        if self.config.reassign and any(isinstance(size, int) for size in sizes.values()):
+            raise ValueError(
+                f"{name}: reassign={self.config.reassign} is for weights that are looked up; signs have no indices"
+            )
         if self.config.tunes and data is None:
             raise ValueError(
                 f"{name}: the config tunes the block, so inputs and targets are needed"
@@ -174,8 +179,9 @@ class BlockReconstructor(nn.Module):
     @torch.no_grad()
     def reassign(self, layers: Mapping[str, nn.Module]) -> None:
         """Choose the indices of looked-up layers anew, nearest to the weights they stand for."""
+        beam = getattr(getattr(self.initializer, "config", None), "beam", KMeansConfig.beam)
         for name, layer in layers.items():
-            layer.reassign(*self.stood_for[name])
+            layer.reassign(*self.stood_for[name], beam)
 
     def freeze(self, block: nn.Module, names: Sequence[str]) -> None:
         """Fix the signs of these linears."""

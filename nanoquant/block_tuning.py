@@ -17,12 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from nanoquant.decoder import BlockCall, run_block
 from nanoquant.early_stop import EarlyStop
+from nanoquant.fit_result import FitResult
 from nanoquant.mapped import forget
 from nanoquant.methods import Layer
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.processes import divided
 from nanoquant.shards import whole
-from nanoquant.training import FitResult, fit
+from nanoquant.training import fit
 
 CHUNK_ELEMENTS = 1 << 26
 """Activations that are squared at once, in float32."""

@@ -286,18 +286,17 @@ class ModelReconstructor(nn.Module):
         """Context in which blocks are compiled where there are enough steps, and run again where that is asked for."""
         least = self.config.compile_from
         again = passed_blocks(objective.student) if self.config.recompute else []
-        long = least is not None and steps >= least
-        with objective.compiled() if long else nullcontext(), recomputed(again):
+        compiled = nullcontext if least is None or steps < least else objective.compiled
+        with compiled(), recomputed(again):
             yield
 
     def parameter_groups(self, student: nn.Module) -> list[dict[str, Any]]:
-        """Scales and biases ; with "signs" latents or codebooks, and norms, as well; all ready to train."""
-        config, layers, groups = self.config, quantized_layers(student).values(), []
-        for layer in layers:
-            groups += scale_groups(layer, config.scale_lr, config.relative_rates)
+        """Scales and biases; with "signs" latents or codebooks, and norms, as well; all ready to train."""
+        config, layers = self.config, quantized_layers(student).values()
+        scales = (config.scale_lr, config.relative_rates)
+        groups = [group for layer in layers for group in scale_groups(layer, *scales)]
         if config.train == "signs":
             rates = (config.latent_lr, config.codebook_lr, config.relative_rates)
             groups += weight_groups(layers, *rates)
-            for norm in norm_parameters(student):
-                groups.append(tensor_group(norm, config.scale_lr, config.relative_rates))
+            groups += [tensor_group(norm, *scales) for norm in norm_parameters(student)]
         return groups

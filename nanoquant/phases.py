@@ -7,13 +7,12 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from nanoquant.activation_memory import ActivationMemory
@@ -27,7 +26,7 @@ from nanoquant.config import NanoQuantConfig
 from nanoquant.decoder import capture_block_inputs, forgetting
 from nanoquant.heap import give_back
 from nanoquant.importance import Importance
-from nanoquant.kept_logits import KEPT, keep_logits, portion
+from nanoquant.known_windows import known_windows
 from nanoquant.mapped import forget, paged
 from nanoquant.methods import Initializer, Sizes
 from nanoquant.model_reconstruction import ModelReconstructor, ModelReport
@@ -267,8 +266,9 @@ def reconstruct_model(
         windows: list[Tensor | Dataset] = [text.training, text.held_out]
         if settings.kept_logits is not None:
             names = ("training", "held-out")
+            known = settings.kept_logits, precision_of(teacher, config)
             windows = [
-                known_windows(teacher, dense, name, tokens, config, unfinished)
+                known_windows(teacher, dense, name, tokens, *known, unfinished)
                 for name, tokens in zip(names, windows, strict=True)
             ]
             give_back()
@@ -286,22 +286,3 @@ def reconstruct_model(
     gc.collect()  # the trainer and its moments refer to each other
     give_back()
     return report
-
-
-def known_windows(
-    teacher: PreTrainedModel,
-    decoder: Decoder,
-    name: str,
-    windows: Tensor,
-    config: NanoQuantConfig,
-    unfinished: Unfinished,
-) -> Dataset:
-    """Windows (N, T) with what is kept of the teacher's logits, see :func:`keep_logits`."""
-    k, precision = config.model.kept_logits, precision_of(teacher, config)
-    parts = []
-    for n, tokens in enumerate(windows.split(portion(teacher, windows.shape[1], k))):
-        known = unfinished.keep_logits(
-            f"{name}-{n:03}", partial(keep_logits, teacher, decoder, tokens, k, precision)
-        )
-        parts.append(TensorDataset(tokens, *(known[part] for part in KEPT)))
-    return ConcatDataset(parts)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nanoquant.codebooks import ProductFactors
 from nanoquant.importance import Importance
-from nanoquant.product import KMeansConfig, reassigned
+from nanoquant.product import reassigned
 from nanoquant.product_budget import ProductShape, product_bits
 from nanoquant_kernels import pack_indices, product_linear, unpack_indices
 from nanoquant_kernels.indices import index_bytes
@@ -117,9 +117,7 @@ class ProductQuantLinear(nn.Module):
         scale = self.scale.detach().float().clone()
         return ProductFactors(tuple(books), tuple(indices), scale, self.in_features)
 
-    def reassign(
-        self, weight: Tensor, importance: Importance, beam: int = KMeansConfig.beam
-    ) -> float:
+    def reassign(self, weight: Tensor, importance: Importance, beam: int) -> float:
         """Choose anew, for codebooks and scales that have trained, the entries nearest to ``weight`` (d_out, d_in).
 
         Args:

@@ -14,7 +14,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import lightning as L
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from nanoquant.data_parallel import mean, part_of, placement
+from nanoquant.fit_result import FitResult
 from nanoquant.non_finite import first_non_finite, has_bad_gradient
 from nanoquant.optimizer import OptimizerConfig, adamw
 from nanoquant.processes import gather, world_size
@@ -88,21 +89,6 @@ class Objective(Protocol):
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """As of ``nn.Module``."""
-
-
-@dataclass
-class FitResult:
-    """Loss of each step, in order, how many steps were undone, and how many epochs ran."""
-
-    losses: list[float] = field(default_factory=list)
-    undone: int = 0
-    epochs: int = 0
-
-    def __add__(self, more: FitResult) -> FitResult:
-        """One training after the other."""
-        return FitResult(
-            self.losses + more.losses, self.undone + more.undone, self.epochs + more.epochs
-        )
 
 
 class Reconstruction(L.LightningModule):

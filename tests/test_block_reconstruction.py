@@ -18,10 +18,10 @@ from nanoquant.block_config import BlockConfig
 from nanoquant.block_reconstruction import BlockReconstructor
 from nanoquant.block_tuning import BlockData, BlockObjective
 from nanoquant.calibration import collect_importances
+from nanoquant.fit_result import FitResult
 from nanoquant.importance import ImportanceConfig
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.schedules import SCHEDULES
-from nanoquant.training import FitResult
 
 INITIALIZE_ONLY = BlockConfig(schedule="grouped", windows=4, dense_epochs=0, refine_epochs=0)
 BRISK = {"latent_lr": 1e-2, "scale_lr": 1e-2, "refine_batch": 2, "relative_rates": True}

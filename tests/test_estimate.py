@@ -68,11 +68,12 @@ def test_visits_of_dense_blocks_take_time_where_no_logits_are_kept(tmp_path, cap
 
     steps, looks = 64 / 4, nanoquant_config().model.held_out
     looks *= 1 + nanoquant_config().model.evaluations
-    bytes_moved = 2 * PUBLISHED["llama-2-7b"] * (steps + looks)
+    around = 2 * 32000 * 4096 + 4096  # embedding, head and the last norm are there all the time
+    bytes_moved = 2 * (PUBLISHED["llama-2-7b"] - around) * (steps + looks)
     extra = model_phase("--run.offload") - model_phase()
     assert extra == pytest.approx(FASTEST * bytes_moved / 25e9)
     kept = ["--model.kept_logits", 8]
-    assert model_phase(*kept, "--run.offload") - model_phase(*kept) < extra / 2
+    assert 0 < model_phase(*kept, "--run.offload") - model_phase(*kept) < extra / 2
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from test_model_reconstruction import HELD_OUT, TRAINING, held_out_divergence, s
 from test_unfinished import killed, run
 from tiny_models import FAMILIES, tiny_llama
 
+from nanoquant.admm import ADMMInitializer
 from nanoquant.architectures import as_linear, find_decoder
 from nanoquant.binary import relative_error
 from nanoquant.block_config import BlockConfig
@@ -19,7 +20,7 @@ from nanoquant.config import PRESETS, NanoQuantConfig, nanoquant_config, preset_
 from nanoquant.importance import Importance
 from nanoquant.methods import METHODS, ProductConfig, body_bits, entry_of, layer_of, size_of
 from nanoquant.model_reconstruction import ModelConfig, ModelReconstructor
-from nanoquant.product import KMeansInitializer
+from nanoquant.product import KMeansConfig, KMeansInitializer
 from nanoquant.product_budget import ProductShape
 from nanoquant.product_linear import ProductQuantLinear
 
@@ -105,7 +106,13 @@ def test_a_size_comes_back_from_json(size):
 
 
 @pytest.mark.parametrize(
-    "config", [ProductConfig(), ProductConfig(group=4), ProductConfig(residual=True)]
+    "config",
+    [
+        ProductConfig(),
+        ProductConfig(group=4),
+        ProductConfig(residual=True),
+        ProductConfig(residual=False),
+    ],
 )
 @pytest.mark.parametrize("bits", [1.5, 2.5])
 def test_planned_codebooks_meet_the_bits_and_the_kinds_that_are_asked_for(bits, config):
@@ -114,7 +121,8 @@ def test_planned_codebooks_meet_the_bits_and_the_kinds_that_are_asked_for(bits, 
     sizes = METHODS["product"].plan(shapes, asked)
     assert 0.98 * bits <= body_bits(shapes, sizes) <= bits
     assert config.group is None or {size.group for size in sizes.values()} == {4}
-    assert not config.residual or {len(size.widths) for size in sizes.values()} == {2}
+    if config.residual is not None:
+        assert {len(size.widths) for size in sizes.values()} == {1 + config.residual}
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -147,12 +155,13 @@ def test_indices_are_chosen_anew_within_refinement_nearer_to_the_dense_weights(m
     setup, shares, inner = prepare("llama"), [], ProductQuantLinear.reassign
     dense = {name: setup.block.get_submodule(name).weight.clone() for name in setup.names}
 
-    def spy(layer, weight, importance):
+    def spy(layer, weight, importance, beam):
+        assert beam == 3
         name = next(name for name, one in layers_of(setup.block).items() if one is layer)
         assert torch.equal(weight, dense[name])
         each = importance.output.unsqueeze(-1) * importance.input
         before = relative_error(weight, layer.factors().dense(), each)
-        shares.append((name, inner(layer, weight, importance)))
+        shares.append((name, inner(layer, weight, importance, beam)))
         assert relative_error(weight, layer.factors().dense(), each) <= before
 
     monkeypatch.setattr(ProductQuantLinear, "reassign", spy)
@@ -161,11 +170,21 @@ def test_indices_are_chosen_anew_within_refinement_nearer_to_the_dense_weights(m
         scale_lr=1e-2, refine_batch=4, reassign=2,
     )  # fmt: skip
     sizes = dict.fromkeys(setup.names, SHAPE)
-    BlockReconstructor(config, KMeansInitializer())(
+    BlockReconstructor(config, KMeansInitializer(KMeansConfig(beam=3)))(
         setup.block, setup.groups, setup.importances, sizes, setup.data
     )
     assert sorted(name for name, _ in shares) == sorted(2 * setup.names)
     assert all(0 < share < 1 for _, share in shares)
+
+
+def test_signs_have_no_indices_to_choose_anew_and_a_best_state_keeps_none():
+    setup = prepare()
+    with pytest.raises(ValueError, match="block: reassign=1 is for weights that are looked up"):
+        BlockReconstructor(BlockConfig(refine_epochs=2, reassign=1), ADMMInitializer())(
+            *(setup.block, setup.groups, setup.importances, setup.ranks, setup.data), name="block"
+        )
+    with pytest.raises(ValueError, match="held_out=2 and reassign=1 exclude each other"):
+        BlockConfig(refine_epochs=2, reassign=1, held_out=2)
 
 
 @pytest.mark.parametrize("times", [-1, 2])

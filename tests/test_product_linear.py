@@ -87,11 +87,11 @@ def test_indices_chosen_anew_fit_moved_codebooks_better(shape):
         layer.scale[4] *= -1
     before = weight_error(W, layer.factors().dense(), EVEN)
     old = layer.indices
-    changed = layer.reassign(W, EVEN)
+    changed = layer.reassign(W, EVEN, 8)
     assert 0.05 < changed <= 1 and layer.indices is not old
     assert weight_error(W, layer.factors().dense(), EVEN) < 0.95 * before
-    layer.reassign(W, EVEN)
-    assert layer.reassign(W, EVEN) == 0
+    layer.reassign(W, EVEN, 8)
+    assert layer.reassign(W, EVEN, 8) == 0
 
 
 def test_parameters_train_and_indices_are_packed_buffers():
@@ -156,4 +156,4 @@ def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="take a divisor of 64"):
         ProductQuantLinear(96, 64, ProductShape(8, (4,), 3))
     with pytest.raises(ValueError, match="non-finite"):
-        layer_of().reassign(torch.full((64, 96), float("inf")), EVEN)
+        layer_of().reassign(torch.full((64, 96), float("inf")), EVEN, 8)

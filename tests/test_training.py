@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from nanoquant.fit_result import FitResult
 from nanoquant.non_finite import first_non_finite
 from nanoquant.optimizer import OptimizerConfig
-from nanoquant.training import FitResult, fit
+from nanoquant.training import fit
 
 
 class Regression(nn.Module):

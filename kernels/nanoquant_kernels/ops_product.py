@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nanoquant_kernels import cpu_product, product
 from nanoquant_kernels.cards import trusted, unavailable
+from nanoquant_kernels.cpu_build import available_paths
 from nanoquant_kernels.indices import WIDTHS, index_bytes
 from nanoquant_kernels.reference import sum_tokens
 
@@ -104,22 +105,38 @@ def _cpu(x: Tensor, *weight: Tensor | None) -> Tensor:
 def _cuda(x: Tensor, *weight: Tensor | None) -> Tensor:
     """The Triton kernel where it serves and can be trusted, else the reference."""
     check_arguments(x, *weight)
-    if not unavailable(x.device):
-        from nanoquant_kernels import triton_product
+    if not _triton_serves(x, *weight):
+        return product.product_linear(x, *weight)
+    from nanoquant_kernels import triton_product
 
-        stages = product.stages_of(*weight[:4])
-        widths, group = tuple(s.width for s in stages), stages[0].codebook.shape[2]
+    with torch.cuda.device(x.device):  # Triton launches on the current one
+        return triton_product.product_linear(x, *weight)
 
-        def attempt() -> tuple[Tensor, Tensor]:
-            args = triton_product.trial(x.device, x.dtype, widths, group)
-            exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
-            return triton_product.product_linear(*args), product.product_linear(*exact)
 
-        with torch.cuda.device(x.device):  # Triton launches on the current one
-            kernel = "product", widths, group, x.dtype
-            if triton_product.serves(x) and trusted(kernel, x.device, attempt):
-                return triton_product.product_linear(x, *weight)
-    return product.product_linear(x, *weight)
+def _triton_serves(x: Tensor, *weight: Tensor | None) -> bool:
+    """Whether the Triton kernel takes these arguments, and has passed its trial on their GPU."""
+    if unavailable(x.device):
+        return False
+    from nanoquant_kernels import triton_product
+
+    stages = product.stages_of(*weight[:4])
+    widths, group = tuple(s.width for s in stages), stages[0].codebook.shape[2]
+
+    def attempt() -> tuple[Tensor, Tensor]:
+        args = triton_product.trial(x.device, x.dtype, widths, group)
+        exact = (t.double() if t is not None and t.is_floating_point() else t for t in args)
+        return triton_product.product_linear(*args), product.product_linear(*exact)
+
+    with torch.cuda.device(x.device):
+        kernel = "product", widths, group, x.dtype
+        return triton_product.serves(x) and trusted(kernel, x.device, attempt)
+
+
+def kernel_of(x: Tensor, *weight: Tensor | None) -> str:
+    """What runs for these arguments of the operator: a path of the C++ loop, "triton" or "reference"."""
+    if x.is_cuda:
+        return "triton" if _triton_serves(x, *weight) else "reference"
+    return available_paths()[-1] if cpu_product.serves(x, *weight) else "reference"
 
 
 @torch.library.register_fake(NAME, lib=_library)

@@ -46,11 +46,19 @@ class CellRecorder:
     def __init__(self, measure: Callable[[], float]) -> None:
         self.layout, self.measure = Layout(), measure
         self.untrained: float | None = None
+        self.begun: float | None = None
+        self.spent = 0.0
+        """Seconds of that measurement."""
 
     def record(self, phase: str, **metrics: Any) -> None:  # noqa: ANN401
         """Keep errors of layers; measure at the first record of the last phase."""
-        if phase == "model" and self.untrained is None:
-            self.untrained = self.measure()
+        if phase == "model" and self.begun is None:
+            self.begun = time.perf_counter()
+            try:
+                self.untrained = self.measure()
+            except Exception as error:  # a run is worth more than its record
+                logger.warning("the model before its training was not measured: %s", error)
+            self.spent = time.perf_counter() - self.begun
         for _ in self.layout.points({"phase": phase, **metrics}):
             pass
 
@@ -166,15 +174,18 @@ def measure_cell(cell: Cell, shared: Shared) -> dict[str, Any]:
     )
     held_out = report.model.held_out
     ranks = [size for size in report.ranks.values() if isinstance(size, int)]  # codebooks have none
+    measured, seconds = perplexity(model, windows).value, dict(report.seconds)
+    if recorder.begun is not None:
+        seconds["model"] -= recorder.spent
     return {
         "dense_perplexity": before,
-        "perplexity": perplexity(model, windows).value,
-        "untrained_perplexity": recorder.untrained,
+        "perplexity": measured,
+        "untrained_perplexity": measured if recorder.begun is None else recorder.untrained,
         "bits": report.bits,
         "mean_rank": sum(ranks) / len(ranks) if ranks else None,
         "errors": recorder.means(),
         "divergence": held_out.get(report.model.best_step),
-        "phase_seconds": report.seconds,
+        "phase_seconds": seconds,
     }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import nanoquant_kernels
 from nanoquant.benchmark.timing import AbsentError, Clock, Rotation
 from nanoquant.budget import layer_bits
 from nanoquant.product_budget import ProductShape, product_bits
-from nanoquant_kernels import compiled, cpu, cpu_product, gpu, packed_width, product, reference
+from nanoquant_kernels import compiled, cpu, gpu, ops_product, packed_width, product, reference
 from nanoquant_kernels.cpu_build import available_paths
 from nanoquant_kernels.indices import index_bytes
 from nanoquant_kernels.layout import ALIGNMENT
@@ -164,9 +163,7 @@ def contestants(linears: Iterable[Linear]) -> list[str]:
 def kernel_of(name: str, x: Tensor, linear: Linear, weights: tuple) -> str | None:
     """What runs for this x: a path of the C++ loop, a Triton kernel, "generated" code, or the reference."""
     if name == CODEBOOKS:
-        if x.is_cuda:
-            return "triton" if triton_product().serves(x) else "reference"
-        return available_paths()[-1] if cpu_product.serves(x, *weights) else "reference"
+        return ops_product.kernel_of(x, *weights)
     if name != OPERATOR:
         return None
     if x.is_cuda:
@@ -180,13 +177,6 @@ def kernel_of(name: str, x: Tensor, linear: Linear, weights: tuple) -> str | Non
 def function_of(name: str) -> Callable[..., Tensor]:
     """The implementation of a name."""
     return F.linear if name == DENSE else (PACKED | LOOKED_UP)[name]
-
-
-def triton_product() -> ModuleType:
-    """The kernel of looked-up weights, which only a GPU imports."""
-    from nanoquant_kernels import triton_product
-
-    return triton_product
 
 
 def run(name: str, *arguments: Any) -> Tensor:  # noqa: ANN401

@@ -88,7 +88,12 @@ def targets(config: BenchConfig) -> list[Target]:
         settings = model_config(name, config.layers)
         shapes = linear_shapes(skeleton(settings))
         every = config.numbers("bits", float)
-        ranks = {bits: ranks_at(shapes, bits) for bits in every}
+        try:
+            ranks = {bits: ranks_at(shapes, bits) for bits in every}
+        except ValueError as error:
+            raise ValueError(
+                f"{name}: {error}; signs are measured at all bits, codebooks beside them"
+            ) from None
         books = {bits: codebooks_at(name, shapes, bits) for bits in every}
         found.append(Target(name, settings, whole, shapes, ranks, books))
     return found

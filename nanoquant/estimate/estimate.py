@@ -126,13 +126,13 @@ def inference(
         logger.warning("%s", error)
         return None
     option = Option("own", "nanoquant", size.config.budget.bits, "nanoquant")
-    layers = size.given if size.given.keys() <= model.linears.keys() else None  # inside a composite
+    layers = [(subject.shapes[name], own) for name, own in size.given.items()]
     return Inference(
         use.context,
         use.batch,
         size.files.sizes.bytes_resident + size.most - size.files.weight_bytes,
         cache_bytes(model, use),
-        activation_bytes(model, option, use, sizes=layers),
+        activation_bytes(model, option, use, layers=layers),
         base,
     )
 
@@ -144,7 +144,7 @@ def seconds(q: Quantities, rates: Rates, request: EstimateConfig) -> dict[str, t
         own = rates.seconds(work) / (request.devices if name in SHARED else 1)
         own *= rates.initializer if name in ("ranks", "blocks") else 1.0
         if q.visits and name in passes:
-            own += passes[name] * q.subject.dense_bytes / rates.moved
+            own += passes[name] * (q.subject.dense_bytes - q.around) / rates.moved
         extra = STARTING if name == "measure in a fresh process" else 0.0
         found[name] = FASTEST * own, SLOWEST * own + extra
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from nanoquant.estimate import work
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.terms import ACTIVATIONS, Term
+from nanoquant.methods import method_of
 from nanoquant.units import parse_bytes
 
 CHECKED = 1 << 24
@@ -52,7 +53,7 @@ def calibrate(q: Quantities) -> list[Term]:
         Term(
             "a decomposition",
             work.decomposition(subject, q.block, curvature),
-            "--importance.curvature",
+            curvature_flag(q),
         ),
         Term("logits and their gradient", work.logits(subject, tokens, 3), "--calibration.batch"),
     ]
@@ -64,7 +65,12 @@ def statistics(q: Quantities) -> Term:
     curvature = q.config.importance.curvature
     size = sum(work.statistics(q.subject, b, curvature) for b in held)
     name = "statistics of a block" if len(held) == 1 else "statistics of all blocks"
-    return Term(name, size, "--importance.curvature")
+    return Term(name, size, curvature_flag(q))
+
+
+def curvature_flag(q: Quantities) -> str:
+    """The setting that makes correlations smaller, where the method reads it."""
+    return "" if "importance.curvature" in method_of(q.config).unused else "--importance.curvature"
 
 
 def streams(q: Quantities, size: int) -> Term:
@@ -99,14 +105,14 @@ def initializer(q: Quantities) -> list[Term]:
     own = work.initializer(q.subject, q.block, q.most, q.config.block, curvature)
     return [
         statistics(q),
-        Term("the initializer", own, "--importance.curvature"),
+        Term("the initializer", own, curvature_flag(q)),
     ]
 
 
 def blocks(q: Quantities) -> list[Term]:
     """A block from dense to quantized; with epochs it is trained in float32."""
     all_of = work.F32 * q.of_all.weights + q.indices
-    own = work.F32 * q.of_block.weights + q.indices // len(q.subject.chosen)
+    own = work.F32 * q.of_block.weights + q.indices_of(q.subject.names(q.block))
     rest = all_of * (q.on_host and q.config.run.save_every is None)
     what = "latents" if q.of_all.latents else "codebooks and indices"
     terms = [q.weights, *initializer(q), Term(what, own if q.on_host else all_of)]

@@ -39,7 +39,7 @@ class Rates:
     numbers: float
     """Numbers that are read and written."""
     moved: float = 25e9
-    """Bytes that come to a GPU, where blocks of the dense model visit it; assumed where there is none."""
+    """Bytes that come to a GPU, where blocks of the dense model visit it; without a GPU nothing does."""
     initializer: float = 1.0
     """Seconds of the initializer over those of its work."""
     source: str = ""
@@ -80,13 +80,12 @@ def measure(q: Quantities, device: torch.device) -> Rates:
     operations = 2.0 * x.shape[0] * d_out * d_in
     square = W.T @ W / d_out
     many = torch.randn(1 << 22, device=device)
-    home = torch.zeros(1 << 24)
     rates = Rates(
         products=operations / _seconds(lambda: half[0] @ half[1].T, device),
         full=operations / _seconds(lambda: x @ W.T, device),
         eigen=d_in**3 / _seconds(lambda: torch.linalg.eigh(square), device),
         numbers=many.numel() / _seconds(lambda: many.mul_(1.0), device),
-        moved=home.nbytes / _seconds(lambda: home.to(device, copy=True), device),
+        moved=_moved(device),
     )
     size = q.given[name]
     if isinstance(size, ProductShape):
@@ -96,7 +95,7 @@ def measure(q: Quantities, device: torch.device) -> Rates:
     return replace(
         rates,
         initializer=measured / rates.seconds(one),
-        source=f"measured on this {device.type}, {torch.get_num_threads()} threads, at {d_out} x {d_in}",
+        source=f"measured on this {device.type}, {torch.get_num_threads()} threads, at up to {d_out} x {d_in}",
     )
 
 
@@ -131,6 +130,14 @@ def _iteration(
     seconds = (_seconds(lambda: more(W, importance, rank), device) - least) / 4
     one = iteration(*W.shape, rank, curvature, q.config.admm.power_iterations)
     return one, max(1e-9, seconds)
+
+
+def _moved(device: torch.device) -> float:
+    """Bytes a second from main memory to a GPU."""
+    if device.type != "cuda":
+        return Rates.moved
+    home = torch.zeros(1 << 24)
+    return home.nbytes / _seconds(lambda: home.to(device, copy=True), device)
 
 
 def _seconds(function: Callable[[], object], device: torch.device) -> float:

@@ -87,11 +87,17 @@ def kmeans(d_out: int, d_in: int, shape: ProductShape, config: KMeansConfig) -> 
         sample = min(points, config.lloyd.sample * K)
         work += assigning(sample, K, g) * config.lloyd.iterations
         work += Work(numbers=3.0 * K * g * min(points, START_SAMPLE * K))
-    each = assigning(points, math.prod(shape.entries), g)
-    if len(shape.entries) > 1 and math.prod(shape.entries) > EXHAUSTIVE:
-        first, second = shape.entries
-        each = assigning(points, first, g) + assigning(points, second, g) * config.beam
-    return (work + (each + Work(numbers=POINT * g * points)) * config.rounds) * shape.slabs
+    chosen = choosing(d_out, d_in, shape, config) * config.rounds
+    return work * shape.slabs + chosen + Work(numbers=POINT * d_out * d_in * config.rounds)
+
+
+def choosing(d_out: int, d_in: int, shape: ProductShape, config: KMeansConfig) -> Work:
+    """The nearest entries of all stages for every group of a linear."""
+    points, g, pairs = float(d_out * shape.groups(d_in)), shape.group, math.prod(shape.entries)
+    if len(shape.entries) == 1 or pairs <= EXHAUSTIVE:
+        return assigning(points, pairs, g)
+    first, second = shape.entries
+    return assigning(points, first, g) + assigning(points, second, g) * config.beam
 
 
 def initializer(q: Quantities, iterations: int) -> Work:
@@ -198,6 +204,10 @@ def blocks(q: Quantities) -> Work:
     epochs = rounds * (config.dense_epochs + config.refine_epochs) + config.joint_epochs
     steps = rounds * config.dense_epochs / config.dense_batch + epochs / config.refine_batch
     passes = tokens / q.config.calibration.length * steps * weights
+    for name, size in q.given.items():
+        if isinstance(size, ProductShape) and config.reassign:
+            times = config.reassign * ((config.refine_epochs > 0) + (config.joint_epochs > 0))
+            work += choosing(*q.subject.shapes[name], size, q.config.product.kmeans) * times
     return work + Work(products=tokens * weights * (6.0 * epochs + 4.0), numbers=PASSES * passes)
 
 
@@ -232,7 +242,7 @@ def visits(q: Quantities, eval_windows: int) -> dict[str, float]:
         len(decoder.groups[b]) * (total - b) / total for b in q.subject.chosen
     )
     looks = config.held_out * (1 + config.evaluations)
-    found["model"] = config.epochs * config.windows / config.batch + looks
+    found["model"] = float(config.epochs * -(-config.windows // config.batch) + looks)
     if config.kept_logits is not None:
         length = q.config.calibration.length
         size = portion(q.subject.model, length, config.kept_logits)

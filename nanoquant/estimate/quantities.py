@@ -5,6 +5,7 @@ Shapes: N windows, T tokens a window, d hidden size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -116,13 +117,19 @@ class Quantities:
     @cached_property
     def indices(self) -> int:
         """Bytes of the packed indices of all linears; 0 of binary ones, whose signs follow from latents."""
-        all_of = self.of_all
-        return 0 if all_of.latents else self.packed - F16 * (all_of.entries + all_of.scales)
+        return self.indices_of(self.given)
+
+    def indices_of(self, names: Iterable[str]) -> int:
+        """The same of some linears."""
+        sizes, shapes = {name: self.given[name] for name in names}, self.subject.shapes
+        of_these = trained_numbers(shapes, sizes)
+        bits = sum(stored_bits(shapes[name], size) for name, size in sizes.items())
+        return 0 if of_these.latents else bits // 8 - F16 * (of_these.entries + of_these.scales)
 
     @cached_property
     def scales(self) -> int:
         """Scales of all linears; norms and biases are few beside them, and counted as as many again."""
-        return 2 * sum(sum(shape) for shape in self.subject.shapes.values())
+        return 2 * self.of_all.scales
 
     @cached_property
     def packed(self) -> int:

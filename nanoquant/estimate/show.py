@@ -128,7 +128,7 @@ def to_dict(found: Estimate) -> dict[str, Any]:
     """Plain values by name."""
     gpu = found.quantities.use.gpu
     return {
-        "format": 1,
+        "format": 2,
         "model": found.subject.name,
         "parameters": found.subject.parameters,
         "dense_bytes": found.subject.file_bytes,

@@ -28,8 +28,8 @@ SQUARES = 6
 """Matrices (r, r): the system, its factor or eigenvectors, and what LAPACK works in."""
 EIGEN = 7
 """Matrices (d, d) while one correlation is decomposed: the moment, two quotients, eigenvectors, LAPACK's work."""
-INDEX = 6
-"""Bytes of an index while the error is measured: as it is, and int64 for the look-up, of one matrix at a time."""
+INDEX = 18
+"""Bytes of an index while the error is measured: as it is, int64 for the look-up, and that with the slab's place."""
 NORMS = 24
 """Bytes for each hidden channel of a token that two norms in float32 and the sums around them keep."""
 
@@ -66,11 +66,12 @@ def initializer(
         for name in names:
             batches.setdefault(subject.shapes[name], []).append(name)
         for (d_out, d_in), members in batches.items():
-            size, count = max(sizes[name] for name in members), len(members)
-            if isinstance(size, ProductShape):
-                own = kmeans(d_out, d_in, size, count)
+            count, given = len(members), [sizes[name] for name in members]
+            if isinstance(given[0], ProductShape):
+                own = max(kmeans(d_out, d_in, size, count) for size in given)
             else:
-                own = admm(d_out, d_in, size, count) + admm_metric(d_in, d_out, curvature, count)
+                own = admm(d_out, d_in, max(given), count)
+                own += admm_metric(d_in, d_out, curvature, count)
             largest = max(largest, own)
     return largest
 

@@ -125,7 +125,7 @@ def _block_losses(blocks: dict[str, Curve]) -> Plot:
     said = f"{len(blocks)} blocks; the largest last loss is {worst[2]:.3g}, of {worst[0] or 'all'}"
     caption = (
         f"Loss at the output of each block while it is tuned ({said}). One line a block, from shallow to deep; a "
-        "jump up is where the next layer became binary, and the fall after it is what tuning wins back."
+        "jump up is where the next layer was quantized, and the fall after it is what tuning wins back."
     )
     return plot("block_loss", 3.6, draw, caption, f"Losses of blocks over steps: {said}.")
 

@@ -83,9 +83,9 @@ def _error_maps(grids: dict[str, Grid]) -> Plot:
         for phase, cell in worst.items()
     )
     caption = (
-        "Share of each layer's weighted energy that its binary factors miss: 0 is exact, 1 is as wrong as "
+        "Share of each layer's weighted energy that its quantized form misses: 0 is exact, 1 is as wrong as "
         f"leaving the layer out. Bright cells lose most; rows that stay bright across all blocks are kinds of "
-        f"layers that want more rank. Here {said}. Cells without a value are blank."
+        f"layers that want more bits. Here {said}. Cells without a value are blank."
     )
     alt = f"Heat map of errors, {len(kinds)} kinds of layers by {len(blocks)} blocks: {said}."
     height = len(grids) * (PANEL + ROW * len(kinds)) + 0.4
@@ -171,7 +171,7 @@ def rank_section(run: Run) -> Section:
     section = Section("ranks", "Rank of each layer")
     if not ranks.values:
         section.missing.append(
-            "No ranks: neither metrics.jsonl nor the figures of run.json name any."
+            "No ranks or codebooks: neither metrics.jsonl nor the figures of run.json name any."
         )
         return section
     kinds, blocks = ranks.kinds, ranks.blocks

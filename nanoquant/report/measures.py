@@ -132,14 +132,13 @@ def layer_ranks(run: Run) -> Grid:
 
 
 def layer_codebooks(run: Run) -> dict[Cell, ProductShape]:
-    """Codebooks of each layer, from the final figures; empty where layers have ranks."""
-    entries = run.get("figures", "report", "ranks")
-    found = {}
-    for name, entry in entries.items() if isinstance(entries, dict) else ():
-        cell = cell_of(str(name))
-        if cell is not None and isinstance(entry, dict) and "widths" in entry:
-            found[cell] = size_of(entry)
-    return found
+    """Codebooks of each layer, from the rows and the final figures; empty where layers have ranks."""
+    entries = [(cell_of(row["layer"], row["block"]), row) for row in run.rows if "widths" in row]
+    figures = run.get("figures", "report", "ranks")
+    for name, entry in figures.items() if isinstance(figures, dict) else ():
+        if isinstance(entry, dict) and "widths" in entry:
+            entries.append((cell_of(str(name)), entry))
+    return {cell: size_of(entry) for cell, entry in entries if cell is not None}
 
 
 def curves(run: Run, metric: str, phase: str) -> dict[str, Curve]:
