@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from nanoquant.decoder import (
@@ -125,7 +126,7 @@ def find_skeleton_decoder(model: PreTrainedModel) -> Decoder:
     """
     found = decoder_from_structure(model)
     fake = FakeTensorMode()
-    with fake:
+    with fake, no_init_weights():  # some look at values, which fake tensors have none of
         running = type(model)(copy.deepcopy(model.config))
     return _in_order(model, found, running, fake)
 

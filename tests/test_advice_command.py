@@ -135,6 +135,7 @@ def test_commands_of_this_library_parse_and_mean_the_option(option):
     job, config = parse_quantize(command[2:])
     assert (job.source, config.budget.bits) == ("MODEL", option.bits)
     assert (config.embedding.bits, config.preset) == (option.embedding, "best")
+    assert config.method == option.method
 
 
 @pytest.mark.parametrize("option", OTHERS, ids=lambda option: option.key)

@@ -19,7 +19,7 @@ from nanoquant.advice.memory import (
     cost,
     longest_context,
 )
-from nanoquant.advice.options import OTHERS, OURS, dense_linears, our_ranks, weight_bytes
+from nanoquant.advice.options import OTHERS, OURS, dense_linears, our_sizes, weight_bytes
 from nanoquant.benchmark.shapes import model_config, skeleton
 from nanoquant.budget import BudgetConfig
 from nanoquant.checkpoint import read_sizes, save_pretrained
@@ -52,7 +52,7 @@ def test_bytes_are_those_that_a_run_writes(bits, embedding, tie, tmp_path):
     )
     report = quantize(model, TOKENS, config)
     folder = save_pretrained(model, tmp_path / "out")
-    assert our_ranks(told, bits) == report.ranks
+    assert our_sizes(told, bits) == report.ranks
     assert weight_bytes(told, ours(bits, embedding), "cpu") == read_sizes(folder).bytes_on_disk
 
 

@@ -89,6 +89,7 @@ def test_readme_commands_parse():
         "bench",
         "advise",
         "report",
+        "push",
     ]
     own = {
         "quantize": parsers.parse_quantize,
@@ -102,6 +103,7 @@ def test_readme_commands_parse():
             own[command](shlex.split(arguments))
         else:
             own_files = {"advise": "advice.command", "doctor": "doctor.command"}
+            own_files["push"] = "hub.command"
             module = f"nanoquant.{own_files.get(command, 'commands')}"
             function = getattr(importlib.import_module(module), f"{command}_command")
             parsers.parse(parsers.command_parser(command, function, ""), shlex.split(arguments))

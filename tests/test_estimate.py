@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 from command_line import call, refused
 from tiny_models import tiny_llama, tiny_tokenizer
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,6 +75,21 @@ def test_visits_of_dense_blocks_take_time_where_no_logits_are_kept(tmp_path, cap
     assert extra == pytest.approx(FASTEST * bytes_moved / 25e9)
     kept = ["--model.kept_logits", 8]
     assert 0 < model_phase(*kept, "--run.offload") - model_phase(*kept) < extra / 2
+
+
+@pytest.mark.parametrize("method", ["binary", "product"])
+def test_a_language_model_inside_a_composite_is_estimated(method, tmp_path, capsys):
+    text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    eyes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    eyes |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    config = tf.Gemma3Config(text_config=text, vision_config=eyes, mm_tokens_per_image=4)
+    tf.Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "dense")
+    flags = ["--machine", "h100", "--context", 64, "--method", method, "--bits", 2]
+    found, _ = of(capsys, tmp_path, tmp_path / "dense", *flags)
+    (size,) = found["sizes"]
+    assert all(name.startswith("model.language_model.layers.") for name in size["layers"])
+    assert len(size["layers"]) == 14 and found["inference"]["activations"] > 0
 
 
 @pytest.mark.parametrize(

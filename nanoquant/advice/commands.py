@@ -77,6 +77,7 @@ def _ours(option: Option, source: str) -> str:
     """The command of this library."""
     words = ["nanoquant", "quantize", source, "OUT", "--text", "TEXT", "--bits", f"{option.bits}"]
     words += ["--preset", PRESET]
+    words += [] if option.method == "binary" else ["--method", option.method]
     words += [] if option.embedding == 16 else ["--embedding.bits", f"{option.embedding}"]
     return shlex.join(words)
 

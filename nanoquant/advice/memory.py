@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from nanoquant.advice.anatomy import Anatomy
 from nanoquant.advice.config import Use
-from nanoquant.advice.options import BF16, Option, our_ranks, weight_bytes
+from nanoquant.advice.options import BF16, Option, our_sizes, weight_bytes
 from nanoquant.methods import Size
 from nanoquant.product_budget import ProductShape
 from nanoquant_kernels.product import CHUNK, LARGE_CHUNK
@@ -71,8 +71,8 @@ def activation_bytes(
     peak += use.batch * model.vocabulary * (BF16 + 4)
     if option.tool == "nanoquant":
         if layers is None:
-            ranks = our_ranks(model, option.bits)
-            layers = ((model.linears[name], rank) for name, rank in ranks.items())
+            sizes = our_sizes(model, option.bits, option.method)
+            layers = ((model.linears[name], size) for name, size in sizes.items())
         peak += max(_unpacked(*shape, size, use.device) for shape, size in layers)
     return peak
 

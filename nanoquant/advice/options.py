@@ -10,8 +10,10 @@ import functools
 from dataclasses import dataclass
 
 from nanoquant.advice.anatomy import Anatomy
-from nanoquant.budget import BudgetConfig, allocate_ranks, layer_bits
+from nanoquant.budget import BudgetConfig, allocate_ranks
 from nanoquant.embedding import EmbeddingConfig, check_width, table_bytes
+from nanoquant.methods import Sizes, stored_bits
+from nanoquant.product_budget import plan_product
 
 BF16 = 2
 """Bytes of a bf16 number."""
@@ -39,6 +41,8 @@ class Option:
     """Bits of embedding and head."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     """Where it runs."""
+    method: str = "binary"
+    """Of this library: binary or product."""
 
     @property
     def name(self) -> str:
@@ -56,11 +60,18 @@ OTHERS = (
     Option("2-bit", "2 bit, GPTQ groups of 64", 2, "gptq", 64),
 )
 """What other libraries offer, most bits first."""
-OURS = tuple(
+SIGNS = tuple(
     Option(f"{bits}", f"nanoquant {bits} bit", bits, "nanoquant", 0, embedding)
     for bits in (2.0, 1.0, 0.8, 0.55)
     for embedding in (16, 8, 4)
 )
+LOOKED_UP = tuple(
+    Option(
+        f"{bits} codebooks", f"nanoquant {bits} bit, codebooks", bits, "nanoquant", method="product"
+    )
+    for bits in (2.0, 1.0)
+)
+OURS = SIGNS + LOOKED_UP
 """What this library makes."""
 LEAST_CAREFUL_BITS = 4
 """Fewest bits of a weight at which published work calls the loss small for most tasks."""
@@ -79,7 +90,7 @@ def weight_bytes(model: Anatomy, option: Option, device: str) -> int:
     """
     kept = model.dense_bytes - BF16 * model.body_weights
     if option.tool == "nanoquant":
-        return kept + _our_bytes(model, option.bits) + _table_change(model, option.embedding)
+        return kept + _our_bytes(model, option) + _table_change(model, option.embedding)
     return kept + sum(
         count * _linear_bytes(*shape, option, device) for shape, count in model.shapes.items()
     )
@@ -93,19 +104,21 @@ def dense_linears(model: Anatomy, option: Option) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def our_ranks(model: Anatomy, bits: float) -> dict[str, int]:
-    """Rank of each linear as ``nanoquant quantize --bits`` chooses it.
+def our_sizes(model: Anatomy, bits: float, method: str = "binary") -> Sizes:
+    """Rank of each linear, or its codebooks, as ``nanoquant quantize --bits`` chooses them.
 
     Raises:
         ValueError: these shapes can't meet the bits.
     """
-    return allocate_ranks(model.linears, BudgetConfig(bits=bits))
+    if method == "product":
+        return dict(plan_product(model.linears, bits))
+    return dict(allocate_ranks(model.linears, BudgetConfig(bits=bits)))
 
 
-def _our_bytes(model: Anatomy, bits: float) -> int:
-    """Bytes of the signs and scales of all linears."""
-    ranks = our_ranks(model, bits)
-    return sum(layer_bits(*model.linears[name], rank) for name, rank in ranks.items()) // 8
+def _our_bytes(model: Anatomy, option: Option) -> int:
+    """Bytes of signs or indices, codebooks and scales of all linears."""
+    sizes = our_sizes(model, option.bits, option.method)
+    return sum(stored_bits(model.linears[name], size) for name, size in sizes.items()) // 8
 
 
 def _table_change(model: Anatomy, bits: int) -> int:
