@@ -6,10 +6,13 @@ import math
 import pytest
 from run_folders import KINDS, rows, write_head, write_rows, write_run
 
+from nanoquant.product_budget import ProductShape
+from nanoquant.report.layers import rank_section
 from nanoquant.report.measures import (
     Histogram,
     cell_of,
     latent_histograms,
+    layer_codebooks,
     layer_errors,
     layer_ranks,
     measured,
@@ -18,7 +21,7 @@ from nanoquant.report.measures import (
     phase_order,
     phase_seconds,
 )
-from nanoquant.report.run_files import find_run, number, read_run
+from nanoquant.report.run_files import Run, find_run, number, read_run
 
 
 @pytest.fixture
@@ -200,3 +203,17 @@ def test_figures_that_rows_tell_stand_in_for_those_of_the_end(folder):
 def test_the_fixture_writes_json_without_nan(folder):
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)
+
+
+def test_codebooks_of_a_run_that_has_not_ended_are_shown_and_newer_figures_win(tmp_path):
+    shape = {"group": 8, "widths": [8, 4], "slabs": 2}
+    row = {"phase": "initialize", "block": 0, "layer": "model.layers.0.mlp.up_proj", "bits": 1.5}
+    run = Run(tmp_path, rows=[row | shape])
+    assert layer_codebooks(run) == {(0, "mlp.up_proj"): ProductShape(8, (8, 4), 2)}
+    section = rank_section(run)
+    assert section.title == "Codebooks of each layer" and not section.missing
+    assert section.items[0].rows == [["mlp.up_proj", "8:8+4 x2 (1)", "1.5000"]]
+    final = {row["layer"]: {"group": 4, "widths": [6], "slabs": 1}}
+    run.head = {"figures": {"report": {"ranks": final}}}
+    assert layer_codebooks(run) == {(0, "mlp.up_proj"): ProductShape(4, (6,))}
+    assert layer_codebooks(Run(tmp_path)) == {}
