@@ -136,7 +136,7 @@ def test_an_arm_that_fails_or_is_too_slow_is_absent_with_the_reason():
 def test_linears_that_read_the_same_tensor_are_found_without_weights(family):
     config = FAMILIES[family]().config
     shapes = linear_shapes(skeleton(config))
-    found = Target(family, config, config.num_hidden_layers, shapes, {}).readers()
+    found = Target(family, config, config.num_hidden_layers, shapes, {}, {}).readers()
     assert sorted(name for names in found for name in names) == sorted(shapes)
     for names in found:
         assert len({shapes[name][1] for name in names}) == 1

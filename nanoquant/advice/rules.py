@@ -143,8 +143,9 @@ def two_methods(case: Case) -> Applied | None:
         return None
     return Applied(
         "signs at 1 bit and below, codebooks at 2",
-        "SmolLM2-135M after the same short training, perplexity with signs and with two codebooks a linear: 2 bits 63 and 57, 1 bit 415 and 717, 0.55 bit 1,806 and 2,672. "
-        "On a CPU codebooks of 8 bits decode 2.5 to 3.5 times slower; no larger model was compared",
+        "SmolLM2-135M after the same short training, perplexity with signs and with two codebooks a "
+        "linear: at 2 bits 63 and 57, at 1 bit 415 and 717, at 0.55 bit 1,806 and 2,672. On a CPU "
+        "codebooks of 8 bits decode 2.5 to 3.5 times slower; no larger model was compared",
         "recipes/methods.md of this project",
     )
 

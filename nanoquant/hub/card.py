@@ -216,10 +216,18 @@ def _text(known: Known) -> str:
     report = (known.record.get("figures") or {}).get("report") or {}
     sources = report.get("text") or []
     if sources:
-        return ", ".join(f"`{shown(s['source'])}` ({s['tokens']:,} tokens)" for s in sources)
+        return ", ".join(_source(source) for source in sources)
     given = known.recipe.get("text")
     texts = given if isinstance(given, list) else [given]
     return ", ".join(f"`{shown(text)}`" for text in texts if text) or "not on record"
+
+
+def _source(source: dict[str, Any]) -> str:
+    """One text, and its tokens where they were counted: not of what the model wrote itself."""
+    tokens, name = source.get("tokens"), shown(source["source"])
+    if tokens is None:
+        return "text that the dense model wrote" if name == "self" else f"`{name}`"
+    return f"`{name}` ({tokens:,} tokens)"
 
 
 def _limits(known: Known) -> str:
