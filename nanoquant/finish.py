@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from nanoquant.tracking.folder import RunFolder, read_run, run_folder
 from nanoquant.tracking.tracker import RunTracker, TrackedProgress
 from nanoquant.unfinished import discard
 from nanoquant.verification import Verification
+
+logger = logging.getLogger(__name__)
 
 PHASE = "measure in a fresh process"
 UNMEASURED = "unmeasured"
@@ -80,7 +83,10 @@ def finish(
         tracker.folder.update(figures=result.to_dict(), **{UNMEASURED: left})
         say(result_table(result))
         write_json(job.json, result.to_dict())
-    write_card(job.output, tracker.folder.content)
+    try:
+        write_card(job.output, tracker.folder.content)
+    except Exception as error:  # the checkpoint is worth more than its card
+        logger.warning("no model card was written (%s); nanoquant card %s does", error, job.output)
     return result
 
 

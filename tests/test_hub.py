@@ -1,18 +1,24 @@
 """A checkpoint finds its way to a hub and back, with a card that says what is known of it and nothing else."""
 
+import dataclasses
 import json
 import os
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+import torch
 from command_line import call, refused
 from fake_hub import fake_hub
 from huggingface_hub import ModelCard
 
+from nanoquant import finish as ending
 from nanoquant.config import nanoquant_config
+from nanoquant.figures import Figures
 from nanoquant.hub.publish import write_card
 from nanoquant.hub.reproduce import quantize_line
 from nanoquant.job_config import JobConfig
@@ -58,6 +64,22 @@ def test_licence_and_language_of_the_dense_model_are_carried_over_and_kept(copie
         assert head["language"] == ["en", "de"] and "chat" not in head["tags"]
     head = ModelCard(write_card(copied, license="mit").read_text()).data.to_dict()
     assert head["license"] == "mit" and "license_name" not in head
+
+
+def test_a_head_that_can_not_be_read_is_named_and_ends_no_run(copied, capsys, monkeypatch, caplog):
+    (copied / "README.md").write_text("---\n[broken\n---\n# Dense\n")
+    assert "README.md has a head that is no YAML mapping" in refused(capsys, "card", copied)
+    record = json.loads((copied.with_name("out.run") / "run.json").read_text())
+    job, figures = JobConfig(**record["job"]), record["figures"]
+    tracker = SimpleNamespace(folder=SimpleNamespace(content=record, update=lambda **_: None))
+    tracker.record = lambda *_, **__: None
+    job = dataclasses.replace(job, output=str(copied), json=None)
+    monkeypatch.setattr(ending, "measure_in_fresh_process", lambda *_: None)
+    progress = SimpleNamespace(phase=lambda *_: nullcontext(), seconds={})
+    left = ending.Ending(Figures(**figures["dense"]), figures["report"], None)
+    result = ending.finish(job, torch.device("cpu"), tracker, progress, left)
+    assert result.quantized.file_bytes == figures["quantized"]["file_bytes"]
+    assert "no model card was written" in caplog.text
 
 
 def test_a_checkpoint_whose_run_is_not_at_hand_says_what_is_unknown(copied, capsys):

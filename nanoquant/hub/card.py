@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
 
 from nanoquant.checkpoint import read_sizes
 from nanoquant.checkpoint_files import read_json
@@ -85,14 +86,19 @@ def known_of(folder: Path, record: dict[str, Any], license: str | None = None) -
         license: in the place of that of the dense model.
 
     Raises:
-        ValueError: the folder is no checkpoint.
+        ValueError: the folder is no checkpoint, or the head of its card can't be read.
     """
     settings = read_json(folder / "config.json").get("quantization_config") or {}
     recipe = settings.get("recipe") or {}
     report = (record.get("figures") or {}).get("report") or {}
     same = bool(recipe) and report.get("seconds") == recipe.get("seconds")
     file = folder / CARD
-    head = (metadata_load(file) if file.is_file() else None) or {}
+    try:
+        head = (metadata_load(file) if file.is_file() else None) or {}
+    except (ValueError, YAMLError) as error:
+        raise ValueError(
+            f"{file} has a head that is no YAML mapping; mend it or remove it: {error}"
+        ) from None
     return Known(folder, read_sizes(folder), recipe, record if same else {}, head, license)
 
 
