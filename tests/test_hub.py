@@ -51,7 +51,16 @@ def test_a_run_writes_the_card_of_its_checkpoint(place, finished):
         "expect wrong answers",
     ):
         assert known in card.text, known
-    assert str(place) not in card.text
+    assert str(place) not in card.text and "all others dense" not in card.text
+
+
+def test_a_card_says_which_blocks_are_quantized(copied):
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["recipe"]["config"]["blocks"] = "0:1"
+    file.write_text(json.dumps(config))
+    text = write_card(copied).read_text()
+    assert "in its linears of decoder blocks 0:1, all others dense." in text
 
 
 def test_licence_and_language_of_the_dense_model_are_carried_over_and_kept(copied):

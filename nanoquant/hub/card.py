@@ -138,7 +138,9 @@ def _what(known: Known) -> str:
     method = METHODS[config.method] if config else "Its linears are packed by nanoquant."
     of = f" of `{known.source}`" if known.source else ""
     bits = f"{known.sizes.body_bits_per_weight:.4f}"
-    return f"A version{of} with {bits} bits per weight in its linears. {method}"
+    some = config is not None and config.blocks
+    which = f" of decoder blocks {config.blocks}, all others dense" if some else ""
+    return f"A version{of} with {bits} bits per weight in its linears{which}. {method}"
 
 
 def _figures(known: Known) -> str:
