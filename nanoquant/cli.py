@@ -29,7 +29,9 @@ commands:
   estimate MODEL                    ranks, bytes, memory, disk and time of a quantization, beforehand
   doctor MODEL                      what would stop a quantization on this machine
   report OUT                        one page of plots from what a run recorded
-  import FILE --output OUT          checkpoint from the published code's packed state; export goes back
+  import FILE --output OUT --dense MODEL
+                                    checkpoint from the published code's packed state
+  export OUT --output DIR           its signs as 32-bit words in safetensors
   card OUT                          model card of a checkpoint, with its figures and how to make it again
   push OUT --name OWNER/NAME        upload a checkpoint and its card to a hub
 

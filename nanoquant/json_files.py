@@ -1,4 +1,4 @@
-"""JSON files that are whole at every moment."""
+"""JSON files that are whole at every moment, and plain values as dotted names and as text of flags."""
 
 from __future__ import annotations
 
@@ -32,3 +32,17 @@ def finite(value: Any) -> Any:  # noqa: ANN401
     if isinstance(value, list | tuple):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted names: {"a": {"b": 1}} gives {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        inner = isinstance(value, dict)
+        found |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
+    return found
+
+
+def flag_text(value: Any) -> str:  # noqa: ANN401
+    """A value as a flag takes it: text as it is, all else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)

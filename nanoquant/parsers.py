@@ -23,6 +23,7 @@ from nanoquant.estimate.request import EstimateConfig
 from nanoquant.evaluation.command import EvaluationJob
 from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.job_config import JobConfig
+from nanoquant.json_files import flat
 from nanoquant.report.config import ReportConfig
 
 SHORT = {"--bits": "--budget.bits"}
@@ -70,7 +71,7 @@ def _with_config(parser: ArgumentParser, preset: str, method: str) -> ArgumentPa
     parser.add_class_arguments(NanoQuantConfig, None, skip={"step"})
     values = preset_config(preset, method).to_dict()
     del values["step"]
-    parser.set_defaults(_flat(values))
+    parser.set_defaults(flat(values))
     return parser
 
 
@@ -275,13 +276,3 @@ def _spell_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
         switched = flag in switches and not equals and following not in ("true", "false")
         spelled.append(f"{flag}=true" if switched else flag + equals + value)
     return spelled
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted names."""
-    flat = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-        )
-    return flat

@@ -99,6 +99,22 @@ def test_a_checkpoint_whose_run_is_not_at_hand_says_what_is_unknown(copied, caps
     assert "not measured" in text and "Nobody has measured" in text and "| dense" not in text
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"config": {"unheard": 1}}, "by a version of nanoquant with other settings"),
+        ({"imported": "state.pt"}, "Its signs and scales are those of `state.pt`"),
+        ({}, "It is not on record how."),
+    ],
+)
+def test_a_card_says_what_a_recipe_can_tell(copied, recipe, said):
+    file = copied / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["recipe"] = recipe
+    file.write_text(json.dumps(config))
+    assert said in write_card(copied).read_text()
+
+
 def test_a_card_of_another_run_is_not_made_from_this_record(copied):
     file = copied.with_name("out.run") / "run.json"
     record = json.loads(file.read_text())

@@ -8,6 +8,7 @@ from nanoquant import parsers
 from nanoquant.commands import generate_command, inspect_command
 from nanoquant.config import PRESETS, preset_config
 from nanoquant.generation_settings import GenerationSettings
+from nanoquant.json_files import flat
 from nanoquant.methods import ProductConfig
 
 
@@ -34,7 +35,7 @@ def test_help_explains_every_flag(parser):
 
 def test_flags_reach_every_field_of_the_configuration():
     flags = {action.dest for action in parsers.quantize_parser()._actions}
-    fields = set(parsers._flat(PRESETS["fast"]().to_dict())) - {"step"}
+    fields = set(flat(PRESETS["fast"]().to_dict())) - {"step"}
     assert fields <= flags
 
 

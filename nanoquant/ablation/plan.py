@@ -29,6 +29,7 @@ import yaml
 
 from nanoquant.config import NanoQuantConfig
 from nanoquant.job_config import JobConfig
+from nanoquant.json_files import flag_text
 from nanoquant.parsers import parse_quantize
 
 MODES = ("grid", "each")
@@ -99,16 +100,12 @@ def read_plan(file: str | Path, model: str, changes: dict[str, Any] | None = Non
 def _choices(file: str | Path, name: str, given: Any) -> dict[str, dict[str, Any]]:  # noqa: ANN401
     """Label to flags of one axis."""
     if isinstance(given, list) and given:
-        return {_label(value): {name: value} for value in given}
+        return {flag_text(value): {name: value} for value in given}
     if isinstance(given, dict) and given and all(isinstance(v, dict) for v in given.values()):
         return {str(label): flags for label, flags in given.items()}
     raise ValueError(
         f"{file}: axis {name} needs a list of values, or a mapping of names to flags, got {given!r}"
     )
-
-
-def _label(value: Any) -> str:  # noqa: ANN401
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _combinations(axes: dict[str, dict[str, Any]], mode: str) -> list[dict[str, str]]:
@@ -131,7 +128,7 @@ def _cell(
         if unused:
             raise ValueError(f"{', '.join(unused)} has no use here")
         written = [
-            f"--{name}={_label(item)}"
+            f"--{name}={flag_text(item)}"
             for name, value in flags.items()
             for item in (value if name == MIXTURE and isinstance(value, list) else [value])
         ]

@@ -52,9 +52,12 @@ class Known:
 
     @property
     def config(self) -> NanoQuantConfig | None:
-        """Configuration of the run; None where it is unknown."""
+        """Configuration of the run; None where it is unknown, or has what this version does not know."""
         found = self.recipe.get("config")
-        return NanoQuantConfig.from_dict(found) if isinstance(found, dict) else None
+        try:
+            return NanoQuantConfig.from_dict(found) if isinstance(found, dict) else None
+        except (TypeError, ValueError):
+            return None
 
     @property
     def job(self) -> dict[str, Any]:
@@ -199,8 +202,11 @@ def _running(known: Known) -> str:
 
 
 def _making(known: Known) -> str:
-    if not known.recipe or known.config is None:
-        return "It is not on record how it was made."
+    if file := known.recipe.get("imported"):
+        return f"Its signs and scales are those of `{file}`, read by `nanoquant import`."
+    if known.config is None:
+        other = "by a version of nanoquant with other settings; config.json has them"
+        return f"It was made {other}." if "config" in known.recipe else "It is not on record how."
     lines = []
     if known.job:
         default = {

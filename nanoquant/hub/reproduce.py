@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 from nanoquant.config import NanoQuantConfig, preset_config
+from nanoquant.json_files import flag_text, flat
 
 HIDDEN = ("output", "json", "logger", "verbose", "max_memory", "max_gpu_memory", "self_text_file")
 """Fields of a job that say where a run wrote, and decide nothing of the checkpoint."""
@@ -31,17 +31,17 @@ def quantize_line(job: dict[str, Any], config: NanoQuantConfig, default: dict[st
     words += [word for text in texts for word in ("--text", shown(text))]
     words += ["--preset", config.preset, "--bits", f"{config.budget.bits}"]
     words += [] if config.method == NanoQuantConfig.method else ["--method", config.method]
-    usual = _flat(preset_config(config.preset, config.method).to_dict())
-    for name, value in _flat(config.to_dict()).items():
+    usual = flat(preset_config(config.preset, config.method).to_dict())
+    for name, value in flat(config.to_dict()).items():
         if name in ("preset", "budget.bits", *PLACES) or value == usual[name]:
             continue
-        words += [f"--{name}", _word(value)]
+        words += [f"--{name}", flag_text(value)]
     for name, value in job.items():
         if name in ("source", "text", *HIDDEN) or value == default.get(name):
             continue
         words += [
             f"--{name.replace('_', '-')}",
-            shown(value) if name == "eval_text" else _word(value),
+            shown(value) if name == "eval_text" else flag_text(value),
         ]
     return shlex.join(words)
 
@@ -50,16 +50,3 @@ def shown(place: str) -> str:
     """A path without the folders of the machine where it was; everything else as it is."""
     path = Path(place)
     return path.name if path.is_absolute() else place
-
-
-def _word(value: Any) -> str:  # noqa: ANN401
-    return value if isinstance(value, str) else json.dumps(value)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted names."""
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        inner = isinstance(value, dict)
-        flat |= _flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
-    return flat
