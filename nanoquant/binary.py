@@ -18,22 +18,29 @@ def sign(x: Tensor) -> Tensor:
 
 
 class StraightThroughSign(torch.autograd.Function):
-    """sign(x) forward, identity backward (Eq. 10); exact for any magnitude, unlike (y - x).detach() + x."""
+    """sign(x) forward, identity backward (Eq. 10); exact for any magnitude, unlike (y - x).detach() + x.
+
+    It takes nothing but ``x``: compiled by torch 2.11, a function with another argument loses its gradient.
+    """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the signs of ``x`` in ``dtype``."""
-        ctx.dtype = x.dtype
-        if (
-            dtype is torch.bfloat16
-        ):  # it has the range of float32, so the cheaper order keeps every sign
-            return sign(x.to(dtype))
-        return sign(x).to(dtype)
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        """Return the signs of ``x`` in its dtype."""
+        return sign(x)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        """Pass the gradient through, in the dtype of the latents."""
-        return grad.to(ctx.dtype), None
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        """Pass the gradient through."""
+        return grad
+
+
+def straight_through_sign(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Signs of ``x`` in ``dtype``; the gradient comes back in the dtype of ``x``."""
+    if (
+        dtype is torch.bfloat16
+    ):  # it has the range of float32, so the cheaper order keeps every sign
+        return StraightThroughSign.apply(x.to(dtype))
+    return StraightThroughSign.apply(x).to(dtype)
 
 
 def rank_one(P: Tensor, iterations: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanoquant.binary import BinaryFactors, StraightThroughSign
+from nanoquant.binary import BinaryFactors, straight_through_sign
 from nanoquant.budget import layer_bits
 from nanoquant_kernels import pack_signs, unpack_signs
 
@@ -168,7 +168,7 @@ class BinaryLowRankLinear(nn.Module):
         if self.frozen:
             y = PackedSignProduct.apply(x, self.u_signs, self.v_signs)
         else:
-            U, V = (StraightThroughSign.apply(factor, dtype) for factor in (self.U, self.V))
+            U, V = (straight_through_sign(factor, dtype) for factor in (self.U, self.V))
             y = F.linear(x @ V, U)
         y = y * self.s1.to(dtype)  # (..., d_out), Eq. (1)
         return y if self.bias is None else y + self.bias.to(dtype)
