@@ -179,7 +179,9 @@ def test_kernels_on_a_gpu_give_the_dense_product(shape, filled):
             args = [a.cuda() if torch.is_tensor(a) else a for a in args]
             for kernel in ("dot", "unpack") + ("flip",) * (tokens == 1):
                 y = gpu.run(gpu.Plan(kernel), *args)
-                assert (y.double() - truth).norm() <= limit * truth.norm(), (kernel, tokens, dtype)
+                allowed = limit * (2 if kernel == "unpack" else 1)  # it rounds once more
+                error = (y.double() - truth).norm() / truth.norm()
+                assert error <= allowed, (kernel, tokens, dtype)
 
 
 @needs_gpu
