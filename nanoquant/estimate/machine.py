@@ -38,6 +38,10 @@ class Rates:
     """n^3 of an eigendecomposition."""
     numbers: float
     """Numbers that are read and written."""
+    column: float = 0.0
+    """Seconds of each column of a decomposition, where starting its kernels is what takes time."""
+    passed: float = 0.0
+    """Seconds of each block that a training step runs through, for the same reason."""
     moved: float = 25e9
     """Bytes that come to a GPU, where blocks of the dense model visit it; without a GPU nothing does."""
     initializer: float = 1.0
@@ -52,6 +56,8 @@ class Rates:
             + work.full / self.full
             + work.eigen / self.eigen
             + work.numbers / self.numbers
+            + work.columns * self.column
+            + work.passes * self.passed
         )
 
 
@@ -61,8 +67,11 @@ ASSUMED = {
         full=40e12,
         eigen=5e10,
         numbers=2.5e11,
-        source="assumed for an H100, nobody has measured them: 300 TFLOP/s in bfloat16, 40 in float32, eigenvectors of "
-        "5e10 n^3 a second, 2.5e11 numbers a second, 25 GB/s from main memory",
+        column=2e-5,
+        passed=2.5e-3,
+        source="assumed for an H100: 300 TFLOP/s in bfloat16, 40 in float32, eigenvectors of 5e10 n^3 a second, 2.5e11 "
+        "numbers a second, 25 GB/s from main memory, and, from a model of 135M on an H200, at least 0.02 ms a column of "
+        "a decomposition and 2.5 ms a block of a training step",
     )
 }
 """Rates of machines that are not here."""

@@ -42,6 +42,10 @@ class Work:
     """Sum of n^3 over the eigendecompositions of matrices (n, n)."""
     numbers: float = 0.0
     """Numbers that are read and written one by one."""
+    columns: float = 0.0
+    """Sum of n over those decompositions, whose columns follow one another."""
+    passes: float = 0.0
+    """Blocks that steps of the whole-model phase run through, whatever their size."""
 
     def __add__(self, other: Work) -> Work:
         return Work(
@@ -63,7 +67,10 @@ def update(
     else:
         full += rank**3 / 3 + 2.0 * rank**2 * own
     return Work(
-        full=full, eigen=float(rank**3) * own_metric, numbers=own * rank * (PROXY + 2.0 * power)
+        full=full,
+        eigen=float(rank**3) * own_metric,
+        numbers=own * rank * (PROXY + 2.0 * power),
+        columns=float(rank) * own_metric,
     )
 
 
@@ -173,6 +180,7 @@ def calibrate(q: Quantities) -> Work:
         products=3 * tokens * forward(q, config.length),
         full=2.0 * tokens * sum(side**2 for side in sides),
         eigen=float(sum(side**3 for side in sides)),
+        columns=float(sum(sides)),
     )
 
 
@@ -226,7 +234,8 @@ def model(q: Quantities) -> Work:
     unpacked = 0.0 if signs else 4.0 * q.of_all.latents
     unpacked += (1 + times) * looked_up(q)  # gradients of inputs and codebooks look up once
     steps = windows / config.batch
-    return Work(products=products, numbers=steps * (PASSES * trained + unpacked))
+    passes = steps * len(q.subject.decoder.blocks)
+    return Work(products=products, numbers=steps * (PASSES * trained + unpacked), passes=passes)
 
 
 def visits(q: Quantities, eval_windows: int) -> dict[str, float]:
