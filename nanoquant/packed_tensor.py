@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.utils import TorchAOBaseTensor
 
 from nanoquant.binary import BinaryFactors
 from nanoquant.packed_linear import dequantize, pack_factors
+from nanoquant.packed_weight import PackedWeight
 from nanoquant_kernels import binary_low_rank_linear
 
-aten = torch.ops.aten
 
-
-class PackedBinaryTensor(TorchAOBaseTensor):
+class PackedBinaryTensor(PackedWeight):
     """Weight diag(s1) U V^T diag(s2), one stored bit per sign (NanoQuant, arXiv 2602.06694, Eq. 1).
 
     ``F.linear`` computes with the packed form; ``dequantize`` gives the dense weight.
@@ -41,7 +36,8 @@ class PackedBinaryTensor(TorchAOBaseTensor):
 
     tensor_data_names = ["u_signs", "v_signs", "s1", "s2"]
     tensor_attribute_names = ["rank", "dtype"]
-    _is_hf_initialized = True  # transformers initializes tensors without this mark at random
+    gathered_parts = ("u_signs", "s1")
+    column_step = 8
 
     @staticmethod
     def __new__(
@@ -88,86 +84,43 @@ class PackedBinaryTensor(TorchAOBaseTensor):
         """
         return cls(*pack_factors(factors, scale_dtype), factors.rank, dtype or scale_dtype)
 
-    @property
-    def bits(self) -> int:
-        """Bits of the stored signs and scales."""
-        return 8 * sum(t.numel() * t.element_size() for t in self._parts().values())
-
     def dequantize(self) -> Tensor:
         """The dense weight (d_out, d_in) in the dtype that the tensor shows."""
         return dequantize(self.u_signs, self.v_signs, self.s1, self.s2, self.rank).to(self.dtype)
 
-    def _parts(self) -> dict[str, Tensor]:
+    def parts(self) -> dict[str, Tensor]:
         """The stored tensors by name."""
         return {name: getattr(self, name) for name in self.tensor_data_names}
 
-    def _stable_hash_for_caching(self) -> str:
-        """Key of torch.compile's cache: all that a compiled graph can depend on."""
-        parts = [
-            (name, t.shape, t.stride(), t.dtype, t.device) for name, t in self._parts().items()
-        ]
-        key = repr(
-            (type(self).__qualname__, self.shape, self.dtype, self.rank, self.requires_grad, parts)
+    def mapped(
+        self, function: Callable[[str, Tensor], Tensor], dtype: torch.dtype | None = None
+    ) -> PackedBinaryTensor:
+        """The same with every stored tensor replaced by ``function`` of its name and value."""
+        parts = (function(name, part) for name, part in self.parts().items())
+        return PackedBinaryTensor(*parts, self.rank, dtype or self.dtype)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Product of x (..., d_in) with the weight: (..., d_out) in the dtype of ``x``."""
+        return binary_low_rank_linear(
+            x, self.u_signs, self.v_signs, self.s1, self.s2, bias, self.rank
         )
-        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+    def rows(self, start: int, stop: int) -> PackedBinaryTensor:
+        """Rows ``start`` to ``stop``, sharing the stored tensors."""
+        of_rows = ("u_signs", "s1")
+        return self.mapped(lambda name, part: part[start:stop] if name in of_rows else part)
+
+    def byte_columns(self, start: int, stop: int) -> PackedBinaryTensor:
+        """Columns ``start`` to ``stop``, both multiples of 8 or at the end."""
+        cuts = {"v_signs": slice(start // 8, (stop + 7) // 8), "s2": slice(start, stop)}
+        return self.mapped(lambda name, part: part[..., cuts[name]] if name in cuts else part)
 
     def __repr__(self) -> str:
         """Shape, rank and bits per weight; never the values."""
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, rank={self.rank}, "
-            f"bits={self.bits / self.numel():.3f}, dtype={self.dtype}, device={self.device})"
+            f"bits={self.bits / max(1, self.numel()):.3f}, dtype={self.dtype}, device={self.device})"
         )
-
-
-@PackedBinaryTensor.implements(aten.linear.default)
-@PackedBinaryTensor.implements_torch_function(torch.nn.functional.linear)
-def _linear(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """F.linear(x, weight, bias) through the packed operator."""
-    return _apply(*args, **kwargs)
-
-
-def _apply(input: Tensor, weight: PackedBinaryTensor, bias: Tensor | None = None) -> Tensor:
-    """Spell out F.linear's arguments, which may come by name."""
-    if not isinstance(weight, PackedBinaryTensor):
-        raise ValueError(
-            "a PackedBinaryTensor can be the weight of F.linear, not its input or bias"
-        )
-    return binary_low_rank_linear(
-        input, weight.u_signs, weight.v_signs, weight.s1, weight.s2, bias, weight.rank
-    )
-
-
-@PackedBinaryTensor.implements(aten._to_copy.default)
-def _to_copy(
-    func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]
-) -> PackedBinaryTensor:
-    """Move or cast; torchao's own version drops the dtype without a word."""
-    self = args[0]
-    to = self._get_to_kwargs(*args[1:], **kwargs)
-    device, dtype, non_blocking = to["device"], to["dtype"], to["non_blocking"]
-    if not dtype.is_floating_point:
-        raise ValueError(
-            f"a PackedBinaryTensor can be cast to floating point dtypes only, got {dtype}"
-        )
-    signs = [t.to(device, non_blocking=non_blocking) for t in (self.u_signs, self.v_signs)]
-    cast = (
-        None if dtype == self.dtype else dtype
-    )  # a move alone leaves the stored scales as they are
-    scales = [t.to(device, cast, non_blocking=non_blocking) for t in (self.s1, self.s2)]
-    return return_and_correct_aliasing(
-        func, args, kwargs, PackedBinaryTensor(*signs, *scales, self.rank, dtype)
-    )
-
-
-@PackedBinaryTensor.implements(aten.empty_like.default)
-def _empty_like(
-    func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]
-) -> PackedBinaryTensor:
-    """Uninitialized tensor of the same packed shapes, as ``nn.Module.to_empty`` asks for."""
-    self = args[0]
-    device = kwargs.get("device") or self.device
-    parts = [torch.empty_like(t, device=device) for t in self._parts().values()]
-    return PackedBinaryTensor(*parts, self.rank, self.dtype)
 
 
 def flatten_state_dict(
@@ -188,7 +141,7 @@ def flatten_state_dict(
         if not isinstance(tensor, PackedBinaryTensor):
             tensors[name] = tensor
             continue
-        tensors |= {f"{name}.{part}": value for part, value in tensor._parts().items()}
+        tensors |= {f"{name}.{part}": value for part, value in tensor.parts().items()}
         dtype = str(tensor.dtype).removeprefix("torch.")
         metadata[name] = json.dumps(
             {"type": "PackedBinaryTensor", "rank": tensor.rank, "dtype": dtype}

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
-from typing import Any
+from math import gcd
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.utils import TorchAOBaseTensor
 
 from nanoquant.codebooks import ProductFactors
+from nanoquant.packed_weight import PackedWeight
 from nanoquant.product_packed import PARTS, pack_product
 from nanoquant_kernels import product_linear
-from nanoquant_kernels.product import dequantize
+from nanoquant_kernels.indices import index_bytes
+from nanoquant_kernels.product import dequantize, stages_of
 
-aten = torch.ops.aten
 
-
-class PackedProductTensor(TorchAOBaseTensor):
+class PackedProductTensor(PackedWeight):
     """Weight whose rows are scales times groups of codebook entries, see :mod:`nanoquant.codebooks`.
 
     ``F.linear`` computes with the packed form; ``dequantize`` gives the dense weight. ``.to(dtype)`` casts codebooks
@@ -27,7 +24,7 @@ class PackedProductTensor(TorchAOBaseTensor):
     ``torch.load(file, weights_only=True)`` knows this class once it has been imported.
 
     Args:
-        indices: uint8 (d_out, bytes) of the first stage.
+        indices: uint8 (d_out, bytes) of the first stage, the field ``indices1``.
         codebook: (R, K, g) of the first stage.
         scale: (d_out,).
         d_in: columns.
@@ -36,10 +33,11 @@ class PackedProductTensor(TorchAOBaseTensor):
         codebook2: of the second stage, or None.
     """
 
-    tensor_data_names = ["indices", "codebook", "scale"]
+    # "indices" is a method of torch.Tensor, and torch.export does not see fields of such names
+    tensor_data_names = ["indices1", "codebook", "scale"]
     tensor_attribute_names = ["d_in", "dtype"]
     optional_tensor_data_names = ["indices2", "codebook2"]
-    _is_hf_initialized = True  # transformers initializes tensors without this mark at random
+    gathered_parts = PARTS  # of a codebook too: each then serves the rows of its process
 
     @staticmethod
     def __new__(
@@ -67,7 +65,7 @@ class PackedProductTensor(TorchAOBaseTensor):
         codebook2: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.indices, self.codebook, self.scale, self.d_in = indices, codebook, scale, d_in
+        self.indices1, self.codebook, self.scale, self.d_in = indices, codebook, scale, d_in
         self.indices2, self.codebook2 = indices2, codebook2
 
     @classmethod
@@ -94,15 +92,8 @@ class PackedProductTensor(TorchAOBaseTensor):
         cls, parts: dict[str, Tensor | None], d_in: int, dtype: torch.dtype
     ) -> PackedProductTensor:
         """A tensor of these parts by name."""
-        required = (parts[name] for name in cls.tensor_data_names)
-        optional = (parts[name] for name in cls.optional_tensor_data_names)
-        return cls(*required, d_in, dtype, *optional)
-
-    @property
-    def bits(self) -> int:
-        """Bits of the stored indices, codebooks and scales."""
-        stored = [t for t in self.parts().values() if t is not None]
-        return 8 * sum(t.numel() * t.element_size() for t in stored)
+        required = (parts[name] for name in ("indices", "codebook", "scale"))
+        return cls(*required, d_in, dtype, parts["indices2"], parts["codebook2"])
 
     def dequantize(self) -> Tensor:
         """The dense weight (d_out, d_in) in the dtype that the tensor shows."""
@@ -110,7 +101,8 @@ class PackedProductTensor(TorchAOBaseTensor):
 
     def parts(self) -> dict[str, Tensor | None]:
         """The stored tensors by name, in the order of the operator."""
-        return {name: getattr(self, name) for name in PARTS}
+        stored = (self.indices1, self.codebook, self.indices2, self.codebook2, self.scale)
+        return dict(zip(PARTS, stored, strict=True))
 
     def mapped(
         self, function: Callable[[str, Tensor], Tensor], dtype: torch.dtype | None = None
@@ -119,68 +111,50 @@ class PackedProductTensor(TorchAOBaseTensor):
         parts = {n: None if t is None else function(n, t) for n, t in self.parts().items()}
         return self._from_parts(parts, self.d_in, dtype or self.dtype)
 
-    def _stable_hash_for_caching(self) -> str:
-        """Key of torch.compile's cache: all that a compiled graph can depend on."""
-        parts = [
-            (name, None if t is None else (t.shape, t.stride(), t.dtype, t.device))
-            for name, t in self.parts().items()
-        ]
-        key = repr((type(self).__qualname__, self.shape, self.dtype, self.requires_grad, parts))
-        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    def multiply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Product of x (..., d_in) with the weight: (..., d_out) in the dtype of ``x``."""
+        return product_linear(x, *self.parts().values(), bias)
+
+    @property
+    def column_step(self) -> int:
+        """Columns of as many groups as fill whole bytes of the indices of each stage."""
+        widths = [stage.width for stage in stages_of(*list(self.parts().values())[:4])]
+        return self.codebook.shape[2] * max(8 // gcd(8, width) for width in widths)
+
+    def rows(self, start: int, stop: int) -> PackedProductTensor:
+        """Rows ``start`` to ``stop``, sharing the stored tensors, codebooks of whole ranges of rows or of one.
+
+        Raises:
+            ValueError: the rows begin or end within several such ranges.
+        """
+        d_out, slabs = self.shape[0], len(self.codebook)
+        size = max(1, d_out // slabs)
+        first, last = start // size, max(start, stop - 1) // size
+        if last > first and (start % size or stop % size):
+            raise ValueError(
+                f"got rows {start}:{stop} of a {type(self).__name__} of shape {tuple(self.shape)}, whose codebooks "
+                f"serve {size} rows each; cut at multiples of {size} or between two of them, or cut its dequantize()"
+            )
+        books = slice(min(first, slabs - 1), last + 1)
+        return self.mapped(lambda name, t: t[books] if "codebook" in name else t[start:stop])
+
+    def byte_columns(self, start: int, stop: int) -> PackedProductTensor:
+        """Columns ``start`` to ``stop``, both multiples of :attr:`column_step` or at the end."""
+        parts, g = self.parts(), self.codebook.shape[2]
+        for indices, book in (("indices", self.codebook), ("indices2", self.codebook2)):
+            if book is not None:
+                width = book.shape[1].bit_length() - 1
+                ends = (index_bytes(-(-column // g), width) for column in (start, stop))
+                parts[indices] = parts[indices][:, slice(*ends)]
+        return self._from_parts(parts, stop - start, self.dtype)
 
     def __repr__(self) -> str:
         """Shape, codebooks and bits per weight; never the values."""
         books = [tuple(C.shape) for C in (self.codebook, self.codebook2) if C is not None]
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, codebooks={books}, "
-            f"bits={self.bits / self.numel():.3f}, dtype={self.dtype}, device={self.device})"
+            f"bits={self.bits / max(1, self.numel()):.3f}, dtype={self.dtype}, device={self.device})"
         )
-
-
-@PackedProductTensor.implements(aten.linear.default)
-@PackedProductTensor.implements_torch_function(torch.nn.functional.linear)
-def _linear(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """F.linear(x, weight, bias) through the packed operator."""
-    return _apply(*args, **kwargs)
-
-
-def _apply(input: Tensor, weight: PackedProductTensor, bias: Tensor | None = None) -> Tensor:
-    """Spell out F.linear's arguments, which may come by name."""
-    if not isinstance(weight, PackedProductTensor):
-        raise ValueError(
-            "a PackedProductTensor can be the weight of F.linear, not its input or bias"
-        )
-    return product_linear(input, *weight.parts().values(), bias)
-
-
-@PackedProductTensor.implements(aten._to_copy.default)
-def _to_copy(
-    func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]
-) -> PackedProductTensor:
-    """Move or cast; torchao's own version drops the dtype without a word."""
-    self = args[0]
-    to = self._get_to_kwargs(*args[1:], **kwargs)
-    device, dtype, non_blocking = to["device"], to["dtype"], to["non_blocking"]
-    if not dtype.is_floating_point:
-        raise ValueError(
-            f"a PackedProductTensor can be cast to floating point dtypes only, got {dtype}"
-        )
-    cast = None if dtype == self.dtype else dtype  # a move alone leaves what is stored as it is
-
-    def moved(name: str, part: Tensor) -> Tensor:
-        return part.to(device, None if "indices" in name else cast, non_blocking=non_blocking)
-
-    return return_and_correct_aliasing(func, args, kwargs, self.mapped(moved, dtype))
-
-
-@PackedProductTensor.implements(aten.empty_like.default)
-def _empty_like(
-    func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]
-) -> PackedProductTensor:
-    """Uninitialized tensor of the same packed shapes, as ``nn.Module.to_empty`` asks for."""
-    self = args[0]
-    device = kwargs.get("device") or self.device
-    return self.mapped(lambda _, part: torch.empty_like(part, device=device))
 
 
 torch.serialization.add_safe_globals([PackedProductTensor])

@@ -94,12 +94,15 @@ class ObservedLinear(nn.Linear):
 
 
 @register_quantize_module_handler(NanoQuantConfig)
-def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
+def transform(
+    module: nn.Module, config: NanoQuantConfig, *, parameter_name: str = "weight"
+) -> nn.Module:
     """Do the step of ``config`` on one linear that ``quantize_`` selected.
 
     Args:
         module: an ``nn.Linear``, or a transformers ``Conv1D``, which a ``filter_fn`` may select.
         config: step, budget, solver and seed; the other parts do not apply to single linears.
+        parameter_name: of the module, as ``FqnToConfig`` may name it, or match it by a pattern.
 
     Returns:
         The module to put in its place; a linear that is packed already is returned as it is.
@@ -108,6 +111,12 @@ def transform(module: nn.Module, config: NanoQuantConfig) -> nn.Module:
         ValueError: the module can't be quantized, the budget does not suffice, or, for convert,
             nothing was observed.
     """
+    if parameter_name != "weight":
+        raise ValueError(
+            f"FqnToConfig asks for {parameter_name!r} of a {type(module).__name__}, but the weights of linears alone "
+            "can be quantized; give the name of the linear or of its weight, or a pattern that matches no more, such "
+            r"as 're:.*\.q_proj'"
+        )
     if is_packed(getattr(module, "weight", None)):
         return module
     if config.blocks:

@@ -78,6 +78,8 @@ ORDER = (
     "model_reconstruction",
     "packed_linear",
     "shared_launch",
+    "packed_parallel",
+    "packed_weight",
     "packed_tensor",
     "product_packed",
     "product_tensor",
@@ -239,6 +241,8 @@ AFTERWARDS = {
 
 HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse"}
 MAY_IMPORT = {
+    "packed_parallel": {"torchao"},
+    "packed_weight": {"torchao"},
     "packed_tensor": {"torchao"},
     "product_tensor": {"torchao"},
     "config": {"torchao"},
