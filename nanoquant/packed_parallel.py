@@ -45,8 +45,8 @@ class TransposedWeight(TorchAOBaseTensor):
 
 @TransposedWeight.implements(aten.t.default)
 def _back(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> PackedWeight:
-    """The weight that was transposed."""
-    return args[0].weight
+    """The weight that was transposed; a new tensor, for views need one."""
+    return args[0].weight.mapped(lambda _, part: part)
 
 
 @TransposedWeight.implements(aten.mm.default)

@@ -87,8 +87,7 @@ def sharded(size, mesh, packed=False, dtype=None, width=128):
     """By FSDP2; twice, because the second gathering uses the memory of the first."""
     model = build(size, width)
     if packed:
-        pack_model(model := nn.Sequential(model))
-        model = model[0]
+        pack_model(model)
     policy = MixedPrecisionPolicy(param_dtype=dtype)
     for module in (model[0], model[2], model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
@@ -119,7 +118,7 @@ def cases():
     found["refused"] = {
         "columns": refusal(lambda: distribute_tensor(odd, mesh, [Shard(1)])),
         "uneven": refusal(lambda: sharded(24, mesh, width=127)),
-        "full": refusal(lambda: distribute_tensor(weight, mesh, [Shard(0)]).full_tensor()),
+        "whole": refusal(lambda: distribute_tensor(weight, mesh, [Shard(0)]).full_tensor()),
     }
     found["uneven packed"] = sharded(24, mesh, packed=True, width=127)
     return found
