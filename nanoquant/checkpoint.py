@@ -127,6 +127,11 @@ def check_model(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
+        if hasattr(parameter, "tensor_data_names"):
+            raise ValueError(
+                f"{name} is a {type(parameter.data).__name__} of torchao, but checkpoints hold packed and dense tensors "
+                "alone; leave it dense, or keep the mixture with torch.save(model.state_dict(), file)"
+            )
         if not parameter.is_meta and not parameter.isfinite().all():
             raise ValueError(f"{name} holds a value that is not finite; nothing was written")
         free = name in numbers or any(part in name for part in keep)

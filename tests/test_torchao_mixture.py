@@ -1,6 +1,7 @@
 """FqnToConfig mixtures: binary here, int4 and int8 of torchao there, dense elsewhere."""
 
 import dataclasses
+import io
 from collections import OrderedDict
 
 import pytest
@@ -17,6 +18,7 @@ from torchao.quantization import (
 )
 
 from nanoquant.budget import BudgetConfig
+from nanoquant.checkpoint import pack_model, save_pretrained
 from nanoquant.packed_tensor import PackedBinaryTensor
 from nanoquant.transform import ObservedLinear
 
@@ -108,3 +110,28 @@ def test_a_pattern_that_matches_what_is_no_linear_is_refused_by_name():
     model = nn.ModuleDict({"a": nn.Linear(64, 96), "norm": nn.LayerNorm(64)})
     with pytest.raises(ValueError, match="LayerNorm"):
         quantize_(model, table(**{r"re:.*\.weight": CONFIG}), filter_fn=None)
+
+
+def mixed():
+    model = tiny_llama(tie=False)
+    entries = {r"re:.*\.mlp\..*_proj": CONFIG, r"re:.*\.q_proj": INT8, r"re:.*\.k_proj": INT4}
+    quantize_(model, table(**entries), filter_fn=None)
+    return model
+
+
+def test_a_mixture_is_kept_by_its_state_and_loaded_without_code():
+    model, buffer = mixed(), io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = tiny_llama(tie=False)
+    fresh.load_state_dict(torch.load(buffer, weights_only=True), assign=True)
+    with torch.no_grad():
+        logits = [m(input_ids=WINDOWS).logits for m in (model, fresh)]
+    assert torch.equal(*logits) and kinds(model) == kinds(fresh)
+
+
+def test_a_checkpoint_of_a_mixture_is_refused_with_what_to_do_instead(tmp_path):
+    model = pack_model(mixed())
+    with pytest.raises(ValueError, match=r"q_proj.weight is a Int8Tensor of torchao.*state_dict"):
+        save_pretrained(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
