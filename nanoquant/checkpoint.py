@@ -129,8 +129,8 @@ def check_model(model: PreTrainedModel) -> None:
             continue
         if hasattr(parameter, "tensor_data_names"):
             raise ValueError(
-                f"{name} is a {type(parameter.data).__name__} of torchao, but checkpoints hold packed and dense tensors "
-                "alone; leave it dense, or keep the mixture with torch.save(model.state_dict(), file)"
+                f"{name} is a {type(parameter.data).__name__} of torchao, but checkpoints hold packed and dense "
+                "tensors alone; leave it dense, or keep the mixture with torch.save(model.state_dict(), file)"
             )
         if not parameter.is_meta and not parameter.isfinite().all():
             raise ValueError(f"{name} holds a value that is not finite; nothing was written")
