@@ -1,6 +1,6 @@
-"""Make transformers and torchao know this package, without importing either.
+"""Make transformers, torchao and peft know this package, without importing them.
 
-Both keep tables of quantization methods in modules that take seconds to import, mostly for
+They keep tables of quantization methods in modules that take seconds to import, mostly for
 libraries of their own. So our entries are added at the moment when those modules have been loaded
 anyway: by ``import nanoquant`` where they already are, otherwise by whoever imports them later.
 """
@@ -16,6 +16,7 @@ from types import ModuleType
 FOLLOWERS = {
     "transformers.modeling_utils": "nanoquant.hf_quantizer",
     "nanoquant.config": "nanoquant.transform",
+    "peft": "nanoquant.lora",
 }
 """Module to the one that is imported right after it, which registers itself by being imported."""
 

@@ -87,9 +87,13 @@ ORDER = (
     "sizes",
     "hf_quantizer",
     "checkpoint",
+    "adapters",
+    "lora",
     "evaluation.__init__",
     "evaluation.perplexity",
     "int8_activations",
+    "fine_tune_config",
+    "fine_tuning",
     "generation_settings",
     "sampling",
     "self_text",
@@ -237,7 +241,7 @@ AFTERWARDS = {
 }
 """Imports of later files inside a function; the earlier file must work without them."""
 
-HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse"}
+HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse", "peft"}
 MAY_IMPORT = {
     "packed_tensor": {"torchao"},
     "product_tensor": {"torchao"},
@@ -248,6 +252,7 @@ MAY_IMPORT = {
     "training": {"lightning"},
     "early_stop": {"lightning"},
     "parsers": {"jsonargparse"},
+    "lora": {"peft"},
 }
 """Files that import heavy libraries at their top; others do it where they use them."""
 
