@@ -118,6 +118,12 @@ def check_model(model: PreTrainedModel) -> None:
             raise ValueError(f"{name} is not packed yet; call pack_model(model) before saving")
     if not packed_modules(model):
         raise ValueError("no layer of the model is quantized; quantize and pack it before saving")
+    adapted = [name for name in packed_modules(model) if name.endswith(".base_layer")]
+    if adapted:
+        raise ValueError(
+            f"{adapted[0].removesuffix('.base_layer')} carries an adapter, which a checkpoint has no place for; save "
+            "it with nanoquant.adapters.save_adapter, then model.unload() gives the packed model"
+        )
     numbers = {
         f"{name}.{part}"
         for name, layer in packed_modules(model).items()

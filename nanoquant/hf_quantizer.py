@@ -162,8 +162,13 @@ class NanoQuantHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Signs are bytes, so transformers' trainer must not try."""
-        return False
+        """Adapters train beside the packed layers, with gradients through their operators."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """So do scales, codebooks and norms that were given gradients; signs and indices are bytes and stay."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -1,4 +1,4 @@
-"""Make transformers, torchao and torch.export know this package, without importing any.
+"""Make transformers, torchao, torch.export and peft know this package, without importing any.
 
 They keep tables of quantization methods and operators in modules that take seconds to import, mostly for
 libraries of their own. So our entries are added at the moment when those modules have been loaded
@@ -17,6 +17,7 @@ FOLLOWERS = {
     "transformers.modeling_utils": "nanoquant.hf_quantizer",
     "nanoquant.config": "nanoquant.transform",
     "torch._export.serde.serialize": "nanoquant_kernels",  # what torch.export.load finds operators with
+    "peft": "nanoquant.lora",
 }
 """Module to the one that is imported right after it, which registers itself by being imported."""
 

@@ -15,15 +15,19 @@ def quantized_layers(model: nn.Module) -> dict[str, Layer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, Layer)}
 
 
-def norm_parameters(model: nn.Module) -> list[nn.Parameter]:
+def norm_parameters(model: nn.Module, layers: Iterable[str] | None = None) -> list[nn.Parameter]:
     """Vectors of normalisation modules beside quantized layers or above them.
 
     Those are the norms of the blocks that hold quantized layers, and the model's last one; blocks that stay
     dense keep theirs. A normalisation module is one whose class name says so.
+
+    Args:
+        model: holds them.
+        layers: names of its quantized layers; None: those that train.
     """
     above = {
         name.rsplit(".", k)[0]
-        for name in quantized_layers(model)
+        for name in (quantized_layers(model) if layers is None else layers)
         for k in range(1, name.count(".") + 1)
     }
     return [

@@ -89,9 +89,13 @@ ORDER = (
     "sizes",
     "hf_quantizer",
     "checkpoint",
+    "adapters",
+    "lora",
     "evaluation.__init__",
     "evaluation.perplexity",
     "int8_activations",
+    "fine_tune_config",
+    "fine_tuning",
     "generation_settings",
     "sampling",
     "self_text",
@@ -239,7 +243,7 @@ AFTERWARDS = {
 }
 """Imports of later files inside a function; the earlier file must work without them."""
 
-HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse"}
+HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse", "peft"}
 MAY_IMPORT = {
     "packed_parallel": {"torchao"},
     "packed_weight": {"torchao"},
@@ -252,6 +256,7 @@ MAY_IMPORT = {
     "training": {"lightning"},
     "early_stop": {"lightning"},
     "parsers": {"jsonargparse"},
+    "lora": {"peft"},
 }
 """Files that import heavy libraries at their top; others do it where they use them."""
 
