@@ -70,8 +70,8 @@ ASSUMED = {
         column=2e-5,
         passed=2.5e-3,
         source="assumed for an H100: 300 TFLOP/s in bfloat16, 40 in float32, eigenvectors of 5e10 n^3 a second, 2.5e11 "
-        "numbers a second, 25 GB/s from main memory, and, from a model of 135M on an H200, at least 0.02 ms a column of "
-        "a decomposition and 2.5 ms a block of a training step",
+        "numbers a second, 25 GB/s from main memory, and, from a model of 135M on an H200, at least 0.02 ms a column "
+        "of a decomposition and 2.5 ms a block of a training step",
     )
 }
 """Rates of machines that are not here."""
