@@ -60,6 +60,18 @@ def test_other_architectures_and_token_counts_stay():
         assert all(entry in after[name] for entry in kept)
 
 
+def test_an_interrupted_tuner_keeps_the_tokens_that_it_has_measured(tmp_path):
+    def stopped(kernel, tile, rows, words, tokens):
+        if tokens == 16:
+            raise KeyboardInterrupt
+        return played(kernel, tile, rows, words, tokens)
+
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune(90, SHAPES, [1, 16], stopped, tmp_path / "tiles.json")
+    kept = json.loads((tmp_path / "tiles.json").read_text())
+    assert kept == tune.tuned(tiles.table(), 90, SHAPES, [1], played)
+
+
 def test_a_card_on_which_nothing_runs_is_an_error():
     with pytest.raises(
         RuntimeError, match="no kernel runs on architecture 90 with 16 tokens on all shapes"

@@ -3,7 +3,8 @@
 python -m nanoquant_kernels.tune 4096x4096 11008x4096 --tokens 1 16 64 2048
 
 A shape is rows x columns of a sign matrix. Each tile is checked before it is timed. Times are medians of graph
-replays over matrices that together exceed the cache.
+replays over matrices that together exceed the cache. A tile takes about a second to compile, so 16 tokens take one to two
+minutes; the table is written after each number of tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable
 from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -161,6 +163,16 @@ def shape(text: str) -> tuple[int, int]:
     return int(rows), int(columns) // PLANES
 
 
+def tune(
+    arch: int, shapes: list[tuple[int, int]], tokens: list[int], measure: Measure, out: str | Path
+) -> None:
+    """Write the table after each number of tokens, so that an interrupted run keeps what it has."""
+    table = tiles.table()
+    for count in tokens:
+        table = tuned(table, arch, shapes, [count], measure)
+        tiles.write(table, out)
+
+
 def main() -> None:
     """Tune for the shapes on the command line and write the table."""
     parser = argparse.ArgumentParser(
@@ -174,10 +186,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device, and none is available")
     major, minor = torch.cuda.get_device_capability()
-    table = tuned(
-        tiles.table(), 10 * major + minor, arguments.shapes, arguments.tokens, measure_on_gpu
-    )
-    tiles.write(table, arguments.out)
+    tune(10 * major + minor, arguments.shapes, arguments.tokens, measure_on_gpu, arguments.out)
 
 
 if __name__ == "__main__":
