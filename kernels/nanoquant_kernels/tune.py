@@ -3,8 +3,8 @@
 python -m nanoquant_kernels.tune 4096x4096 11008x4096 --tokens 1 16 64 2048
 
 A shape is rows x columns of a sign matrix. Each tile is checked before it is timed. Times are medians of graph
-replays over matrices that together exceed the cache. A tile takes about a second to compile, so 16 tokens take one to two
-minutes; the table is written after each number of tokens.
+replays over matrices that together exceed the cache. A tile takes about a second to compile, so 16 tokens take up to
+two minutes; the table is written after each number of tokens.
 """
 
 from __future__ import annotations
