@@ -93,8 +93,16 @@ def test_blocks_that_visited_a_device_are_divided_as_they_settle_there(group_of_
     assert_same(two_shards.quantized(None), found, 0)
 
 
+def test_codebooks_are_divided_as_latents_are(group_of_one, monkeypatch):
+    found = two_shards.looked_up()
+    monkeypatch.undo()
+    expected = two_shards.looked_up(shard=False)
+    assert expected["losses"][-1] < expected["losses"][0]
+    assert_same(expected, found, 0)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["trained", "quantized"])
+@pytest.mark.parametrize("case", ["trained", "quantized", "looked up"])
 def test_two_processes_give_what_one_gives(both, alone, case):
     for found in both[1]:
         assert_same(alone[case], found[case])

@@ -12,6 +12,7 @@ from tiny_models import FAMILIES, random_windows, tiny_llama
 
 from nanoquant import model_reconstruction, processes, tensor_file
 from nanoquant.architectures import find_decoder
+from nanoquant.config import nanoquant_config
 from nanoquant.course import Course
 from nanoquant.offload import offload
 from nanoquant.quantize import quantize
@@ -121,6 +122,19 @@ def quantized(work, kill=None, shard=True, visiting=False):
     return results(model, report.model) | {"counts": progress.counts}
 
 
+def looked_up(shard=True):
+    """A model quantized by codebooks, which train together with scales and norms."""
+    config = nanoquant_config(
+        2.0,
+        method="product",
+        calibration={"windows": 4, "length": 16},
+        model={"windows": 7, "epochs": 4, "batch": 2, "held_out": 2, "shard": shard},
+        run={"save_every": None},
+    )
+    model = tiny_llama()
+    return results(model, quantize(model, TOKENS, config).model)
+
+
 def killed(folder):
     """A run that is killed, left so in a second folder, and gone on with."""
     assert quantized(folder / "work", kill=20) is None
@@ -156,6 +170,7 @@ CASES = {
     "loss": lambda folder: undone(spoil_loss),
     "gradient": lambda folder: undone(spoil_gradient),
     "quantized": lambda folder: quantized(folder / "whole"),
+    "looked up": lambda folder: looked_up(),
     "killed": killed,
     "full": full,
     "compiled": lambda folder: compiled(),
