@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,24 @@ def write_json(file: str | None, figures: dict[str, Any]) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def parse_json(
+    text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:  # noqa: ANN401
+    """What JSON text says.
+
+    Args:
+        text: of any origin.
+        pairs: makes an object of its names and values; None: a dictionary, of equal names the last.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def finite(value: Any) -> Any:  # noqa: ANN401

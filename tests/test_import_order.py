@@ -18,6 +18,7 @@ ORDER = (
     "json_files",
     "lock",
     "output_folder",
+    "stored_tensors",
     "checkpoint_files",
     "mapped",
     "shards",
