@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from nanoquant.json_files import flat, parse_json
+from nanoquant.json_files import flat, parse_json, read_text
 from nanoquant.stored_tensors import StoredTensor, read_header
 
 QUANT_METHOD = "nanoquant"
@@ -60,7 +60,7 @@ def read_headers(files: list[Path], checkpoint_id: str | None) -> dict[str, Stor
 def read_json(file: Path) -> dict[str, Any]:
     """Content of a JSON file that holds an object, or ValueError naming the file."""
     try:
-        content = parse_json(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):

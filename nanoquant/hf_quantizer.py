@@ -265,8 +265,8 @@ def check_dtypes(model: nn.Module, stored: dict[str, StoredTensor]) -> None:
         want = FLOATS.get(stored[name].dtype) if name in stored else None
         if want not in (None, parameter.dtype):
             raise ValueError(
-                f"{name} in {stored[name].file} is {stored[name].dtype}, but config.json makes {parameter.dtype} of it; "
-                "give the dtype that you want"
+                f"{name} in {stored[name].file} is {stored[name].dtype}, but config.json makes {parameter.dtype} "
+                "of it; give the dtype that you want"
             )
 
 

@@ -1,4 +1,4 @@
-"""JSON files that are whole at every moment, and plain values as dotted names and as text of flags."""
+"""JSON files that are whole at every moment, text of any origin, and plain values as dotted names and as flags."""
 
 from __future__ import annotations
 
@@ -42,6 +42,18 @@ def parse_json(
         return json.loads(text, object_pairs_hook=pairs)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_text(file: Path) -> str:
+    """Text of a file of a folder; nothing is waited for where another kind of file is in its place.
+
+    Raises:
+        OSError: it can't be read, or is a pipe or a device.
+        ValueError: it is no UTF-8.
+    """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise OSError(f"{file} is no regular file")
+    return file.read_text(encoding="utf-8")
 
 
 def finite(value: Any) -> Any:  # noqa: ANN401

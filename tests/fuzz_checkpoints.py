@@ -11,22 +11,13 @@ bit in a sign or in the last digits of a scale is a legal other checkpoint: no r
 Cases run in a process that may take no more memory than its limit, and whose end by a signal is a finding.
 """
 
-import argparse
-import collections
 import json
-import logging
-import multiprocessing
 import random
-import resource
 import shutil
-import signal
-import tempfile
+import sys
 import traceback
-import warnings
-from pathlib import Path
 
 import torch
-import transformers
 from fuzz_damage import (
     change_value,
     cut,
@@ -39,6 +30,7 @@ from fuzz_damage import (
     other_kind,
     payload,
 )
+from fuzz_run import DOCUMENTED, FREE, MULTIPLE, clear_peak, limited, main, resident
 from packed_models import pack_randomly
 from safetensors import safe_open
 from tiny_models import tiny_gpt2, tiny_llama, tiny_qwen2
@@ -48,18 +40,7 @@ from nanoquant.embedding import EmbeddingConfig
 from nanoquant.model_embeddings import quantize_embeddings
 from nanoquant.product_budget import ProductShape
 
-DOCUMENTED = (ValueError, OSError)
-SECONDS = 10
-"""Longest that a case may take; an intact load takes some hundredths."""
-MULTIPLE, FREE = 40, 32 << 20
-"""A load may take this many times the bytes of the folder, which Python's JSON needs, and what the libraries take."""
-ROOM = 4 << 30
-"""Address space of the process above what it has when it begins."""
 WEIGHTS, JSONS = "*.safetensors", "*.json"
-
-
-class Hang(BaseException):
-    """A case took too long; nothing that is tested may catch it."""
 
 
 def make_intact(root):
@@ -198,22 +179,6 @@ def run_case(intact, folder, seed, number):
     return f"{damage} | {name}", outcome, wrong
 
 
-def limited(work):
-    """What ``work`` gives within the time, or that it took longer."""
-    signal.signal(signal.SIGALRM, _out_of_time)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        return work()
-    except Hang:
-        return "hang", traceback.format_exc(limit=-6)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-
-
-def _out_of_time(*_):
-    raise Hang
-
-
 def judge(case, folder, rng):
     """Outcome of reading sizes and of loading, and what is wrong with it or None."""
     try:
@@ -250,94 +215,5 @@ def silent(found, folder):
     return f"{broken[0]} is not finite" if broken else None
 
 
-def clear_peak():
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(name="VmHWM"):
-    """Bytes of this process: peak since :func:`clear_peak`, or another line of its status."""
-    with open("/proc/self/status") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith(name))
-
-
-def quiet():
-    """Nobody reads the progress bars and warnings of a hundred thousand loads."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.ERROR)
-    warnings.simplefilter("ignore")
-
-
-def work(seed, numbers, results):
-    """Run cases in this process and send what comes of each, before and after."""
-    quiet()
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
-        intact = make_intact(Path(root, "intact"))
-        top = resident("VmSize") + ROOM
-        resource.setrlimit(resource.RLIMIT_AS, (top, top))
-        for number in numbers:
-            results.send((number, None))
-            results.send((number, run_case(intact, Path(root, "case"), seed, number)))
-    results.send(None)
-
-
-def run(seed, numbers):
-    """Counts by damage and outcome, and findings, of cases in processes that may die."""
-    counts, findings = collections.Counter(), {}
-    context = multiprocessing.get_context("spawn")
-    while numbers:
-        ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=work, args=(seed, numbers, theirs))
-        process.start()
-        theirs.close()
-        last = None
-        try:
-            while (message := ours.recv()) is not None:
-                last, result = message
-                if result is not None:
-                    counts[result[:2]] += 1
-                    if result[2] is not None:
-                        findings[last] = result
-        except EOFError:
-            process.join()
-            if last is None:
-                raise RuntimeError(f"no case began; exit code {process.exitcode}") from None
-            findings[last] = ("?", "crash", f"the process ended with {process.exitcode}")
-            counts["?", "crash"] += 1
-            numbers = [number for number in numbers if number > last]
-            continue
-        process.join()
-        numbers = []
-    return counts, findings
-
-
-def table(counts):
-    """Lines of damage and outcome."""
-    kinds = collections.defaultdict(collections.Counter)
-    for (damage, outcome), count in counts.items():
-        kinds[damage.split(" | ")[0]][outcome] += count
-    for damage, outcomes in sorted(kinds.items()):
-        yield f"{damage} ({outcomes.total()}): " + ", ".join(
-            f"{o} {c}" for o, c in outcomes.most_common()
-        )
-
-
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--cases", type=int, default=1000)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int)
-    given = parser.parse_args()
-    numbers = (
-        [given.only]
-        if given.only is not None
-        else list(range(given.first, given.first + given.cases))
-    )
-    counts, findings = run(given.seed, numbers)
-    print("\n".join(table(counts)))
-    for number, (damage, outcome, wrong) in findings.items():
-        print(f"\ncase {number} of seed {given.seed}: {damage}: {outcome}\n{wrong}")
-    print(f"\n{counts.total()} cases, {len(findings)} findings")
-    raise SystemExit(bool(findings))
+    sys.exit(main(make_intact, run_case, __doc__))

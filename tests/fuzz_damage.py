@@ -1,4 +1,4 @@
-"""Damage to the files of a folder, by a random generator: bits, cuts, hostile headers and JSON, wrong kinds of files."""
+"""Damage to files, by a random generator: bits, cuts, hostile headers and JSON, wrong kinds of files."""
 
 import copy
 import json

@@ -221,6 +221,7 @@ ORDER = (
     "estimate.show",
     "estimate.command",
     "evaluation.command",
+    "yaml_files",
     "parsers",
     "ablation.__init__",
     "ablation.plan",
