@@ -3,7 +3,8 @@
     python tests/wheel_smoke.py
 
 What nanoquant builds on comes from the environment that runs this, over a .pth file, so nothing is downloaded;
-nanoquant itself comes from the wheel, which is checked. It fails unless ``nanoquant --help`` takes less than LONGEST seconds.
+nanoquant itself comes from the wheel, which is checked. It fails unless
+``nanoquant --help`` takes less than LONGEST seconds.
 """
 
 import os
