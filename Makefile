@@ -2,6 +2,7 @@
 # make demo PRESET=balanced BITS=0.8    the same with other settings; ARGS="..." passes any flag of nanoquant quantize
 # make demo MODEL=gemma-3-270m          the same with a model of another family
 # make test                             lint and tests
+# make release                          wheel and sdist in dist/, after the wheel passed a smoke test without the sources
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m-instruct
@@ -12,7 +13,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test install
+.PHONY: demo test install release
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,6 +23,10 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+
+release: $(VENV)/.installed
+	$(VENV)/bin/python tests/wheel_smoke.py
+	$(VENV)/bin/python -m build --no-isolation
 
 install: $(VENV)/.installed
 

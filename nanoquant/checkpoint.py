@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -29,6 +30,7 @@ from nanoquant.commit import commit, sync, sync_tree
 from nanoquant.hf_quantizer import (
     NanoQuantHfConfig,
     NanoQuantHfQuantizer,
+    check_dtypes,
     check_tensors,
     swap_modules,
 )
@@ -236,14 +238,36 @@ def load(
             says why.
     """
     folder = resolve_folder(folder)
-    verify_folder(folder)
-    return AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype="auto" if dtype is None else dtype,
-        device_map=device_map,
-        trust_remote_code=False,
-        use_safetensors=True,
-    )
+    stored = verify_folder(folder)
+    with _damage_named(folder):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype="auto" if dtype is None else dtype,
+            device_map=device_map,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+    if dtype is None:
+        check_dtypes(model, stored)
+    return model
+
+
+@contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    """Make a ValueError with the name of the folder of the many that libraries raise for files that are damaged.
+
+    Raises:
+        ValueError: as it was raised, or in the place of another error; others than those of damage stay.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{folder} is damaged, or its config.json is not of its model ({type(error).__name__}: {error}); copy the "
+            "checkpoint again"
+        ) from error
 
 
 def packed_skeleton(folder: Path, stored: dict[str, StoredTensor]) -> PreTrainedModel:
@@ -252,12 +276,13 @@ def packed_skeleton(folder: Path, stored: dict[str, StoredTensor]) -> PreTrained
     Raises:
         ValueError: what is stored is not what ``config.json`` says.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    swap_modules(skeleton, config.quantization_config["modules"], stored)
-    swap_embeddings(skeleton, config.quantization_config.get("tables", {}))
-    check_tensors(skeleton, stored)
+    with _damage_named(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        swap_modules(skeleton, config.quantization_config["modules"], stored)
+        swap_embeddings(skeleton, config.quantization_config.get("tables", {}))
+        check_tensors(skeleton, stored)
     return skeleton
 
 

@@ -1,14 +1,15 @@
-"""Files of a checkpoint folder: finding, reading headers, and the checks that need no model."""
+"""Files of a checkpoint folder: finding, and the checks that need no model."""
 
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nanoquant.json_files import flat, parse_json, read_text
+from nanoquant.stored_tensors import StoredTensor, read_header
 
 QUANT_METHOD = "nanoquant"
 FORMAT_VERSION = 3
@@ -16,63 +17,15 @@ FORMAT_VERSION = 3
 CHECKPOINT_KEY = "nanoquant_checkpoint"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+ADAPTER_FILE = "adapter_config.json"
+COUNTS = re.compile("layer|label")
+"""Names in ``config.json`` of what transformers makes as many objects of as they say."""
+MOST_COUNT = 1000
+"""What they may say whatever the checkpoint holds."""
 WEIGHT_SUFFIXES = (
     ".safetensors .bin .pt .pth .ckpt .pkl .pickle .gguf .ggml .h5 .msgpack .onnx .onnx_data .ot "
     ".npz .tflite .mlmodel"
 ).split()
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of a safetensors file; dtype as safetensors spells it, "BF16", and where in the file it begins."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    bytes: int
-    begin: int
-
-
-def read_header(file: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Tensors and metadata of one safetensors file, from its header alone.
-
-    Raises:
-        ValueError: the file is missing, is not a safetensors file, or is shorter or longer than its
-            header says.
-    """
-    if not file.is_file():
-        raise ValueError(f"{file} is missing; copy the whole checkpoint again")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or 8 + length > size:
-            raise ValueError(
-                f"{file} is truncated or not a safetensors file: it has {size} bytes, but its "
-                f"header alone asks for {8 + length}; copy it again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-            metadata = header.pop("__metadata__", {})
-            end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-            tensors = {
-                name: StoredTensor(
-                    file,
-                    entry["dtype"],
-                    tuple(entry["shape"]),
-                    entry["data_offsets"][1] - entry["data_offsets"][0],
-                    8 + length + entry["data_offsets"][0],
-                )
-                for name, entry in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file} is not a safetensors file: its header can't be read ({error})"
-            ) from error
-    if size != 8 + length + end:
-        raise ValueError(
-            f"{file} is damaged: expected {8 + length + end} bytes, found {size}; copy it again"
-        )
-    return tensors, metadata
 
 
 def read_headers(files: list[Path], checkpoint_id: str | None) -> dict[str, StoredTensor]:
@@ -107,7 +60,7 @@ def read_headers(files: list[Path], checkpoint_id: str | None) -> dict[str, Stor
 def read_json(file: Path) -> dict[str, Any]:
     """Content of a JSON file that holds an object, or ValueError naming the file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
@@ -115,14 +68,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def check_format(quantization_config: dict[str, Any] | None, where: str) -> None:
+def check_format(quantization_config: object, where: str) -> None:
     """Raise ValueError unless this is a nanoquant configuration of a format that is known here."""
-    method = (quantization_config or {}).get("quant_method")
+    known = isinstance(quantization_config, dict)
+    method = quantization_config.get("quant_method") if known else None
     if method != QUANT_METHOD:
         found = "no quantization_config" if method is None else f"quant_method {method!r}"
         raise ValueError(f"{where} is not a nanoquant checkpoint: its config.json has {found}")
     version = quantization_config.get("format_version")
-    if not isinstance(version, int) or version < 1:
+    if type(version) is not int or version < 1:
         raise ValueError(
             f"{where} has format_version {version!r}; it must be a whole number from 1"
         )
@@ -146,7 +100,7 @@ def check_format(quantization_config: dict[str, Any] | None, where: str) -> None
 
 
 def _has_rank(entry: dict[str, Any]) -> bool:
-    return isinstance(rank := entry.get("rank"), int) and rank >= 1
+    return type(rank := entry.get("rank")) is int and rank >= 1
 
 
 def _has_codebooks(entry: dict[str, Any]) -> bool:
@@ -154,7 +108,7 @@ def _has_codebooks(entry: dict[str, Any]) -> bool:
     if not isinstance(widths, list | tuple):  # JSON gives a list
         return False
     numbers = (entry.get("group"), entry.get("slabs"), *widths)
-    return all(isinstance(n, int) and n >= 1 for n in numbers)
+    return all(type(n) is int and n >= 1 for n in numbers)
 
 
 def lowest_version(tables: dict[str, Any] | None, modules: dict[str, Any]) -> int:
@@ -215,9 +169,27 @@ def verify_folder(folder: Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no config.json, so it is not a checkpoint")
-    quantization_config = read_json(folder / "config.json").get("quantization_config")
+    if (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds {ADAPTER_FILE}, by which transformers would load the model that is named there: give an "
+            "adapter a folder of its own"
+        )
+    config = read_json(folder / "config.json")
+    quantization_config = config.get("quantization_config")
     check_format(quantization_config, str(folder))
-    return read_headers(shard_files(folder), quantization_config.get("checkpoint_id"))
+    stored = read_headers(shard_files(folder), quantization_config.get("checkpoint_id"))
+    check_counts(config, len(stored), folder)
+    return stored
+
+
+def check_counts(config: dict[str, Any], tensors: int, folder: Path) -> None:
+    """Raise ValueError where a configuration asks for so many blocks or labels that making them would never end."""
+    for name, value in flat(config).items():
+        last = name.rpartition(".")[2]
+        if type(value) is int and value > MOST_COUNT + tensors and COUNTS.search(last):
+            raise ValueError(
+                f"{folder / 'config.json'} has {name} {value}, but the checkpoint has {tensors} tensors in all"
+            )
 
 
 def resolve_folder(name: str | Path, weights: bool = True) -> Path:

@@ -9,7 +9,6 @@ Shapes: n tokens of a source, N windows, T tokens a window.
 
 import dataclasses
 import difflib
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from nanoquant.chat import render
+from nanoquant.json_files import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -162,9 +162,9 @@ def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tupl
         if not line.strip():
             continue
         try:
-            document = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error.msg}") from None
+            document = parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
         yield _document(document, tokenizer, f"{path}, line {number}")
 
 

@@ -27,6 +27,7 @@ from nanoquant.checkpoint_files import (
     read_headers,
     verify_folder,
 )
+from nanoquant.mapped import DTYPES
 from nanoquant.methods import size_of
 from nanoquant.model_embeddings import (
     dense_embeddings,
@@ -37,7 +38,6 @@ from nanoquant.model_embeddings import (
 from nanoquant.packed_layers import empty_layer, packed_entry, packed_modules, parts_of
 from nanoquant.sizes import packed_parts
 
-BYTES = {torch.uint8: "U8", torch.int8: "I8"}
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -131,6 +131,7 @@ class NanoQuantHfQuantizer(HfQuantizer):
         empty = [name for name, tensor in tensors if tensor.is_meta]
         if empty and not offloaded:
             raise ValueError(f"these tensors got no value from the checkpoint: {shorten(empty)}")
+        check_finite(model)
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
@@ -254,13 +255,35 @@ def check_tensors(model: PreTrainedModel, stored: dict[str, StoredTensor]) -> No
         )
     for name, tensor in stored.items():
         want = expected[name]
-        kind = BYTES.get(want.dtype)
-        if tensor.shape != tuple(want.shape) or kind != (
-            tensor.dtype if tensor.dtype in BYTES.values() else None
-        ):
+        exact = [kind for kind, dtype in DTYPES.items() if dtype == want.dtype]
+        kinds = list(FLOATS) if want.is_floating_point() else exact
+        if tensor.shape != tuple(want.shape) or tensor.dtype not in kinds:
             raise ValueError(
                 f"{name} in {tensor.file} is {tensor.dtype} of shape {tensor.shape}, but the model "
-                f"asks for {kind or want.dtype} of shape {tuple(want.shape)}"
+                f"asks for {' or '.join(kinds)} of shape {tuple(want.shape)}"
+            )
+
+
+def check_dtypes(model: nn.Module, stored: dict[str, StoredTensor]) -> None:
+    """Raise ValueError unless the floating point tensors of a model are of the dtypes that they are stored in."""
+    for name, parameter in model.named_parameters():
+        want = FLOATS.get(stored[name].dtype) if name in stored else None
+        if want not in (None, parameter.dtype):
+            raise ValueError(
+                f"{name} in {stored[name].file} is {stored[name].dtype}, but config.json makes {parameter.dtype} "
+                "of it; give the dtype that you want"
+            )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise ValueError naming a parameter that holds a value that is not finite."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
+            continue
+        if not torch.stack(parameter.detach().aminmax()).isfinite().all():  # without a copy
+            raise ValueError(
+                f"{name} holds a value that is not finite: the checkpoint is damaged, or {parameter.dtype} too narrow "
+                "for what it stores"
             )
 
 

@@ -1,9 +1,10 @@
-"""JSON files that are whole at every moment, and plain values as dotted names and as text of flags."""
+"""JSON files that are whole at every moment, text of any origin, and plain values as dotted names and as flags."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,36 @@ def write_json(file: str | None, figures: dict[str, Any]) -> None:
         with suppress(OSError):
             partial.unlink()
         raise
+
+
+def parse_json(
+    text: str | bytes, pairs: Callable[[list[tuple[str, Any]]], Any] | None = None
+) -> Any:  # noqa: ANN401
+    """What JSON text says.
+
+    Args:
+        text: of any origin.
+        pairs: makes an object of its names and values; None: a dictionary, of equal names the last.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=pairs)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_text(file: Path) -> str:
+    """Text of a file of a folder; nothing is waited for where another kind of file is in its place.
+
+    Raises:
+        OSError: it can't be read, or is a pipe or a device.
+        ValueError: it is no UTF-8.
+    """
+    if file.exists() and not (file.is_file() or file.is_dir()):
+        raise OSError(f"{file} is no regular file")
+    return file.read_text(encoding="utf-8")
 
 
 def finite(value: Any) -> Any:  # noqa: ANN401

@@ -12,6 +12,7 @@ import functools
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -25,6 +26,7 @@ from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.job_config import JobConfig
 from nanoquant.json_files import flat
 from nanoquant.report.config import ReportConfig
+from nanoquant.yaml_files import read_yaml
 
 SHORT = {"--bits": "--budget.bits"}
 """Flags that stand for others; written out before parsing, so that the order of flags decides."""
@@ -130,9 +132,16 @@ def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
 
 def _with_preset(parser_of: Callable[..., ArgumentParser], arguments: list[str]) -> Namespace:
     """What arguments give over the defaults of the preset and the method that they name."""
-    asked = parse(parser_of(), arguments)
-    parser = parser_of(asked.preset, asked.method)
-    return parser.instantiate_classes(parse(parser, arguments))
+    parser = parser_of()
+    try:
+        asked = parse(parser, arguments)
+        parser = parser_of(asked.preset, asked.method)
+        return parser.instantiate_classes(parse(parser, arguments))
+    except (TypeError, OverflowError) as error:
+        raise ValueError(
+            f"a stage is given as one value, though it takes a mapping of its fields, or a number is too large "
+            f"({error}); see {parser.prog} --help"
+        ) from None
 
 
 def parse_report(arguments: list[str]) -> ReportConfig:
@@ -219,6 +228,8 @@ class _YamlFile(jsonargparse.ActionConfigFile):
         Raises:
             ValueError: it gives both, and they differ.
         """
+        if Path(values).is_file():  # a pipe can be read only once
+            read_yaml(values)
         before = cfg.get("budget.bits")
         cfg["bits"] = cfg["budget.bits"] = None
         super().__call__(parser, cfg, values, option_string)

@@ -29,7 +29,7 @@ from nanoquant.dense_prefix import DensePrefix
 from nanoquant.digest import model_digest
 from nanoquant.divergence import ForwardKL
 from nanoquant.importance import Importance, stack
-from nanoquant.json_files import write_json
+from nanoquant.json_files import parse_json, read_text, write_json
 from nanoquant.mapped import forget
 from nanoquant.methods import Initializer
 from nanoquant.offload import at_work
@@ -125,10 +125,10 @@ class SensitivityFile:
         if self.path is None or not self.path.is_file():
             return {}
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
+            found = parse_json(read_text(self.path))
             same = (found["format"], found["fingerprint"]) == (FORMAT, self.fingerprint)
             groups = {k: GroupLoss.from_json(group) for k, group in found["groups"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             logger.warning("%s is damaged (%r); all groups are measured again", self.path, error)
             return {}
         if not same:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nanoquant.commit import commit, refused
+from nanoquant.json_files import parse_json
 from nanoquant.lock import hold_again
 from nanoquant.processes import first
 from nanoquant.shards import gather_to_first, is_shard, save_parts
@@ -55,7 +56,7 @@ class TensorFile:
         try:
             with safe_open(self.path, "pt") as file:
                 found = dict(file.metadata() or {})
-                values = json.loads(found.pop(VALUES, "{}"))
+                values = parse_json(found.pop(VALUES, "{}"))
                 names = list(file.keys())
                 tensors = {name: file.get_tensor(name) for name in names if wanted(name)}
         except (SafetensorError, OSError, ValueError) as error:

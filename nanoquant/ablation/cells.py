@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from nanoquant.config import NanoQuantConfig
 from nanoquant.console import ConsoleProgress, note
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.figures import versions
-from nanoquant.json_files import write_json
+from nanoquant.json_files import parse_json, read_text, write_json
 from nanoquant.measuring import evaluation_windows, free_memory
 from nanoquant.mixture import Source, read_sources
 from nanoquant.phases import precision_of
@@ -122,7 +121,7 @@ def run_plan(plan: Plan, folder: str | Path) -> list[dict[str, Any]]:
 def read_record(file: Path) -> dict[str, Any]:
     """A cell's record; empty where there is none, or one that can't be read, which is then made again."""
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        record = parse_json(read_text(file))
     except (OSError, ValueError):
         return {}
     return record if isinstance(record, dict) and record.get("format") == FORMAT else {}

@@ -25,12 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nanoquant.config import NanoQuantConfig
 from nanoquant.job_config import JobConfig
 from nanoquant.json_files import flag_text
 from nanoquant.parsers import parse_quantize
+from nanoquant.yaml_files import read_yaml
 
 MODES = ("grid", "each")
 SEED = "run.seed"
@@ -80,17 +79,16 @@ def read_plan(file: str | Path, model: str, changes: dict[str, Any] | None = Non
     Raises:
         ValueError: the file is no such plan, or a cell's flags are not usable; names the cell.
     """
-    try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"{file} can't be read as YAML: {error}") from error
+    content = read_yaml(file)
     if not isinstance(content, dict) or not isinstance(content.get("axes"), dict):
         raise ValueError(f"{file} has no axes; give a mapping of flags to lists of values")
-    unknown = sorted(content.keys() - {"base", "mode", "axes"})
+    unknown = sorted(map(str, content.keys() - {"base", "mode", "axes"}))
     mode = content.get("mode", MODES[0])
     if unknown or mode not in MODES:
         wrong = f"unknown keys {', '.join(unknown)}" if unknown else f"mode {mode!r}"
         raise ValueError(f"{file}: {wrong}; it takes base, axes and mode, {' or '.join(MODES)}")
+    if not isinstance(content.get("base") or {}, dict):
+        raise ValueError(f"{file}: base is no mapping of flags")
     base = (content.get("base") or {}) | (changes or {})
     axes = {name: _choices(file, name, given) for name, given in content["axes"].items()}
     cells = [_cell(model, base, axes, labels) for labels in _combinations(axes, mode)]

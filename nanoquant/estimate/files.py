@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from nanoquant.checkpoint import LARGEST_SHARD
 from nanoquant.checkpoint_files import CHECKPOINT_KEY, INDEX_FILE, SINGLE_FILE, StoredTensor
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.hf_quantizer import BYTES, FLOATS, swap_modules
+from nanoquant.hf_quantizer import swap_modules
+from nanoquant.mapped import DTYPES
 from nanoquant.methods import Size, entry_of
 from nanoquant.model_embeddings import find_embeddings, swap_embeddings
 from nanoquant.packed_layers import parts_of
@@ -27,7 +28,7 @@ from nanoquant.sizes import Sizes, measure_sizes
 
 WIDTHS = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 """Types as safetensors orders them; wider ones come first in a file."""
-NAMES = {dtype: name for name, dtype in FLOATS.items()} | BYTES
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SCALES = "BF16"
 """Type of stored scales."""
 METADATA = {"format": "pt", CHECKPOINT_KEY: "0" * 32}

@@ -7,7 +7,6 @@ tasks, are the units. Neighbouring windows of one document are somewhat alike, w
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from nanoquant.console import table
 from nanoquant.evaluation.record import FORMAT
 from nanoquant.evaluation.tasks import TASKS
+from nanoquant.json_files import parse_json
 
 LEVEL = 0.95
 LISTS = {
@@ -37,7 +37,7 @@ def read_record(file: str) -> dict[str, Any]:
         ValueError: it is none.
     """
     try:
-        record = json.loads(Path(file).read_text(encoding="utf-8"))
+        record = parse_json(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{file} can't be read as a record: {error}") from None
     if not isinstance(record, dict) or not {"protocols", "results", "tokenizer"} <= record.keys():

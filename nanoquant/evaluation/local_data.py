@@ -7,11 +7,12 @@ split stands in the name of a file or of the folder around it, as on the Hub and
 from __future__ import annotations
 
 import gzip
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from nanoquant.json_files import parse_json
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".raw")
 
@@ -107,7 +108,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 def _read_jsonl(file: Path) -> list[dict[str, Any]]:
     opener = gzip.open if file.suffix == ".gz" else open
     with opener(file, "rt", encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines if line.strip()]
+        return [parse_json(line) for line in lines if line.strip()]
 
 
 def _read_parquet(file: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -66,7 +65,9 @@ def read_state(path: Path) -> dict[str, Any]:
                 f"{file} holds pickled code besides tensors, which is never run here: save its state dict alone "
                 f"({error})"
             ) from None
-        except (SafetensorError, RuntimeError, EOFError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # what is damaged in a pickle shows in almost every kind
             raise ValueError(f"{file} is damaged or no file of tensors: {error}") from None
         if not isinstance(found, Mapping):
             raise ValueError(f"{file} holds a {type(found).__name__}, not tensors by name")

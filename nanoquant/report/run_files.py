@@ -5,7 +5,7 @@ Reading never fails on damaged content: what can't be used is left out, and said
 
 from __future__ import annotations
 
-import json
+import errno
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.checkpoint_files import read_json
+from nanoquant.json_files import parse_json
 from nanoquant.tracking.folder import FORMAT, METRICS_FILE, RUN_FILE, SUFFIX, run_folder
 
 STATES = ("running", "finished", "failed")
@@ -119,6 +120,8 @@ def read_run(folder: Path) -> Run:
 def _read_rows(run: Run, file: Path) -> None:
     """Add the usable lines, and a sentence for each kind of unusable ones."""
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise OSError(errno.EINVAL, "no regular file")
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
         run.problems.append(
@@ -149,8 +152,8 @@ def _read_rows(run: Run, file: Path) -> None:
 def _row(line: bytes) -> dict[str, Any] | None:
     """One line as an object whose places have the right types; None for anything else."""
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("phase"), str):
         return None

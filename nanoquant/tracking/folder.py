@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from nanoquant.json_files import finite, write_json
+from nanoquant.json_files import finite, parse_json, read_text, write_json
 from nanoquant.tensor_file import forget_torn
 from nanoquant.unfinished import PATTERN
 
@@ -63,7 +63,7 @@ def make_way(folder: Path) -> dict[str, Any]:
 def read_run(folder: Path) -> dict[str, Any]:
     """Content of run.json; empty where it is absent or damaged."""
     try:
-        content = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        content = parse_json(read_text(folder / RUN_FILE))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,0 +1,38 @@
+"""YAML of any origin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+DEEPEST = 50
+"""Levels of settings; the time that PyYAML takes grows with their square."""
+
+
+def read_yaml(file: str | Path) -> Any:  # noqa: ANN401
+    """What a YAML file says.
+
+    Raises:
+        ValueError: it can't be read, or refers to a part of itself: a few such lines can stand for more than fits in
+            any memory.
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+        _check(text)
+        return yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{file} can't be read as YAML: {error}") from error
+
+
+def _check(text: str) -> None:
+    """Raise ValueError where it has aliases or more levels than DEEPEST."""
+    depth = 0
+    for event in yaml.parse(text):
+        if isinstance(event, yaml.AliasEvent):
+            raise ValueError("it has aliases (*name); write the value in their place")
+        depth += isinstance(event, yaml.CollectionStartEvent)
+        depth -= isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST:
+            raise ValueError(f"it has more than {DEEPEST} levels")
