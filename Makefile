@@ -2,6 +2,7 @@
 # make demo PRESET=balanced BITS=0.8    the same with other settings; ARGS="..." passes any flag of nanoquant quantize
 # make demo MODEL=gemma-3-270m          the same with a model of another family
 # make test                             lint and tests
+# make docs                             the API reference, in build/reference
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m-instruct
@@ -12,7 +13,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test install
+.PHONY: demo test docs install
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -23,11 +24,14 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m sphinx -W --keep-going -d build/doctrees tutorials/reference build/reference
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,demo,eval,plots]'
+	$(PIP) --editable '.[dev,demo,eval,plots,docs]'
 	@touch $@
