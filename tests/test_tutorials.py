@@ -21,7 +21,7 @@ def run(name, *arguments):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     said = [line for line in done.stderr.splitlines() if not line.startswith("nanoquant: ")]
     assert (done.returncode, said) == (0, []), done.stderr
