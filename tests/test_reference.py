@@ -63,7 +63,8 @@ def jobs():
         *("evaluation.command.EvaluationJob", "evaluation.request.EvaluationRequest"),
         *("baselines.config.BaselineConfig", "estimate.request.EstimateConfig"),
         *("advice.config.AdviceConfig", "benchmark.config.BenchConfig"),
-        "report.config.ReportConfig",
+        *("report.config.ReportConfig", "fine_tune_config.FineTuneJob"),
+        "fine_tune_config.FineTuneConfig",
     ):
         module, _, name = place.rpartition(".")
         yield getattr(importlib.import_module(f"nanoquant.{module}"), name)
