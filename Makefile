@@ -3,6 +3,7 @@
 # make demo MODEL=gemma-3-270m          the same with a model of another family
 # make test                             lint and tests
 # make release                          wheel and sdist in dist/, after the wheel passed a smoke test without the sources
+# make docs                             the API reference, in build/reference
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m-instruct
@@ -13,7 +14,7 @@ ARGS ?=
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test install release
+.PHONY: demo test docs release install
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -28,11 +29,14 @@ release: $(VENV)/.installed
 	$(VENV)/bin/python tests/wheel_smoke.py
 	$(VENV)/bin/python -m build --no-isolation
 
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m sphinx -W --keep-going -d build/doctrees tutorials/reference build/reference
+
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,demo,eval,plots]'
+	$(PIP) --editable '.[dev,demo,eval,plots,docs,tune]'
 	@touch $@

@@ -61,7 +61,7 @@ class NanoQuantConfig(AOBaseConfig):
     blocks: str = ""
     """Slice of decoder blocks to quantize: 0:10, or 0:30:3 for every third; empty means all, the rest stays dense."""
     step: str = ""
-    """For torchao's quantize_: prepare observes, convert factorizes with what was observed, empty needs no data."""
+    """For torchao's ``quantize_``: prepare observes, convert factorizes with what was observed, empty needs no data."""
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     """Bits and ranks."""
     sensitivity: SensitivityConfig = field(default_factory=SensitivityConfig)

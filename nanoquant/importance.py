@@ -132,10 +132,11 @@ class ImportanceCollector:
         linears: Linears (``nn.Linear`` or ``Conv1D``) by full name.
         config: Clipping and shrinkage.
 
-    Example:
-        >>> with ImportanceCollector(decoder.linear_modules(), ImportanceConfig()) as collector:
-        ...     model(input_ids=ids, labels=ids).loss.backward()
-        >>> importances = collector.importances()
+    Example::
+
+        with ImportanceCollector(decoder.linear_modules(), ImportanceConfig()) as collector:
+            model(input_ids=ids, labels=ids).loss.backward()
+        importances = collector.importances()
     """
 
     def __init__(self, linears: dict[str, nn.Module], config: ImportanceConfig) -> None:

@@ -203,13 +203,18 @@ def check_model(model: PreTrainedModel, plan: TextPlan, config: NanoQuantConfig)
     """Refuse what could only fail later.
 
     Raises:
-        ValueError: a step of torchao is asked for, weights are not finite (named) or float16, the precision or the
-            embedding's group size does not fit, the text has tokens that the model does not know, or more logits are to
-            be kept than tokens exist.
+        ValueError: a step of torchao is asked for, the model has no generation config, weights are not finite (named)
+            or float16, the precision or the embedding's group size does not fit, the text has tokens that the model
+            does not know, or more logits are to be kept than tokens exist.
     """
     if config.step:
         raise ValueError(
             f"step={config.step!r} is for torchao's quantize_; quantize does all steps, leave it empty"
+        )
+    if getattr(model, "generation_config", None) is None:
+        raise ValueError(
+            f"{type(model).__name__} has no generation_config, which says how its texts begin and end; let its class "
+            "inherit transformers.GenerationMixin"
         )
     check_finite(model)
     check_batches(config)

@@ -1,10 +1,8 @@
-"""What README.md and CONTRIBUTING.md say is so: files, order, commands, examples, tutorials."""
+"""What README.md and CONTRIBUTING.md say is so: files, order, commands, examples."""
 
 import importlib
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -128,16 +126,3 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     values = {}
     exec(example, values)  # the text of our own README
     assert values["report"].sizes == nanoquant.read_sizes(values["model"])
-
-
-@pytest.mark.parametrize("file", (ROOT / "tutorials").glob("*.py"), ids=lambda file: file.name)
-def test_tutorial_runs_and_prints_nothing_to_stderr(file):
-    done = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"python tutorials/{file.name}" in file.read_text() and done.stdout
-
-
-def test_every_tutorial_is_named_in_the_readme():
-    assert [
-        f.name for f in (ROOT / "tutorials").glob("*.py") if f"`tutorials/{f.name}`" not in README
-    ] == []

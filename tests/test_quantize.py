@@ -280,6 +280,15 @@ def test_float16_models_are_refused_with_what_to_load_instead():
         quantize(tiny_llama(dtype=torch.float16), TOKENS, TINY)
 
 
+def test_a_model_without_generation_config_is_refused_with_what_to_inherit():
+    model = tiny_llama()
+    del model.generation_config
+    with pytest.raises(
+        ValueError, match="LlamaForCausalLM has no generation_config.*GenerationMixin"
+    ):
+        quantize(model, TOKENS, TINY)
+
+
 def test_full_precision_is_refused_on_a_bfloat16_model():
     run = RunConfig(accelerator="cpu", precision="32-true")
     with pytest.raises(ValueError, match="32-true needs a float32 model"):
