@@ -55,8 +55,13 @@ def estimated(capsys, tmp_path, dense, *flags):
     return json.loads(file.read_text()), out
 
 
+QUICK = [("tied head", 16), ("untied head", 8)]
+EVERY = [*((kind, 16) for kind in MODELS), ("tied head", 8), ("untied head", 8)]
+
+
 @pytest.mark.parametrize(
-    ("kind", "bits"), [*((kind, 16) for kind in MODELS), ("tied head", 8), ("untied head", 8)]
+    ("kind", "bits"),
+    [pytest.param(*one, marks=[] if one in QUICK else pytest.mark.slow) for one in EVERY],
 )
 def test_every_file_has_the_size_that_was_estimated(kind, bits, tmp_path, capsys):
     dense = folder_of(MODELS[kind](), tmp_path / "dense")

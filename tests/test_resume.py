@@ -105,7 +105,9 @@ def test_a_copied_record_and_a_complete_checkpoint_are_refused(
     assert "has a checkpoint, but not that of its record" in refused(capsys, "resume", "new")
 
 
-@pytest.mark.parametrize("how", ["resume", "the same command"])
+@pytest.mark.parametrize(
+    "how", ["resume", pytest.param("the same command", marks=pytest.mark.slow)]
+)
 def test_a_run_that_is_killed_while_it_measures_does_only_that(
     how, place, tmp_path, capsys, monkeypatch
 ):

@@ -103,6 +103,7 @@ def test_add_initializer():
     assert admm[0] < rotated[0] < plain[0] and admm[1] < rotated[1] < plain[1]
 
 
+@pytest.mark.slow
 def test_many_devices():
     out = run("many_devices")
     assert "2 processes have the same signs: True" in out
