@@ -7,6 +7,7 @@ which checkpoint it was trained, since one of other bits has the same shapes and
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,11 @@ def require_peft() -> None:
         ) from None
     if tuple(map(int, version.split(".")[:2])) < LEAST_PEFT:
         raise ValueError(f"adapters need peft {least} or newer, got {version}: {INSTALL}")
+    importlib.import_module("peft")
+    if "nanoquant.lora" not in sys.modules:
+        raise ValueError(
+            f"peft {version} lacks what packed linears extend, see the warning of its import; take another: {INSTALL}"
+        )
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> Path:
@@ -74,9 +80,18 @@ def load_adapter(model: nn.Module, folder: str | Path, trainable: bool = False) 
 
     # computing in the stored dtype gives the logits that it was saved with
     options = {"is_trainable": trainable, "autocast_adapter_dtype": trainable}
-    adapted = PeftModel.from_pretrained(model, folder, **options)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, **options)
+    except (ValueError, OSError, MemoryError):
+        raise
+    except Exception as error:  # peft checks little of what a file says
+        raise ValueError(
+            f"the adapter {folder} is damaged or of another kind than LoRA ({type(error).__name__}: {error}); copy it "
+            "again"
+        ) from error
     layers = {n for n, m in adapted.get_base_model().named_modules() if hasattr(m, "lora_A")}
     if lacking := sorted(layers - adapted_layers(Path(folder) / WEIGHTS)):
+        adapted.unload()
         raise ValueError(
             f"the adapter {folder} has nothing for {shorten(lacking)}; load the model it was made for"
         )

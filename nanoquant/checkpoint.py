@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,6 +22,7 @@ from nanoquant.checkpoint_files import (
     QUANT_METHOD,
     StoredTensor,
     copy_other_files,
+    damage_named,
     resolve_folder,
     verify_folder,
 )
@@ -239,7 +239,7 @@ def load(
     """
     folder = resolve_folder(folder)
     stored = verify_folder(folder)
-    with _damage_named(folder):
+    with damage_named(folder):
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype="auto" if dtype is None else dtype,
@@ -252,31 +252,13 @@ def load(
     return model
 
 
-@contextmanager
-def _damage_named(folder: Path) -> Iterator[None]:
-    """Make a ValueError with the name of the folder of the many that libraries raise for files that are damaged.
-
-    Raises:
-        ValueError: as it was raised, or in the place of another error; others than those of damage stay.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"{folder} is damaged, or its config.json is not of its model ({type(error).__name__}: {error}); copy the "
-            "checkpoint again"
-        ) from error
-
-
 def packed_skeleton(folder: Path, stored: dict[str, StoredTensor]) -> PreTrainedModel:
     """The model of a checkpoint folder on the meta device, its linears packed, as ``stored`` has them.
 
     Raises:
         ValueError: what is stored is not what ``config.json`` says.
     """
-    with _damage_named(folder):
+    with damage_named(folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

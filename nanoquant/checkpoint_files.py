@@ -5,8 +5,12 @@ from __future__ import annotations
 import difflib
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from nanoquant.json_files import flat, parse_json, read_text
 from nanoquant.stored_tensors import StoredTensor, read_header
@@ -18,7 +22,7 @@ CHECKPOINT_KEY = "nanoquant_checkpoint"
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_config.json"
-COUNTS = re.compile("layer|label")
+COUNTS = re.compile(r"^(n|num)_(\w+_)?layers?$|_layers$|^num_labels$")
 """Names in ``config.json`` of what transformers makes as many objects of as they say."""
 MOST_COUNT = 1000
 """What they may say whatever the checkpoint holds."""
@@ -184,7 +188,9 @@ def verify_folder(folder: Path) -> dict[str, StoredTensor]:
 
 def check_counts(config: dict[str, Any], tensors: int, folder: Path) -> None:
     """Raise ValueError where a configuration asks for so many blocks or labels that making them would never end."""
-    for name, value in flat(config).items():
+    for name, value in flat(
+        {k: v for k, v in config.items() if k != "quantization_config"}
+    ).items():
         last = name.rpartition(".")[2]
         if type(value) is int and value > MOST_COUNT + tensors and COUNTS.search(last):
             raise ValueError(
@@ -240,3 +246,21 @@ def copy_other_files(source: Path, target: Path) -> None:
             continue
         (target / relative).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target / relative)
+
+
+@contextmanager
+def damage_named(folder: Path) -> Iterator[None]:
+    """Make a ValueError with the name of the folder of the many that libraries raise for files that are damaged.
+
+    Raises:
+        ValueError: as it was raised, or in the place of another error; others than those of damage stay.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{folder} is damaged, or its config.json is not of its model ({type(error).__name__}: {error}); copy the "
+            "checkpoint again"
+        ) from error

@@ -1,7 +1,8 @@
 """Fine-tuning of a packed model: LoRA beside its linears, or their scales and the norms; signs and indices stay.
 
 The loss is that of the next token on the user's text or, with a dense teacher, the divergence of the logits (Eq. 11).
-Held-out windows choose the state that is kept; the untouched one is a candidate. Merge rules: an adapter stays beside
+Held-out windows choose the state that is kept; the untouched one is a candidate. They are measured before what trained
+in float32 is rounded to the stored dtype. Merge rules: an adapter stays beside
 the checkpoint, trained scales are part of it. Shapes: N windows, T tokens a window, V vocabulary.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from nanoquant.adapters import require_peft
+from nanoquant.adapters import checkpoint_id, require_peft
 from nanoquant.best_state import BestState, ModelReport
 from nanoquant.block_tuning import tensor_group
 from nanoquant.course import Course
@@ -102,7 +103,8 @@ def fine_tune(
     check_model(model, config, teacher)
     precision = "bf16-mixed" if model.dtype == torch.bfloat16 else "32-true"
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    cards = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(cards):
         torch.manual_seed(config.seed)
         student = add_adapter(model, config) if config.train == "lora" else model
     groups = (
@@ -113,6 +115,8 @@ def fine_tune(
     with evaluation_mode(student), still, wide(groups):
         report = train(objective, windows, held_out, config, precision, on_step, loggers)
     student.requires_grad_(False)
+    if config.train == "scales" and (checkpoint_id(model) is not None):
+        model.config.quantization_config.checkpoint_id = None  # it is that of other scales
     return student, report
 
 
@@ -180,16 +184,16 @@ def check_model(model: nn.Module, config: FineTuneConfig, teacher: nn.Module | N
         targets_of(model, config)
 
 
-def targets_of(model: nn.Module, config: FineTuneConfig) -> str | list[str]:
-    """The linears that get LoRA, as peft takes them.
+def targets_of(model: nn.Module, config: FineTuneConfig) -> list[str]:
+    """Full names of the packed linears that get LoRA; dense ones and the head get none.
 
     Raises:
         ValueError: one is not the last name of a packed linear.
     """
-    if config.targets == ALL:
-        return ALL
-    asked = config.targets.split(",")
-    known = sorted({name.rpartition(".")[2] for name in packed_modules(model)})
+    head = model.get_output_embeddings()
+    layers = [name for name, layer in packed_modules(model).items() if layer is not head]
+    known = sorted({name.rpartition(".")[2] for name in layers})
+    asked = known if config.targets == ALL else config.targets.split(",")
     for target in asked:
         if target not in known:
             near = difflib.get_close_matches(target, known, n=1)
@@ -197,7 +201,7 @@ def targets_of(model: nn.Module, config: FineTuneConfig) -> str | list[str]:
             raise ValueError(
                 f"targets has {target!r}, which is no packed linear; allowed: {ALL} or {', '.join(known)}{hint}"
             )
-    return asked
+    return [name for name in layers if name.rpartition(".")[2] in asked]
 
 
 def add_adapter(model: nn.Module, config: FineTuneConfig) -> nn.Module:

@@ -167,11 +167,6 @@ class NanoQuantHfQuantizer(HfQuantizer):
         return True
 
     @property
-    def is_qat_trainable(self) -> bool:
-        """So do scales, codebooks and norms that were given gradients; signs and indices are bytes and stay."""
-        return True
-
-    @property
     def is_compileable(self) -> bool:
         """The operator has a fake kernel."""
         return True

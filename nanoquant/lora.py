@@ -80,7 +80,12 @@ class PackedLoraLinear(Linear):
         for part, place, side in (("lora_A", 1, "inputs"), ("lora_B", 0, "outputs")):
             for adapter, own in getattr(self, part).items():
                 key = f"{prefix}{part}.{adapter}.weight"
-                made = tuple(state_dict.get(key, own.weight).shape)
+                given = state_dict.get(key, own.weight)
+                made = tuple(given.shape)
+                if len(made) != 2 or not given.isfinite().all():
+                    raise ValueError(
+                        f"{key} has shape {made} or numbers that are not finite: the adapter is damaged; copy it again"
+                    )
                 if made != tuple(own.weight.shape):
                     rank, width = made[1 - place], made[place]
                     raise ValueError(
@@ -138,8 +143,11 @@ def refuse_merge(original: Callable[[LoraModel], None]) -> Callable[[LoraModel],
     return check
 
 
-tuners_utils._maybe_include_all_linear_layers = include_packed(
-    tuners_utils._maybe_include_all_linear_layers
+# read all before any is replaced: a peft that lacks one stays as it is
+_meaning, _create, _check = (
+    include_packed(tuners_utils._maybe_include_all_linear_layers),
+    wrap_packed(LoraModel._create_new_module),
+    refuse_merge(LoraModel._check_merge_allowed),
 )
-LoraModel._create_new_module = staticmethod(wrap_packed(LoraModel._create_new_module))
-LoraModel._check_merge_allowed = refuse_merge(LoraModel._check_merge_allowed)
+tuners_utils._maybe_include_all_linear_layers = _meaning
+LoraModel._create_new_module, LoraModel._check_merge_allowed = staticmethod(_create), _check

@@ -49,16 +49,31 @@ def _back(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> 
     return args[0].weight.mapped(lambda _, part: part)
 
 
+def _right(matrix: Tensor) -> PackedWeight:
+    """The packed weight of a product's right-hand side."""
+    if not isinstance(matrix, TransposedWeight):
+        raise ValueError(
+            "a transposed packed weight can be the right-hand side of a product, not its left one or its bias; take "
+            "its dequantize()"
+        )
+    return matrix.weight
+
+
 @TransposedWeight.implements(aten.mm.default)
 def _mm(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """Product of x (n, d_in) with the transposed weight."""
-    return args[1].weight.multiply(args[0])
+    return _right(args[1]).multiply(args[0])
 
 
 @TransposedWeight.implements(aten.addmm.default)
 def _addmm(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The same with a bias (d_out,)."""
-    return args[2].weight.multiply(args[1], args[0])
+    factors = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    if factors != (1, 1):
+        raise ValueError(
+            f"addmm of a packed weight takes beta=1 and alpha=1, got {factors[0]} and {factors[1]}; multiply afterwards"
+        )
+    return _right(args[2]).multiply(args[1], args[0])
 
 
 def _transpose(
@@ -96,6 +111,18 @@ def _view(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> 
     return return_and_correct_aliasing(func, args, kwargs, self.mapped(lambda _, part: part))
 
 
+def _as_strided(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> PackedWeight:
+    """The same weight, which has one order of its numbers alone."""
+    self, size, stride, *offset = args
+    own = tuple(self.shape), tuple(self.stride()), [0]
+    if (tuple(size), tuple(stride), [offset[0] or 0] if offset else [0]) != own:
+        raise ValueError(
+            f"a {type(self).__name__} has the strides {own[1]} alone, got size {tuple(size)} and stride {tuple(stride)}"
+            "; take its dequantize()"
+        )
+    return return_and_correct_aliasing(func, args, kwargs, self.mapped(lambda _, part: part))
+
+
 def _stored(weight: PackedWeight) -> list[Tensor]:
     """The stored tensors that there are."""
     return [part for part in weight.parts().values() if part is not None]
@@ -125,7 +152,8 @@ def implement_sharding(kind: type[PackedWeight]) -> None:
     kind.implements(aten.t.default)(_transpose)
     kind.implements(aten.mm.default)(_mm_dense)
     kind.implements(aten.new_zeros.default)(_new_zeros)
-    kind.implements([aten.view.default, aten.as_strided.default])(_view)
+    kind.implements(aten.view.default)(_view)
+    kind.implements(aten.as_strided.default)(_as_strided)
     if torch.distributed.is_available():
         kind.implements(torch.ops.c10d.broadcast_.default)(_broadcast)
         kind.implements(torch.ops.c10d.scatter_.default)(_scatter)

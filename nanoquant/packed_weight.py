@@ -208,6 +208,10 @@ def _split(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) ->
     count = self.shape[dim]
     if not isinstance(sizes, Sequence):
         sizes = [min(sizes, count - first) for first in range(0, count, sizes)]
+    if sum(sizes) != count or min(sizes, default=0) < 0:
+        raise ValueError(
+            f"sizes of a split must be at least 0 and add up to {count}, got {list(sizes)}"
+        )
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
     return [self.cut(dim, *ends[i : i + 2]) for i in range(len(sizes))]
 

@@ -6,6 +6,7 @@ underscores in the names of flags are the same.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -228,8 +229,9 @@ class _YamlFile(jsonargparse.ActionConfigFile):
         Raises:
             ValueError: it gives both, and they differ.
         """
-        if Path(values).is_file():  # a pipe can be read only once
-            read_yaml(values)
+        with contextlib.suppress(OSError):  # text in the place of a file may be too long for a name
+            if Path(values).is_file():  # a pipe can be read only once
+                read_yaml(values)
         before = cfg.get("budget.bits")
         cfg["bits"] = cfg["budget.bits"] = None
         super().__call__(parser, cfg, values, option_string)

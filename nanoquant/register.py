@@ -7,6 +7,7 @@ anyway: by ``import nanoquant`` where they already are, otherwise by whoever imp
 
 import importlib
 import importlib.util
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -20,6 +21,10 @@ FOLLOWERS = {
     "peft": "nanoquant.lora",
 }
 """Module to the one that is imported right after it, which registers itself by being imported."""
+PRIVATE = ("nanoquant.lora",)
+"""Followers that widen private parts of a library, which another version of it may not have."""
+
+logger = logging.getLogger(__name__)
 
 
 def register() -> None:
@@ -27,10 +32,22 @@ def register() -> None:
     waiting = []
     for leader, follower in FOLLOWERS.items():
         if leader in sys.modules:
-            importlib.import_module(follower)
+            _import(follower)
         else:
             waiting.append(leader)
     sys.meta_path.insert(0, _Follow(waiting))
+
+
+def _import(follower: str) -> None:
+    """Import a follower; one that does not fit its leader is left out with a warning, and the leader stays usable."""
+    try:
+        importlib.import_module(follower)
+    except (ImportError, AttributeError) as error:
+        if follower not in PRIVATE:
+            raise
+        logger.warning(
+            "%s is left out, the library it extends is too old or too new: %s", follower, error
+        )
 
 
 class _Follow(MetaPathFinder):
@@ -54,7 +71,7 @@ class _Follow(MetaPathFinder):
 
         def exec_and_follow(module: ModuleType) -> None:
             execute(module)
-            importlib.import_module(FOLLOWERS[fullname])
+            _import(FOLLOWERS[fullname])
 
         spec.loader.exec_module = exec_and_follow
         return spec

@@ -84,5 +84,5 @@ if __name__ == "__main__":
     show_logs(verbose=False)
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"fine_tune.py: error: {error}")

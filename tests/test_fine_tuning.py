@@ -11,15 +11,15 @@ import peft
 import pytest
 import torch
 from packed_models import pack_randomly
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from tiny_models import random_windows, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
 from torch.nn import functional as F
 
 import nanoquant
-from nanoquant.adapters import load_adapter, require_peft, save_adapter
+from nanoquant.adapters import load_adapter, require_peft
 from nanoquant.data import load_tokens
 from nanoquant.fine_tune_config import FineTuneConfig, split_windows
-from nanoquant.fine_tuning import fine_tune
+from nanoquant.fine_tuning import fine_tune, targets_of
 from nanoquant.int8_activations import use_exact_activations, use_int8_activations
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.packed_layers import packed_modules
@@ -168,47 +168,6 @@ def test_8_bit_activations_keep_adapters_and_refuse_to_train():
         fine_tune(model, *windows_of(config), config)
 
 
-@pytest.fixture
-def checkpoint(tmp_path):
-    nanoquant.save_pretrained(packed(), tmp_path / "packed")
-    return tmp_path / "packed"
-
-
-@pytest.fixture
-def adapter(checkpoint, tmp_path):
-    tuned = wake(get_peft_model(nanoquant.load(checkpoint), lora()))
-    save_adapter(tuned, tmp_path / "adapter")
-    return tmp_path / "adapter", tuned(random_windows(2, 16)).logits
-
-
-def test_an_adapter_comes_back_from_its_folder_by_peft_alone(checkpoint, adapter):
-    folder, logits = adapter
-    for read in (load_adapter, PeftModel.from_pretrained):
-        again = read(nanoquant.load(checkpoint), folder)
-        assert torch.equal(again(random_windows(2, 16)).logits, logits)
-
-
-def test_an_adapter_merges_into_dequantized_weights_alone(checkpoint, adapter):
-    folder, logits = adapter
-    tuned = load_adapter(nanoquant.load(checkpoint), folder)
-    for merge in (tuned.merge_and_unload, tuned.merge_adapter):
-        with pytest.raises(ValueError, match=r"can't be merged.*dequantize\(\)"):
-            merge()
-    with pytest.raises(ValueError, match="can't be merged"):
-        next(m for m in tuned.modules() if hasattr(m, "lora_A")).merge()
-    assert torch.equal(tuned(random_windows(2, 16)).logits, logits)
-    dense = PeftModel.from_pretrained(nanoquant.load(checkpoint).dequantize(), folder)
-    merged = dense.merge_and_unload()
-    torch.testing.assert_close(merged(random_windows(2, 16)).logits, logits, rtol=1e-3, atol=1e-3)
-
-
-def test_a_checkpoint_has_no_place_for_an_adapter(checkpoint, adapter, tmp_path):
-    tuned = load_adapter(nanoquant.load(checkpoint), adapter[0])
-    with pytest.raises(ValueError, match="carries an adapter.*save_adapter"):
-        nanoquant.save_pretrained(tuned, tmp_path / "out")
-    nanoquant.save_pretrained(tuned.unload(), tmp_path / "out")
-
-
 def test_trained_scales_are_a_checkpoint(tmp_path):
     config = FineTuneConfig(train="scales", **QUICK)
     tuned, _ = fine_tune(packed(), *windows_of(config), config)
@@ -217,51 +176,20 @@ def test_trained_scales_are_a_checkpoint(tmp_path):
     assert torch.equal(nanoquant.load(tmp_path / "out")(windows).logits, tuned(windows).logits)
 
 
-def test_transformers_trains_adapters_and_scales(checkpoint):
-    from transformers.trainer_utils import validate_quantization_for_training
-
-    model = nanoquant.load(checkpoint)
-    validate_quantization_for_training(model)
-    validate_quantization_for_training(get_peft_model(model, lora()))
-
-
-def test_an_adapter_of_another_shape_is_named(adapter):
-    folder, _ = adapter
-    for read in (load_adapter, PeftModel.from_pretrained):
-        with pytest.raises(ValueError, match="for rank 4 and 96 outputs, but here.* 4 and 80"):
-            read(packed(intermediate_size=80), folder)
+def test_scales_that_trained_are_of_no_checkpoint_until_they_are_saved(tmp_path):
+    nanoquant.save_pretrained(packed(), tmp_path / "out")
+    model = nanoquant.load(tmp_path / "out")
+    before = model.config.quantization_config.checkpoint_id
+    config = FineTuneConfig(**QUICK, train="scales")
+    tuned, _ = fine_tune(model, *windows_of(config), config)
+    assert before and tuned.config.quantization_config.checkpoint_id is None
 
 
-def test_an_adapter_of_another_rank_is_named(adapter):
-    folder, _ = adapter
-    config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
-    with pytest.raises(ValueError, match="for rank 4 and 64 inputs, but here are rank 8"):
-        load_adapter(packed(), folder)
-
-
-def test_an_adapter_of_another_checkpoint_or_model_is_named(adapter, tmp_path):
-    folder, _ = adapter
-    nanoquant.save_pretrained(packed(size=64), tmp_path / "other")
-    with pytest.raises(ValueError, match="checkpoint_id.*other signs or scales"):
-        load_adapter(nanoquant.load(tmp_path / "other"), folder)
-    with pytest.raises(ValueError, match="layers model.layers.1.*does not have"):
-        load_adapter(packed(layers=1), folder)
-    with pytest.raises(ValueError, match="is no adapter"):
-        load_adapter(packed(), tmp_path / "other")
-    (folder / "adapter_model.safetensors").write_bytes(b"x" * 100)
-    with pytest.raises(ValueError, match="can't be read"):
-        load_adapter(packed(), folder)
-
-
-def test_an_adapter_that_lacks_a_layer_is_named(adapter):
-    folder, _ = adapter
-    config = json.loads((folder / "adapter_config.json").read_text())
-    names = sorted({name.rpartition(".")[2] for name in config["target_modules"]})
-    config["target_modules"] = names
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="has nothing for model.layers.2"):
-        load_adapter(packed(layers=3), folder)
+def test_dense_linears_of_a_partly_packed_model_get_no_lora():
+    model = packed()
+    model.model.layers[0].self_attn.q_proj = torch.nn.Linear(64, 64, bias=False)
+    config = FineTuneConfig(**QUICK, targets="q_proj")
+    assert targets_of(model, config) == ["model.layers.1.self_attn.q_proj"]
 
 
 @pytest.mark.parametrize(

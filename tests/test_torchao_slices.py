@@ -140,6 +140,20 @@ def test_transposed_it_multiplies_like_the_dense_one_and_comes_back(weight):
 
 
 @KINDS
+def test_what_would_be_another_result_is_refused(weight):
+    x, bias = torch.randn(3, 101), torch.randn(48)
+    with pytest.raises(ValueError, match="beta=1 and alpha=1, got 0 and 2"):
+        torch.addmm(bias, x, weight.t(), beta=0, alpha=2)
+    with pytest.raises(ValueError, match="right-hand side"):
+        torch.mm(weight.t(), torch.randn(48, 3))
+    with pytest.raises(ValueError, match="has the strides"):
+        weight.as_strided((48, 101), (1, 48))
+    for sizes in ([8, 8], [16, 48], [56, -8]):
+        with pytest.raises(ValueError, match="add up to 48"):
+            weight.split(sizes)
+
+
+@KINDS
 def test_shares_that_fsdp_cannot_make_are_refused_with_a_way_out(weight):
     with pytest.raises(ValueError, match=r"got zeros of shape \(10, 101\).*nanoquant.pack_model"):
         weight.new_zeros((10, 101))
