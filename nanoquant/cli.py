@@ -34,6 +34,7 @@ commands:
   export OUT --output DIR           its signs as 32-bit words in safetensors
   card OUT                          model card of a checkpoint, with its figures and how to make it again
   push OUT --name OWNER/NAME        upload a checkpoint and its card to a hub
+  serve OUT                         answer requests in the protocol of OpenAI, by transformers serve
 
 "nanoquant COMMAND --help" explains every flag; dashes and underscores in flags are the same.
 NANOQUANT_DEBUG=1 shows the traceback of an error.
@@ -191,6 +192,12 @@ def _report(arguments: list[str]) -> None:
     report_command(config)
 
 
+def _serve(arguments: list[str]) -> None:
+    from nanoquant.serving.command import serve_command
+
+    serve_command(arguments)
+
+
 def _other(name: str, what: str, module: str = "nanoquant.commands") -> Callable[[list[str]], None]:
     """The command whose function in a module has the flags as its arguments."""
 
@@ -232,4 +239,5 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
         "export", "Write a checkpoint's signs as words.", "nanoquant.interchange.command"
     ),
     "push": _other("push", "Upload a checkpoint to a hub.", "nanoquant.hub.command"),
+    "serve": _serve,
 }

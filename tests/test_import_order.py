@@ -203,6 +203,10 @@ ORDER = (
     "interchange.read",
     "interchange.convert",
     "interchange.command",
+    "serving.__init__",
+    "serving.command",
+    "serving.vllm_linear",
+    "serving.vllm_plugin",
     "report.__init__",
     "report.config",
     "report.run_files",
@@ -245,7 +249,7 @@ AFTERWARDS = {
 }
 """Imports of later files inside a function; the earlier file must work without them."""
 
-HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse", "peft"}
+HEAVY = {"torchao", "lightning", "triton", "datasets", "wandb", "jsonargparse", "peft", "vllm"}
 MAY_IMPORT = {
     "packed_parallel": {"torchao"},
     "packed_weight": {"torchao"},
@@ -259,6 +263,7 @@ MAY_IMPORT = {
     "early_stop": {"lightning"},
     "parsers": {"jsonargparse"},
     "lora": {"peft"},
+    "serving.vllm_linear": {"vllm"},
 }
 """Files that import heavy libraries at their top; others do it where they use them."""
 

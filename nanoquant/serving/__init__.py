@@ -1,0 +1,1 @@
+"""Packed checkpoints behind servers that others keep; no server of our own."""
