@@ -1,4 +1,4 @@
-"""``nanoquant serve`` answers as ``generate`` does, by transformers' own server, and refuses by name what it can't serve."""
+"""``nanoquant serve`` answers as ``generate`` does, by transformers' own server, and refuses what it can't serve."""
 
 import http.client
 import json
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("untouched_process")
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 TURN = [{"role": "user", "content": "the river"}]
 GREEDY = {"model": "out", "temperature": 0, "max_tokens": 12}
-START_SECONDS = 240
+START_SECONDS = 500
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,7 @@ class QuantizationConfig:
 
 
 class LinearBase(nn.Module):
-    """A linear of parts ``output_sizes``; with ``tp_size`` its share of one device, as of vLLM's column-parallel one."""
+    """A linear of parts ``output_sizes``; with ``tp_size`` the share of one device, by columns."""
 
     def __init__(
         self, input_size, output_sizes, bias=False, quant_config=None, prefix="", tp_size=1

@@ -46,7 +46,7 @@ def check_served(model: str) -> str:
     """The name by which the server and its clients call a checkpoint.
 
     Raises:
-        ValueError: it is not a complete checkpoint with a tokenizer, or the server would read its name as something else.
+        ValueError: it is not a complete checkpoint with a tokenizer, or the server would misread its name.
     """
     name = str(Path(model))
     if "@" in name or name.endswith(".gguf"):
