@@ -162,7 +162,7 @@ def test_what_cannot_be_served_is_refused_by_name(folder, tmp_path, monkeypatch,
     monkeypatch.setattr(command, "_hand_over", lambda arguments: pytest.fail("was handed over"))
     assert "before its flags" in refused(capsys, "serve", "--port", "8000")
     assert "there is no folder" in refused(capsys, "serve", tmp_path / "none")
-    assert "not quantized" in refused(capsys, "serve", folder.parent / "dense")
+    assert "has no quantization_config" in refused(capsys, "serve", folder.parent / "dense")
     cut = shutil.copytree(folder, tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-9])
     assert "model.safetensors" in refused(capsys, "serve", cut)
