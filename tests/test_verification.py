@@ -58,9 +58,9 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, capsys):
     folder = save(tmp_path / "out", pack_randomly(tiny_llama()))
     change(folder, lambda tensors: tensors["model.norm.weight"][3].fill_(torch.nan))
     code, checks, out, err, _ = verify(capsys, folder)
-    assert code == 2 and "not finite in model.norm.weight" in err
-    assert list(checks) == NAMES[:2] and not checks["finite"]["ok"]
-    assert "NOT verified: finite: values that are not finite in model.norm.weight" in out
+    assert code == 2 and "model.norm.weight holds a value that is not finite" in err
+    assert list(checks) == NAMES[:1] and not checks["load"]["ok"]
+    assert "NOT verified: load: model.norm.weight holds a value that is not finite" in out
 
 
 def test_a_linear_that_was_left_dense_is_named(tmp_path, capsys):
