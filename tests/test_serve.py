@@ -69,7 +69,7 @@ def port(folder):
         yield port
     finally:
         server.terminate()
-        assert server.wait(60) == 130
+        assert server.wait(60) == 1  # as transformers serve ends when it is interrupted
 
 
 def listens(port):

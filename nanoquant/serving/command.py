@@ -76,14 +76,8 @@ def check_packages() -> None:
 
 def _hand_over(arguments: list[str]) -> None:
     """Become ``transformers serve``; it leaves the process, with a code of its own, when it ends."""
-    import typer
     from huggingface_hub.constants import HF_HUB_CACHE
     from transformers.cli.transformers import app
 
     Path(HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)  # /v1/models lists it, and fails without
-    try:
-        app(["serve", *arguments], prog_name="nanoquant")
-    except SystemExit as stop:
-        if isinstance(stop.__context__, typer.Abort):  # what it makes of a signal
-            raise KeyboardInterrupt from None
-        raise
+    app(["serve", *arguments], prog_name="nanoquant")
