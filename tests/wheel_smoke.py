@@ -110,7 +110,7 @@ def smoke(programs, place):
     command = [nanoquant, "quantize", "dense", "out", "--text", "text.txt", *SMALL]
     print(f"nanoquant quantize: {seconds([*command, '--sample', 'the river'], **options):.1f} s")
     print(f"nanoquant inspect: {seconds([nanoquant, 'inspect', 'out'], **options):.1f} s")
-    command = [nanoquant, "generate", "out", "--prompt", "the river", "--tokens", "4"]
+    command = [nanoquant, "generate", "out", "--prompt", "the river", "--max-new-tokens", "4"]
     print(f"nanoquant generate: {seconds(command, **options):.1f} s")
     subprocess.run([python, "-c", GENERATE], check=True, **options)
 
