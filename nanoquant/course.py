@@ -1,22 +1,32 @@
-"""Course: what happens beside the steps of the whole model's training: held-out looks, records, copies on the disk."""
+"""Course: a training of the whole model, and beside its steps held-out looks, records and copies on the disk."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
 
 from nanoquant.best_state import BestState
+from nanoquant.kept_logits import collate
 from nanoquant.layer_records import ModelWatch
 from nanoquant.methods import Layer
 from nanoquant.model_state import ModelState
+from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import Recorder
-from nanoquant.resuming import Start
-from nanoquant.training import Reconstruction
+from nanoquant.resuming import Order, Start
+from nanoquant.training import Reconstruction, fit
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Course:
-    """Follows one training; :meth:`begin` comes first."""
+    """Follows one training, :meth:`run`."""
 
     keeper: BestState
     """Measures, and keeps the best state."""
@@ -36,6 +46,54 @@ class Course:
     """Keeps the training, and goes on with what it has."""
     looks: list[int] = field(default_factory=list)
     """Steps at which held-out windows are still to be looked at."""
+
+    def run(
+        self,
+        objective: nn.Module,
+        windows: Dataset,
+        order: Order,
+        optimizer: OptimizerConfig,
+        precision: str,
+        loggers: list[Any] | None = None,
+        ways: AbstractContextManager[None] | None = None,
+    ) -> None:
+        """Train, look at the held-out windows now and then, and put the best state back.
+
+        Args:
+            objective: as :func:`nanoquant.training.fit` takes it.
+            windows: training tokens, a window (T,) at a time.
+            order: batches of all epochs.
+            optimizer: AdamW settings.
+            precision: Lightning precision.
+            loggers: Lightning loggers.
+            ways: context of the steps; held-out windows are first measured outside.
+
+        Raises:
+            FloatingPointError: training stays non-finite before any state was better than the untouched one.
+        """
+        report, start = self.keeper.report, self.begin()
+        order.start = start.batch
+        loader = DataLoader(windows, batch_sampler=order, collate_fn=collate)
+        try:
+            with ways or nullcontext():
+                result = fit(
+                    *(objective, loader, optimizer),
+                    epochs=1,  # the order has all of them
+                    precision=precision,
+                    on_step=self.follow,
+                    loggers=loggers,
+                    start=start,
+                    at_snapshot=self.keep,
+                )
+        except FloatingPointError as error:
+            if not report.best_step:
+                raise
+            text = "%s; training ends here, and the state of step %d is kept"
+            logger.warning(text, error, report.best_step)
+        else:
+            report.undone = result.undone
+            self.finish()
+        self.keeper.restore()
 
     def begin(self) -> Start:
         """Put back what the state has, or look at the untouched student; gives where the training begins."""

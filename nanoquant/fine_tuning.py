@@ -32,7 +32,6 @@ from nanoquant.packed_layers import Packed, packed_entry, packed_modules, parts_
 from nanoquant.recorder import UNRECORDED
 from nanoquant.resuming import Order
 from nanoquant.student import norm_parameters
-from nanoquant.training import fit
 
 
 class TuningObjective(nn.Module):
@@ -145,19 +144,7 @@ def train(
         on_step=on_step,
         state=None,
     )
-    start = course.begin()
-    loader = DataLoader(as_rows(windows), batch_sampler=order, collate_fn=collate)
-    result = fit(
-        *(objective, loader, config.optimizer),
-        epochs=1,  # the order has all of them
-        precision=precision,
-        on_step=course.follow,
-        loggers=loggers,
-        start=start,
-    )
-    keeper.report.undone = result.undone
-    course.finish()
-    keeper.restore()
+    course.run(objective, as_rows(windows), order, config.optimizer, precision, loggers)
     return keeper.report
 
 

@@ -35,7 +35,6 @@ from nanoquant.resuming import Order
 from nanoquant.sharding import idle, put_back, sharded
 from nanoquant.shards import is_shard
 from nanoquant.student import norm_parameters, prepared, quantized_layers
-from nanoquant.training import fit
 
 logger = logging.getLogger(__name__)
 
@@ -244,7 +243,7 @@ class ModelReconstructor(nn.Module):
         state: ModelState | None,
     ) -> None:
         """Run the loop, look at the held-out windows now and then, and put the best state back."""
-        config, report = self.config, keeper.report
+        config = self.config
         order = Order(len(windows), config.batch, config.epochs, self.seed)
         layers = quantized_layers(objective.student)
         latent = any(layer.latents() for layer in layers.values())
@@ -257,29 +256,8 @@ class ModelReconstructor(nn.Module):
             on_step=on_step,
             state=state,
         )
-        start = course.begin()
-        order.start = start.batch
-        loader = DataLoader(windows, batch_sampler=order, collate_fn=collate)
-        try:
-            with self.ways(objective, order.steps):
-                result = fit(
-                    *(objective, loader, config.optimizer),
-                    epochs=1,  # the order has all of them
-                    precision=precision,
-                    on_step=course.follow,
-                    loggers=loggers,
-                    start=start,
-                    at_snapshot=course.keep,
-                )
-        except FloatingPointError as error:
-            if not report.best_step:
-                raise
-            text = "%s; training ends here, and the state of step %d is kept"
-            logger.warning(text, error, report.best_step)
-        else:
-            report.undone = result.undone
-            course.finish()
-        keeper.restore()
+        ways = self.ways(objective, order.steps)
+        course.run(objective, windows, order, config.optimizer, precision, loggers, ways)
 
     @contextmanager
     def ways(self, objective: ModelObjective, steps: int) -> Iterator[None]:

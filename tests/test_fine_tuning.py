@@ -16,6 +16,7 @@ from tiny_models import random_windows, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_
 from torch.nn import functional as F
 
 import nanoquant
+from nanoquant import fine_tuning
 from nanoquant.adapters import load_adapter, require_peft
 from nanoquant.data import load_tokens
 from nanoquant.fine_tune_config import FineTuneConfig, split_windows
@@ -88,6 +89,23 @@ def test_a_bfloat16_model_trains_in_float32_and_is_left_in_bfloat16():
         assert report.best_step > 0
         floats = {p.dtype for p in tuned.parameters() if p.is_floating_point()}
         assert floats == {torch.bfloat16}
+
+
+def test_training_that_breaks_ends_in_the_best_state_that_there_was(monkeypatch, caplog):
+    forward, calls = fine_tuning.TuningObjective.forward, []
+
+    def breaks(self, batch):
+        calls.append(0)
+        return forward(self, batch) * (1.0 if len(calls) < 9 else float("nan"))
+
+    monkeypatch.setattr(fine_tuning.TuningObjective, "forward", breaks)
+    config = FineTuneConfig(**QUICK)
+    tuned, report = fine_tune(packed(), *windows_of(config), config)
+    assert report.best_step in (3, 6) and "the state of step" in caplog.text
+    _, held_out = windows_of(config)
+    objective = fine_tuning.TuningObjective(tuned, None, [])
+    found = objective.held_out(held_out, "32-true")
+    assert found == pytest.approx(report.held_out[report.best_step], rel=1e-6)
 
 
 def test_the_same_seed_gives_the_same_adapter():
