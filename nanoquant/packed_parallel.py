@@ -90,14 +90,16 @@ def _mm_dense(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any])
 
 def _new_zeros(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> PackedWeight:
     """Zeros of an equal share of the rows, for FSDP2 to fill with those of a process."""
-    self, (rows, columns) = args
+    self, size = args[0], tuple(args[1])
     d_out, d_in = self.shape
-    if columns != d_in or not 0 < rows <= d_out or d_out % rows:
+    share = len(size) == 2 and size[1] == d_in and 0 < size[0] <= d_out and d_out % size[0] == 0
+    dtype = kwargs.get("dtype") or self.dtype
+    if not share or dtype != self.dtype:
         raise ValueError(
-            f"got zeros of shape ({rows}, {columns}) for an equal share of the rows of a {type(self).__name__} of "
-            f"shape {tuple(self.shape)}; {EVENLY}"
+            f"got zeros of shape {size} in {dtype} for an equal share of the rows of a {type(self).__name__} of shape "
+            f"{tuple(self.shape)} in {self.dtype}; {EVENLY}"
         )
-    return self.rows(0, rows).mapped(lambda _, part: part.new_zeros(part.shape))
+    return self.rows(0, size[0]).mapped(lambda _, part: part.new_zeros(part.shape))
 
 
 def _view(func: Callable, types: tuple, args: tuple, kwargs: dict[str, Any]) -> PackedWeight:

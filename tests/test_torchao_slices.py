@@ -157,6 +157,9 @@ def test_what_would_be_another_result_is_refused(weight):
 def test_shares_that_fsdp_cannot_make_are_refused_with_a_way_out(weight):
     with pytest.raises(ValueError, match=r"got zeros of shape \(10, 101\).*nanoquant.pack_model"):
         weight.new_zeros((10, 101))
+    for size, dtype in (((12,), None), ((12, 101), torch.int64)):
+        with pytest.raises(ValueError, match="for an equal share of the rows"):
+            weight.new_zeros(size, dtype=dtype)
     five = SimpleNamespace(size=lambda: 5)
     with pytest.raises(ValueError, match=r"48 rows of a .* for 5 processes.*nanoquant.pack_model"):
         weight.fsdp_pre_all_gather(five, weight.shape, weight.stride(), nn.Linear(1, 1), None)
