@@ -194,3 +194,17 @@ def test_a_name_that_the_hub_does_not_give_is_a_clear_error(monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with pytest.raises(ValueError, match="'owner/name' is not a folder here.*no network"):
         resolve_folder("owner/name")
+
+
+def test_large_numbers_that_count_nothing_are_no_damage_and_counts_are(tmp_path):
+    folder = save_pretrained(
+        pack_randomly(tiny_llama()), tmp_path / "out", recipe={"tokens_per_layer": 5000}
+    )
+    config = json.loads((folder / "config.json").read_text())
+    for name, value in {"vocab_size_per_layer_input": 262144, "num_hidden_layers": 10**9}.items():
+        (folder / "config.json").write_text(json.dumps(config | {name: value}))
+        if name.startswith("vocab"):  # as Gemma 3n has it
+            load(folder)
+        else:
+            with pytest.raises(ValueError, match="num_hidden_layers 1000000000"):
+                load(folder)

@@ -1,11 +1,8 @@
 """Processes that divide latents, gradients, moments and copies hold a part each, and give what one process gives."""
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import launch
 import pytest
 import torch
 import two_shards
@@ -27,17 +24,7 @@ NO_GRADIENT = ("k_proj.bias", "c_attn.bias")
 def both(tmp_path_factory):
     """Folder, and what each of two processes has computed."""
     folder = tmp_path_factory.mktemp("two")
-    script = Path(two_shards.__file__)
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    done = subprocess.run(
-        [sys.executable, *launch, script, folder, *two_shards.CASES],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return folder, launch.two(two_shards.__file__, folder, *two_shards.CASES, timeout=600)
 
 
 @pytest.fixture(scope="module")

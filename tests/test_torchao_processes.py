@@ -1,10 +1,6 @@
 """Two processes that divide packed weights, by rows, columns or FSDP2, give what one gives with all of them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import launch
 import pytest
 import torch
 import two_packed
@@ -20,16 +16,7 @@ pytestmark = pytest.mark.slow
 def both(tmp_path_factory):
     """What each of two processes has computed."""
     folder = tmp_path_factory.mktemp("two")
-    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    done = subprocess.run(
-        [sys.executable, *launch, Path(two_packed.__file__), folder],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    return launch.two(two_packed.__file__, folder)
 
 
 def worst(found, truth):
