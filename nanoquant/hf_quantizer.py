@@ -35,6 +35,7 @@ from nanoquant.model_embeddings import (
     swap_embeddings,
     table_entries,
 )
+from nanoquant.non_finite import non_finite
 from nanoquant.packed_layers import empty_layer, packed_entry, packed_modules, parts_of
 from nanoquant.sizes import packed_parts
 
@@ -272,14 +273,11 @@ def check_dtypes(model: nn.Module, stored: dict[str, StoredTensor]) -> None:
 
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError naming a parameter that holds a value that is not finite."""
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta or not parameter.is_floating_point() or not parameter.numel():
-            continue
-        if not torch.stack(parameter.detach().aminmax()).isfinite().all():  # without a copy
-            raise ValueError(
-                f"{name} holds a value that is not finite: the checkpoint is damaged, or {parameter.dtype} too narrow "
-                "for what it stores"
-            )
+    for name in non_finite(model.named_parameters()):
+        raise ValueError(
+            f"{name} holds a value that is not finite: the checkpoint is damaged, or "
+            f"{model.get_parameter(name).dtype} too narrow for what it stores"
+        )
 
 
 def digest(model: nn.Module) -> str:

@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanoquant.compiling import uncompiled
+from nanoquant.mapped import forget
 from nanoquant.shards import whole
+
+AT_ONCE = 1 << 24
+"""Values that are looked at together."""
+
+
+def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
+    """Names of tensors that hold a value that is not finite; mapped ones give their memory back."""
+    return [
+        name
+        for name, tensor in tensors
+        if tensor.is_floating_point() and not tensor.is_meta and not _finite_in_parts(tensor)
+    ]
+
+
+def _finite_in_parts(tensor: Tensor) -> bool:
+    parts = tensor.detach().flatten().split(AT_ONCE)
+    try:
+        return all(bool(part.isfinite().all()) for part in parts)
+    finally:
+        forget([tensor])
 
 
 @torch.no_grad()

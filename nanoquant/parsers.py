@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from nanoquant.benchmark.config import BenchConfig
@@ -27,8 +28,10 @@ from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.job_config import JobConfig
 from nanoquant.json_files import flat
 from nanoquant.report.config import ReportConfig
-from nanoquant.yaml_files import read_yaml
+from nanoquant.yaml_files import check_yaml, read_yaml
 
+YAML = "checked_yaml"
+"""Mode in which values and files are read."""
 SHORT = {"--bits": "--budget.bits"}
 """Flags that stand for others; written out before parsing, so that the order of flags decides."""
 
@@ -66,11 +69,8 @@ def quantize_parser(
 
 def _with_config(parser: ArgumentParser, preset: str, method: str) -> ArgumentParser:
     """The parser with the flags of a quantization, whose defaults are those of a preset for a method."""
-    parser.add_argument(
-        "--bits",
-        type=float,
-        help="Bits per weight over all quantized linears; short for --budget.bits.",
-    )
+    what = "Bits per weight over all quantized linears; short for --budget.bits."
+    parser.add_argument("--bits", type=float, help=what)
     parser.add_class_arguments(NanoQuantConfig, None, skip={"step"})
     values = preset_config(preset, method).to_dict()
     del values["step"]
@@ -246,6 +246,7 @@ class _YamlFile(jsonargparse.ActionConfigFile):
 def _empty(command: str, usage: str, what: str) -> ArgumentParser:
     """A parser without flags that reads the docstrings under dataclass fields."""
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    jsonargparse.set_loader(YAML, _load_yaml, exceptions=(yaml.YAMLError,))
     prog = f"nanoquant {command}"
     return ArgumentParser(
         prog=prog,
@@ -253,7 +254,14 @@ def _empty(command: str, usage: str, what: str) -> ArgumentParser:
         description=what,
         exit_on_error=False,
         allow_abbrev=False,
+        parser_mode=YAML,
     )
+
+
+def _load_yaml(text: str) -> Any:  # noqa: ANN401
+    """A value or a file as jsonargparse reads it, unless it refers to itself or is too deep."""
+    check_yaml(text)
+    return jsonargparse.get_loader("yaml")(text)
 
 
 def _pick(kind: type, values: Namespace) -> Any:  # noqa: ANN401

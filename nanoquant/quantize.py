@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nanoquant.activation_memory import ActivationMemory
@@ -22,7 +22,6 @@ from nanoquant.decoder import Decoder, evaluation_mode
 from nanoquant.evaluation.perplexity import check_length
 from nanoquant.layer_records import record_model_errors
 from nanoquant.lock import exclusive
-from nanoquant.mapped import forget
 from nanoquant.methods import Initializer, Size, body_bits, method_of
 from nanoquant.mixture import Data
 from nanoquant.model_embeddings import (
@@ -32,6 +31,7 @@ from nanoquant.model_embeddings import (
     round_embeddings,
 )
 from nanoquant.model_reconstruction import ModelReport
+from nanoquant.non_finite import non_finite
 from nanoquant.offload import settle, visits
 from nanoquant.phases import initialize, precision_of, reconstruct_model
 from nanoquant.processes import broadcast, first, gather, join
@@ -47,9 +47,6 @@ from nanoquant.twin import twin
 from nanoquant.unfinished import Initialized, Unfinished
 
 logger = logging.getLogger(__name__)
-
-CHECKED_AT_ONCE = 1 << 24
-"""Values of a weight that are looked at together."""
 
 
 @dataclass
@@ -259,17 +256,8 @@ def check_finite(model: nn.Module) -> None:
     Raises:
         ValueError: names the tensors.
     """
-    broken = [name for name, p in model.named_parameters() if not _all_finite(p.detach())]
+    broken = non_finite(model.named_parameters())
     if broken:
         raise ValueError(
             f"non-finite weights in {', '.join(broken)}: the source checkpoint is damaged"
         )
-
-
-def _all_finite(weight: Tensor) -> bool:
-    """Whether all values are finite; a part at a time, and memory of a mapped one is given back."""
-    parts = weight.flatten().split(CHECKED_AT_ONCE)
-    try:
-        return all(bool(part.isfinite().all()) for part in parts)
-    finally:
-        forget([weight])

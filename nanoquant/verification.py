@@ -26,6 +26,7 @@ from nanoquant.config import NanoQuantConfig
 from nanoquant.evaluation.perplexity import window_logits
 from nanoquant.generate import Generation, continue_greedily
 from nanoquant.hf_quantizer import shorten
+from nanoquant.non_finite import non_finite
 from nanoquant.packed_layers import packed_modules
 from nanoquant.sources import load_model
 
@@ -140,7 +141,7 @@ def check_finite(model: nn.Module) -> str:
         ValueError: names those that have a value that is not finite.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    broken = [n for n, t in tensors if t.is_floating_point() and not t.isfinite().all()]
+    broken = non_finite(tensors)
     if broken:
         raise ValueError(f"values that are not finite in {shorten(broken)}")
     return f"{len(tensors)} tensors finite"

@@ -20,14 +20,18 @@ def read_yaml(file: str | Path) -> Any:  # noqa: ANN401
     """
     try:
         text = Path(file).read_text(encoding="utf-8")
-        _check(text)
+        check_yaml(text)
         return yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{file} can't be read as YAML: {error}") from error
 
 
-def _check(text: str) -> None:
-    """Raise ValueError where it has aliases or more levels than DEEPEST."""
+def check_yaml(text: str) -> None:
+    """Refuse what a few lines can make larger than any memory.
+
+    Raises:
+        ValueError: it has aliases or more levels than DEEPEST.
+    """
     depth = 0
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from nanoquant import load, read_sizes
 from nanoquant.json_files import parse_json
+from nanoquant.parsers import parse_quantize
 from nanoquant.stored_tensors import read_header
 from nanoquant.yaml_files import read_yaml
 
@@ -152,3 +153,6 @@ def test_yaml_that_stands_for_more_than_fits_is_refused(tmp_path):
         file.write_text(text)
         with pytest.raises(ValueError, match=words):
             read_yaml(file)
+        for flag in (["--calibration", str(file)], ["--config", str(file)]):
+            with pytest.raises(ValueError, match=words):
+                parse_quantize(["MODEL", "OUT", *flag])
