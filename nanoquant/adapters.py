@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from nanoquant.checkpoint_files import read_json
 from nanoquant.hf_quantizer import shorten
 from nanoquant.json_files import write_json
 from nanoquant.output_folder import check_output_folder
+from nanoquant.stored_tensors import read_header
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -143,12 +143,8 @@ def adapted_layers(file: Path) -> set[str]:
     """Names of the layers that an adapter's file has low-rank matrices for.
 
     Raises:
-        ValueError: the file can't be read.
+        ValueError: it is no whole safetensors file.
     """
-    try:
-        with safe_open(file, "pt") as tensors:
-            keys = list(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} can't be read ({error}); copy the adapter again") from error
-    layers = {key.partition(".lora_")[0] for key in keys if ".lora_" in key}
+    tensors, _ = read_header(file)
+    layers = {key.partition(".lora_")[0] for key in tensors if ".lora_" in key}
     return {name.removeprefix(PREFIX) for name in layers}

@@ -1,4 +1,5 @@
-"""Damages the other files that nanoquant reads, by the rules of fuzz_checkpoints: states, kept tensors, records, YAML.
+"""Damages the other files that nanoquant reads, by the rules of fuzz_checkpoints: states, kept tensors, records,
+adapters, YAML.
 
 python tests/fuzz_readers.py --cases 20000 --seed 0
 """
@@ -12,6 +13,7 @@ import sys
 import traceback
 
 import torch
+from fuzz_adapters import adapter_files
 from fuzz_damage import (
     change_value,
     cut,
@@ -172,9 +174,15 @@ def make_intact(root):
     def tokens(file):
         load_tokens(str(file), None)
 
+    files, read_adapter = adapter_files(root / "adapter")
+    adapters = (
+        Reader(name, whole, read_adapter, JSON if name.endswith(".json") else TENSORS)
+        for name, whole in files.items()
+    )
     return {
         reader.name: reader
         for reader in (
+            *adapters,
             Reader("words.safetensors", content("words.safetensors"), read_words, TENSORS),
             Reader("words.pt", content("words.pt"), read_words, BYTES),
             Reader("old.pt", content("old.pt"), read_words, BYTES),
