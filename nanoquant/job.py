@@ -11,7 +11,7 @@ import shutil
 import time
 from contextlib import ExitStack
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +191,7 @@ def start_record(job: JobConfig, config: NanoQuantConfig, begun: float) -> RunTr
         "source": job.source,
         "output": job.output,
         "directory": os.getcwd(),
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": config.to_dict(),
         "job": asdict(job),
         "versions": versions(),

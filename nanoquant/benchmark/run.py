@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +78,7 @@ def run_bench(
             check_embeddings(skeleton(target.config), EmbeddingConfig(bits=config.embedding_bits))
     results: dict[str, Any] = {
         "finished": False,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": versions() | {"cuda": torch.version.cuda},
         "settings": asdict(config),
         **{part: [] for part in PARTS},

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any
 
 from nanoquant.console import ConsoleProgress
@@ -80,7 +80,7 @@ class RunTracker:
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Write the end of the run, and close everything."""
-        ended = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        ended = datetime.now(UTC).isoformat(timespec="seconds")
         self.folder.close()
         self.folder.update(status=status, error=error, phase=None, ended=ended)
         self._each("finish", self.folder.content)
