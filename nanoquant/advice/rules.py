@@ -145,8 +145,8 @@ def two_methods(case: Case) -> Applied | None:
         "signs at 1 bit and below, codebooks at 2",
         "SmolLM2-135M after the same short training, perplexity with signs and with two codebooks a "
         "linear, mean of two seeds: at 2 bits 63 and 58, at 1 bit 403 and 786, at 0.55 bit 1,936 and 2,667; "
-        "at 0.8 the seeds disagree. Gemma 3 270M, one seed: at 2 bits 60 and 62, at 1 bit 228 and 359. On a CPU "
-        "codebooks decode 2.2 to 2.7 times slower; no larger model was compared",
+        "at 0.8 the seeds disagree. Gemma 3 270M, one seed: 60 and 62, 228 and 359, 733 and 1,203, at 0.8 455 and 811. "
+        "On a CPU codebooks decode 2.2 to 2.7 times slower; no larger model was compared",
         "recipes/methods.md of this project",
     )
 
