@@ -43,6 +43,9 @@ class FineTuneConfig:
     """Rank of the low-rank matrices, which are scaled by 1."""
     targets: str = ALL
     """Last names of the packed linears that get them, with commas, as q_proj,v_proj; all-linear: every one."""
+    start: str | None = None
+    """Start of the low-rank matrices: zero, or residual: the best of several shares of the packed weights' error, which
+    a teacher tells; null: residual where there is a teacher."""
     lora_lr: float = 1e-3
     """Rate of the low-rank matrices."""
     scale_lr: float = 1e-2
@@ -69,6 +72,10 @@ class FineTuneConfig:
     def __post_init__(self) -> None:
         if self.train not in ("lora", "scales"):
             raise ValueError(f"train must be lora or scales, got {self.train!r}")
+        if self.start not in (None, "residual", "zero"):
+            raise ValueError(f"start must be residual or zero, got {self.start!r}")
+        if self.start == "residual" and self.train == "scales":
+            raise ValueError("start=residual and train=scales exclude each other; leave start out")
         for name in ("rank", "windows", "epochs", "batch", "held_out", "evaluations"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

@@ -30,6 +30,7 @@ from nanoquant.kept_logits import as_rows, collate
 from nanoquant.non_finite import locate_non_finite
 from nanoquant.packed_layers import Packed, packed_entry, packed_modules, parts_of
 from nanoquant.recorder import UNRECORDED
+from nanoquant.residual_start import residual_start
 from nanoquant.resuming import Order
 from nanoquant.student import norm_parameters
 
@@ -112,6 +113,10 @@ def fine_tune(
     objective = TuningObjective(student, teacher, groups)
     still = evaluation_mode(teacher) if teacher is not None else nullcontext()
     with evaluation_mode(student), still, wide(groups):
+        if config.train == "lora" and teacher is not None and config.start != "zero":
+            residual_start(
+                student, teacher, windows, lambda: objective.held_out(held_out, precision)
+            )
         report = train(objective, windows, held_out, config, precision, on_step, loggers)
     student.requires_grad_(False)
     if config.train == "scales" and (checkpoint_id(model) is not None):
@@ -166,6 +171,8 @@ def check_model(model: nn.Module, config: FineTuneConfig, teacher: nn.Module | N
             f"the teacher has {teacher.config.vocab_size} tokens, the model {model.config.vocab_size}; give the dense "
             "model that it was made from"
         )
+    if config.start == "residual" and teacher is None:
+        raise ValueError("start=residual needs the dense model as teacher; give it, or start=zero")
     if config.train == "lora":
         require_peft()
         targets_of(model, config)

@@ -96,6 +96,7 @@ ORDER = (
     "evaluation.perplexity",
     "int8_activations",
     "fine_tune_config",
+    "residual_start",
     "fine_tuning",
     "generation_settings",
     "sampling",
