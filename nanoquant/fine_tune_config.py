@@ -46,7 +46,7 @@ class FineTuneConfig:
     start: str | None = None
     """Start of the low-rank matrices: zero, or residual: the best of several shares of the packed weights' error, which
     a teacher tells; null: residual where there is a teacher."""
-    lora_lr: float = 1e-3
+    lora_lr: float = 3e-4
     """Rate of the low-rank matrices."""
     scale_lr: float = 1e-2
     """Rate of scales, codebooks, biases and norms, as a share of each tensor's mean magnitude."""

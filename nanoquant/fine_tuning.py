@@ -30,7 +30,7 @@ from nanoquant.kept_logits import as_rows, collate
 from nanoquant.non_finite import locate_non_finite
 from nanoquant.packed_layers import Packed, packed_entry, packed_modules, parts_of
 from nanoquant.recorder import UNRECORDED
-from nanoquant.residual_start import residual_start
+from nanoquant.residual_start import dense_weight, residual_start
 from nanoquant.resuming import Order
 from nanoquant.student import norm_parameters
 
@@ -113,7 +113,7 @@ def fine_tune(
     objective = TuningObjective(student, teacher, groups)
     still = evaluation_mode(teacher) if teacher is not None else nullcontext()
     with evaluation_mode(student), still, wide(groups):
-        if config.train == "lora" and teacher is not None and config.start != "zero":
+        if starts_at_residual(config, teacher):
             residual_start(
                 student, teacher, windows, lambda: objective.held_out(held_out, precision)
             )
@@ -175,7 +175,14 @@ def check_model(model: nn.Module, config: FineTuneConfig, teacher: nn.Module | N
         raise ValueError("start=residual needs the dense model as teacher; give it, or start=zero")
     if config.train == "lora":
         require_peft()
-        targets_of(model, config)
+        for name in targets_of(model, config):
+            if starts_at_residual(config, teacher):
+                dense_weight(teacher, name, layers[name])
+
+
+def starts_at_residual(config: FineTuneConfig, teacher: nn.Module | None) -> bool:
+    """Whether LoRA begins at a part of the error of the packed weights."""
+    return config.train == "lora" and teacher is not None and config.start != "zero"
 
 
 def targets_of(model: nn.Module, config: FineTuneConfig) -> list[str]:

@@ -83,26 +83,31 @@ def residual_start(
 
 
 def find_pairs(model: nn.Module, teacher: nn.Module) -> list[Pair]:
-    """The packed linears of a model that have LoRA, with their dense weights.
+    """The packed linears of a model that have LoRA, with their dense weights; raises as :func:`dense_weight`."""
+    pairs = []
+    for name, layer in model.named_modules():
+        if hasattr(layer, "lora_A") and isinstance(layer.base_layer, Packed):
+            W = dense_weight(teacher, name, layer.base_layer)
+            (A,), (B,) = layer.lora_A.values(), layer.lora_B.values()
+            pairs.append(Pair(layer.base_layer, W, A.weight, B.weight))
+    return pairs
+
+
+def dense_weight(teacher: nn.Module, name: str, packed: Packed) -> Tensor:
+    """Weight W (d_out, d_in) of the linear that a packed one was made from.
 
     Raises:
-        ValueError: names one that the teacher does not have.
+        ValueError: the teacher has none of that name and shape.
     """
-    dense, pairs = dict(teacher.named_modules()), []
-    for name, layer in model.named_modules():
-        if not (hasattr(layer, "lora_A") and isinstance(layer.base_layer, Packed)):
-            continue
-        packed, found = layer.base_layer, dense.get(name)
-        weight = getattr(found, "weight", None)
-        W = weight.T if isinstance(found, Conv1D) else weight
-        if W is None or W.shape != (packed.out_features, packed.in_features):
-            raise ValueError(
-                f"the teacher has no linear {name} of {packed.out_features} x {packed.in_features}, so the error of "
-                "the packed one is unknown; give the model that the checkpoint was made from, or start=zero"
-            )
-        (A,), (B,) = layer.lora_A.values(), layer.lora_B.values()
-        pairs.append(Pair(packed, W.detach(), A.weight, B.weight))
-    return pairs
+    found = dict(teacher.named_modules()).get(name)
+    weight = getattr(found, "weight", None)
+    W = weight.T if isinstance(found, Conv1D) else weight
+    if W is None or W.shape != (packed.out_features, packed.in_features):
+        raise ValueError(
+            f"the teacher has no linear {name} of {packed.out_features} x {packed.in_features}, so the error of "
+            "the packed one is unknown; give the model that the checkpoint was made from, or start=zero"
+        )
+    return W.detach()
 
 
 def error_of(pair: Pair) -> Tensor:

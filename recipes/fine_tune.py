@@ -81,7 +81,7 @@ def main(arguments):
 
 if __name__ == "__main__":
     quiet()
-    show_logs(verbose=False)
+    show_logs(verbose=True)
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, FloatingPointError) as error:

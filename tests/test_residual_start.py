@@ -92,6 +92,7 @@ def test_a_start_that_can_t_be_computed_is_refused():
     wider = tiny_llama(intermediate_size=160)
     with pytest.raises(ValueError, match="teacher has no linear .*mlp.*or start=zero"):
         fine_tune(packed, WINDOWS, WINDOWS, FineTuneConfig(rank=4, length=32), wider)
+    assert not any("lora" in name for name, _ in packed.named_modules())  # nothing was begun
     with pytest.raises(ValueError, match="start must be residual or zero, got 'svd'"):
         FineTuneConfig(start="svd")
     with pytest.raises(ValueError, match="exclude each other"):
