@@ -273,10 +273,11 @@ def check_dtypes(model: nn.Module, stored: dict[str, StoredTensor]) -> None:
 
 def check_finite(model: nn.Module) -> None:
     """Raise ValueError naming a parameter that holds a value that is not finite."""
-    for name in non_finite(model.named_parameters()):
+    broken = non_finite(model.named_parameters())
+    if broken:
         raise ValueError(
-            f"{name} holds a value that is not finite: the checkpoint is damaged, or "
-            f"{model.get_parameter(name).dtype} too narrow for what it stores"
+            f"{shorten(broken)} holds a value that is not finite: the checkpoint is damaged, or "
+            f"{model.get_parameter(broken[0]).dtype} too narrow for what it stores"
         )
 
 

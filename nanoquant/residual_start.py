@@ -58,15 +58,18 @@ def residual_start(
         ValueError: the teacher has no linear of a name and shape of the student's.
     """
     pairs = find_pairs(student.get_base_model(), teacher)
-    before = [pair.A.clone() for pair in pairs]
     losses = {0.0: measure()}
-    leading = directions(student, pairs, windows[:WINDOWS])
+    sketches = sketch_errors(student, pairs, windows[:WINDOWS])
+    if not all(sketch.isfinite().all() for sketch in sketches):
+        logger.warning("the error of a packed weight is not finite; LoRA starts at zero")
+        return losses
+    before, leading = [pair.A.clone() for pair in pairs], directions(pairs, sketches)
     starts = [(U, U.T @ error_of(pair)) for pair, U in zip(pairs, leading, strict=True)]
 
     def put(share: float) -> None:
         for pair, A, (U, low) in zip(pairs, before, starts, strict=True):
             pair.A.copy_(share**0.5 * low if share else A)
-            pair.B.copy_(share**0.5 * U)
+            pair.B.copy_(share**0.5 * U)  # zeros where there is no share
 
     for share in SHARES:
         put(share)
@@ -115,8 +118,8 @@ def error_of(pair: Pair) -> Tensor:
     return pair.W.float() - pair.packed.dequantize().float()
 
 
-def directions(student: nn.Module, pairs: list[Pair], windows: Tensor) -> list[Tensor]:
-    """Leading left singular vectors U (d_out, r) of R X^T, from one pass: those of E^T E G, E = X R^T, G random."""
+def sketch_errors(student: nn.Module, pairs: list[Pair], windows: Tensor) -> list[Tensor]:
+    """E^T E G (d_out, k) of every pair over windows (N, T), from one pass: E = X R^T, G random."""
     generator = torch.Generator().manual_seed(0)
     sketches = [
         torch.zeros(pair.packed.out_features, len(pair.A) + SPARE, device=pair.A.device)
@@ -138,6 +141,11 @@ def directions(student: nn.Module, pairs: list[Pair], windows: Tensor) -> list[T
     finally:
         for handle in handles:
             handle.remove()
+    return sketches
+
+
+def directions(pairs: list[Pair], sketches: list[Tensor]) -> list[Tensor]:
+    """Leading left singular vectors U (d_out, r) of R X^T, which are those of the sketches."""
     found = [torch.linalg.svd(sketch, full_matrices=False).U for sketch in sketches]
     # cut to r columns, or filled up with zeros where the rank is above d_out
     return [F.pad(U, (0, len(pair.A) - U.shape[1])) for pair, U in zip(pairs, found, strict=True)]

@@ -32,11 +32,11 @@ def check_yaml(text: str) -> None:
     Raises:
         ValueError: it has aliases or more levels than DEEPEST.
     """
-    depth = 0
+    depth, start = 0, text[:60]
     for event in yaml.parse(text):
         if isinstance(event, yaml.AliasEvent):
-            raise ValueError("it has aliases (*name); write the value in their place")
+            raise ValueError(f"{start!r} has aliases (*name); write the value in their place")
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
-            raise ValueError(f"it has more than {DEEPEST} levels")
+            raise ValueError(f"{start!r} has more than {DEEPEST} levels")

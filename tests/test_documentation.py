@@ -68,6 +68,16 @@ def test_readme_fits_two_screens_and_contributing_little_more():
     assert len(README.splitlines()) <= 105 and len(CONTRIBUTING.splitlines()) <= 125
 
 
+def test_figures_of_readme_are_among_all_results():
+    rows = re.findall(r"^\| (`make demo.*|dense.*|int4.*|awq3.*) \|$", README, re.MULTILINE)
+    results = (ROOT / "recipes" / "results.md").read_text(encoding="utf-8").split("## Decoding")[0]
+    known = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines()]
+    assert len(rows) >= 10
+    for row in rows:
+        cells = [cell.strip() for cell in row.split("|")]
+        assert any(cells[:6] == other[:6] and cells[6:] == other[8:] for other in known), row
+
+
 def test_make_targets_named_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^(\w+):", makefile, re.MULTILINE))

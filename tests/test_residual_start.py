@@ -10,7 +10,14 @@ from tiny_models import random_windows, tiny_gpt2, tiny_llama
 from nanoquant.fine_tune_config import FineTuneConfig
 from nanoquant.fine_tuning import fine_tune
 from nanoquant.product_budget import ProductShape
-from nanoquant.residual_start import SHARES, directions, error_of, find_pairs, residual_start
+from nanoquant.residual_start import (
+    SHARES,
+    directions,
+    error_of,
+    find_pairs,
+    residual_start,
+    sketch_errors,
+)
 
 WINDOWS = random_windows(4, 32)
 
@@ -48,7 +55,7 @@ def test_no_other_matrices_of_the_rank_leave_less_error_in_the_outputs():
     for i, pair in enumerate(pairs):
         pair.packed.register_forward_pre_hook(lambda _, args, i=i: inputs.update({i: args[0]}))
     with torch.no_grad():
-        found = directions(student, pairs, WINDOWS[:1])
+        found = directions(pairs, sketch_errors(student, pairs, WINDOWS[:1]))
         for i, (pair, U) in enumerate(zip(pairs, found, strict=True)):
             E = inputs[i].flatten(0, -2) @ error_of(pair).T
             left = (E - E @ U @ U.T).norm()
@@ -97,3 +104,10 @@ def test_a_start_that_can_t_be_computed_is_refused():
         FineTuneConfig(start="svd")
     with pytest.raises(ValueError, match="exclude each other"):
         FineTuneConfig(start="residual", train="scales")
+
+
+def test_a_model_that_is_not_finite_is_named_as_without_a_start():
+    packed = pack_randomly(tiny_llama(), 8)
+    packed.model.layers[1].mlp.up_proj.s1.data[3] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"layers\.1\.mlp\.up_proj"):
+        fine_tune(packed, WINDOWS, WINDOWS, FineTuneConfig(rank=4, length=32), tiny_llama())
