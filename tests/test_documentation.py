@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_import_order import ORDER
+from file_order import ORDER
 from tiny_models import tiny_llama, tiny_tokenizer
 
 import nanoquant
