@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nanoquant.chat import render
 from nanoquant.json_files import parse_json
+from nanoquant.tensor_pickles import load_pickle
 
 logger = logging.getLogger(__name__)
 
@@ -227,13 +228,13 @@ def _join(documents: Iterable[tuple[str, str]]) -> str:
 
 def _read_tensor(path: Path) -> Tensor:
     """Read the only tensor of a .pt or .safetensors file."""
-    try:
-        if path.suffix == ".pt":
-            content = torch.load(path, map_location="cpu", weights_only=True)
-        else:
+    if path.suffix == ".pt":
+        content = load_pickle(path)
+    else:
+        try:
             content = load_file(path)
-    except Exception as error:
-        raise ValueError(f"{path} is no readable tensor file: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{path} is no readable tensor file: {error}") from error
     tensors = list(content.values()) if isinstance(content, dict) else [content]
     if len(tensors) != 1 or not isinstance(tensors[0], Tensor):
         raise ValueError(f"{path} must hold exactly one tensor of token ids; found {len(tensors)}")

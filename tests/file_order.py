@@ -11,6 +11,7 @@ ORDER = (
     "output_folder",
     "stored_tensors",
     "checkpoint_files",
+    "tensor_pickles",
     "mapped",
     "shards",
     "tensor_file",

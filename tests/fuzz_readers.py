@@ -26,6 +26,7 @@ from fuzz_damage import (
     payload,
 )
 from fuzz_run import DOCUMENTED, FREE, MULTIPLE, clear_peak, limited, main, resident
+from fuzz_states import deflated, other_value, swollen
 from packed_models import random_factors
 from safetensors.torch import save_file
 
@@ -76,6 +77,7 @@ JSON = {"bits": flip, "values": change_value, "doubled": doubled, "cut": cut}
 JSON["depth"] = lambda _, rng: nested(rng, rng.choice((100, 5_000, 200_000)))
 TENSORS = {"bits": flip, "headers": headers, "lengths": lengths, "data": payload, "cut": cut}
 BYTES = {"bits": flip, "cut": cut, "depth": JSON["depth"]}
+PICKLES = BYTES | {"values": other_value, "swollen": swollen, "deflated": deflated}
 BOMBED = BYTES | {
     "bomb": lambda _, rng: rng.choice(BOMBS),
     "line": lambda c, rng: swap_value(c, rng),
@@ -184,9 +186,9 @@ def make_intact(root):
         for reader in (
             *adapters,
             Reader("words.safetensors", content("words.safetensors"), read_words, TENSORS),
-            Reader("words.pt", content("words.pt"), read_words, BYTES),
+            Reader("words.pt", content("words.pt"), read_words, PICKLES),
             Reader("old.pt", content("old.pt"), read_words, BYTES),
-            Reader("ids.pt", content("ids.pt"), tokens, BYTES),
+            Reader("ids.pt", content("ids.pt"), tokens, PICKLES),
             Reader(
                 *("kept.safetensors", content("kept.safetensors")),
                 *(lambda file: TensorFile(file, {"of": "a"}, "logits").read(), TENSORS),
@@ -227,6 +229,8 @@ def run_case(intact, folder, seed, number):
     clear_peak()
     before = resident()
     outcome, wrong = limited(lambda: judge(reader, file))
+    if damage in ("swollen", "deflated") and outcome == "read":
+        wrong = "was read, though it has more in memory than in the file"
     if wrong is None and resident() - before > MULTIPLE * size + FREE:
         wrong = f"took {resident() - before} bytes of memory for a file of {size}"
     return f"{reader.name} | {damage}", outcome, wrong

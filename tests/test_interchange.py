@@ -8,10 +8,10 @@ import pytest
 import torch
 from command_line import call, refused
 from safetensors.torch import load_file, save_file
-from tiny_models import random_windows, tiny_llama, tiny_qwen2, tiny_tokenizer
+from tiny_models import random_windows, tiny_gpt2, tiny_llama, tiny_qwen2, tiny_tokenizer
 
 from nanoquant import load, pack_model, save_pretrained
-from nanoquant.architectures import find_decoder
+from nanoquant.architectures import find_decoder, linear_shape
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.interchange.convert import export_words, import_words
 from nanoquant.interchange.words import from_words, to_words
@@ -54,7 +54,9 @@ def test_words_of_another_shape_or_order_are_refused():
             from_words(wrong, 40, "U")
 
 
-@pytest.fixture(scope="module", params=[tiny_llama, tiny_qwen2], ids=["plain", "bias"])
+@pytest.fixture(
+    scope="module", params=[tiny_llama, tiny_qwen2, tiny_gpt2], ids=["plain", "bias", "Conv1D"]
+)
 def made(request, tmp_path_factory):
     """A folder with a dense model, a checkpoint of it, and the state that the published code would save."""
     folder = tmp_path_factory.mktemp("words")
@@ -63,9 +65,7 @@ def made(request, tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "dense")
     state = {name: tensor.clone() for name, tensor in model.named_parameters()}
     for name, dense in find_decoder(model).linear_modules().items():
-        layer = BinaryLowRankLinear(
-            dense.in_features, dense.out_features, 24, dense.bias is not None
-        )
+        layer = BinaryLowRankLinear(*reversed(linear_shape(dense)), 24, dense.bias is not None)
         for vector in (layer.s1, layer.s2):
             torch.nn.init.uniform_(vector, 0.01, 0.1)
             vector.data = vector.data.bfloat16().float()
@@ -87,6 +87,11 @@ def made(request, tmp_path_factory):
     return folder, state
 
 
+def names_of(state):
+    """Quantized linears of a state."""
+    return [name.removesuffix(".U_packed") for name in state if name.endswith(".U_packed")]
+
+
 def same_checkpoint(one, two):
     a, b = load(one), load(two)
     assert packed_modules(a).keys() == packed_modules(b).keys()
@@ -98,7 +103,7 @@ def same_checkpoint(one, two):
 
 
 def test_a_packed_state_becomes_the_checkpoint_of_the_same_signs(made, tmp_path, capsys):
-    folder, _ = made
+    folder, state = made
     command = [
         "import",
         folder / "state.pt",
@@ -108,7 +113,7 @@ def test_a_packed_state_becomes_the_checkpoint_of_the_same_signs(made, tmp_path,
         folder / "dense",
     ]
     code, out, err = call(capsys, *command)
-    assert code == 0 and "14 linears" in out and "dense" not in out, err
+    assert code == 0 and f"{len(names_of(state))} linears\n" in out, err
     same_checkpoint(folder / "out", tmp_path / "out")
 
 
@@ -137,8 +142,7 @@ def test_words_that_are_written_come_back_bit_for_bit(made, tmp_path, capsys):
 
 
 def changed(state, **changes):
-    name = "model.layers.1.mlp.up_proj"
-    new = dict(state)
+    name, new = names_of(state)[-1], dict(state)
     for part, value in changes.items():
         if value is None:
             del new[f"{name}.{part}"]
@@ -150,9 +154,27 @@ def changed(state, **changes):
 WRONG = {
     "has no scale_pre": {"scale_pre": None},
     "U_packed has 1 rows": {"U_packed": lambda t: t[:1]},
-    r"U_shape is \(24, 64\)|U_shape is": {"U_shape": lambda t: t.flip(0)},
+    r"U_shape is \[24, ": {"U_shape": lambda t: t.flip(0)},
+    "U_shape is 5": {"U_shape": lambda _: 5},
     "scale_mid has scales of each rank that differ": {"scale_mid": lambda _: torch.arange(24.0)},
     "kept apart have no place": {"salient_idx": lambda _: torch.tensor([1])},
+    "scale_mid must hold numbers .* got list": {"scale_mid": lambda _: [1.0] * 24},
+    "scale_pre must hold numbers .* got torch.int32": {"scale_pre": lambda t: t.int()},
+    "scale_post must hold numbers .* got torch.complex64": {
+        "scale_post": lambda t: t.to(torch.complex64)
+    },
+    "scale_post must hold numbers .* got torch.float8": {
+        "scale_post": lambda t: t.to(torch.float8_e4m3fn)
+    },
+    "scale_post holds NaN": {"scale_post": lambda t: t / 0},
+    "U_packed must be int32 words .* got torch.int32 ": {
+        "U_packed": lambda _: torch.tensor(3, dtype=torch.int32)
+    },
+    "U_packed must be int32 words, got str": {"U_packed": lambda _: "words"},
+    r"V_packed must be words .*, got \(0, 2\)": {"V_packed": lambda t: t[:0, :2]},
+    "V_packed must be words .* got int": {"V_packed": lambda _: 3},
+    "bias must hold numbers": {"bias": lambda _: "x"},
+    r"bias has 1 numbers|has a bias in the": {"bias": lambda _: torch.ones(1)},
     "no such tensor": {"unknown": lambda _: torch.ones(2)},
     "is no tensor, but a str": {"note": lambda _: "hello"},
 }
@@ -171,20 +193,21 @@ def test_an_equal_scale_of_all_ranks_is_multiplied_in(made, tmp_path):
     folder, state = made
     torch.save(changed(state, scale_mid=lambda _: torch.full((24,), 2.0)), tmp_path / "state.pt")
     import_words(tmp_path / "state.pt", tmp_path / "out", str(folder / "dense"))
-    name = "model.layers.1.mlp.up_proj"
+    name = names_of(state)[-1]
     before, after = (load(f).get_submodule(name) for f in (folder / "out", tmp_path / "out"))
     assert torch.equal(after.s1.float(), 2 * before.s1.float())
 
 
 def test_linears_that_stay_dense_are_counted(made, tmp_path, capsys):
     folder, state = made
-    name = "model.layers.0.mlp.up_proj"
+    name, *others = names_of(state)
     dense = load_file(folder / "dense" / "model.safetensors")[f"{name}.weight"]
-    new = {k: v for k, v in state.items() if not k.startswith(name)} | {f"{name}.weight": dense}
+    new = {k: v for k, v in state.items() if not k.startswith(name) or k == f"{name}.bias"}
+    new[f"{name}.weight"] = dense
     save_file({k: v.contiguous() for k, v in new.items()}, tmp_path / "state.safetensors")
     command = ["import", tmp_path / "state.safetensors", "--output", tmp_path / "out"]
     code, out, err = call(capsys, *command, "--dense", folder / "dense")
-    assert code == 0 and "13 linears, 1 more of the decoder are dense in it" in out, err
+    assert code == 0 and f"{len(others)} linears, 1 more of the decoder are dense in it" in out, err
 
 
 class Evil:

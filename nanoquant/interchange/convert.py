@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from nanoquant.architectures import decoder_from_structure
+from nanoquant.architectures import decoder_from_structure, linear_shape
 from nanoquant.checkpoint import load, mark_quantized, move_in, save_pretrained
 from nanoquant.checkpoint_files import copy_other_files, resolve_folder
 from nanoquant.embedding import QuantizedEmbedding, QuantizedHead
 from nanoquant.estimate.subject import skeleton_in
-from nanoquant.interchange.read import Signs, read_state, split_state
+from nanoquant.interchange.read import FLOATS, Signs, read_state, split_state
 from nanoquant.interchange.words import to_words
 from nanoquant.json_files import write_json
 from nanoquant.output_folder import PARTIAL, check_output_folder
@@ -28,6 +29,12 @@ from nanoquant.sources import check_dense
 NUMBER = re.compile(r"(?:[A-Za-z_]+\.)+?(\d+)\.")
 """The first number in a name, which is that of a block."""
 INDEX = "model.safetensors.index.json"
+README = """# Signs as 32-bit words
+
+The signs, scales and other tensors of a nanoquant checkpoint, in the layout that the llama.cpp port reads.
+`nanoquant import FOLDER --output OUT --dense FOLDER` makes a checkpoint of them again. Nothing else reads them:
+transformers finds no weights of the linears in these files and would make up random ones.
+"""
 
 
 def import_words(path: str | Path, output: str | Path, dense: str) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def import_words(path: str | Path, output: str | Path, dense: str) -> dict[str, 
     output, folder = check_output_folder(output), resolve_folder(dense, weights=False)
     check_dense(folder)
     layers, rest = split_state(read_state(Path(path)))
-    dtype = next((t.dtype for t in rest.values() if t.is_floating_point()), torch.bfloat16)
+    dtype = next((t.dtype for t in rest.values() if t.dtype in FLOATS), torch.bfloat16)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     model = skeleton_in(config, dtype)
     every = decoder_from_structure(model).linear_modules().keys()
@@ -66,14 +73,18 @@ def _packed(model: PreTrainedModel, name: str, signs: Signs) -> PackedBinaryLine
         linear = model.get_submodule(name)
     except AttributeError:
         raise ValueError(f"{name} is in the state, but the model has no such part") from None
-    if not isinstance(linear, nn.Linear) or tuple(linear.weight.shape) != signs.shape:
-        shape = tuple(getattr(getattr(linear, "weight", None), "shape", ()))
+    known = isinstance(linear, (nn.Linear, Conv1D))
+    if not known or linear_shape(linear) != signs.shape:
+        shape = linear_shape(linear) if known else ""
         raise ValueError(
             f"{name} is {type(linear).__name__} {shape} in the model, but the state has factors of {signs.shape}"
         )
+    if (signs.bias is None) != (linear.bias is None):
+        has, lacks = ("model", "state") if signs.bias is None else ("state", "model")
+        raise ValueError(f"{name} has a bias in the {has}, but none in the {lacks}")
     bias = None if signs.bias is None else frozen(signs.bias)
     packed = PackedBinaryLinear(
-        *(linear.in_features, linear.out_features, len(signs.v_signs), bias is not None, "meta"),
+        *(len(signs.s2), len(signs.s1), len(signs.v_signs), bias is not None, "meta"),
         scale_dtype=signs.s1.dtype,
     )
     for part in ("u_signs", "v_signs", "s1", "s2"):
@@ -89,9 +100,14 @@ def _fill(model: PreTrainedModel, rest: dict[str, Tensor]) -> None:
     if strange:
         raise ValueError(f"{strange[0]} is in the state, but the model has no such tensor")
     for name, tensor in model.state_dict().items():
-        if name in rest and rest[name].shape != tensor.shape:
+        found = rest.get(name, tensor)
+        same_kind = (
+            found.dtype in FLOATS if tensor.is_floating_point() else found.dtype == tensor.dtype
+        )
+        if found.shape != tensor.shape or not same_kind:
             raise ValueError(
-                f"{name} is {tuple(rest[name].shape)} in the state and {tuple(tensor.shape)} in the model"
+                f"{name} is {found.dtype} {tuple(found.shape)} in the state and {tensor.dtype} {tuple(tensor.shape)} "
+                "in the model"
             )
     model.load_state_dict(rest, strict=False, assign=True)
     model.tie_weights()
@@ -139,6 +155,9 @@ def export_words(folder: str | Path, output: str | Path) -> list[Path]:
         config = model.config.to_dict()
         config.pop("quantization_config", None)
         write_json(str(Path(partial, "config.json")), config)
+        Path(partial, "README.md").write_text(
+            README, encoding="utf-8"
+        )  # not the card, which is of a checkpoint
         copy_other_files(source, Path(partial))
         move_in(Path(partial), output)
     return [output / file for file in shards]

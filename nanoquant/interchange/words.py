@@ -7,6 +7,7 @@ of :mod:`nanoquant_kernels.layout`, with rows filled up to whole words.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ def to_words(packed: Tensor, columns: int) -> Tensor:
     return F.pad(packed, (0, width - packed.shape[1])).contiguous().view(torch.int32)
 
 
-def from_words(words: Tensor, columns: int, name: str) -> Tensor:
+def from_words(words: Any, columns: int, name: str) -> Tensor:  # noqa: ANN401
     """Packed rows uint8 (n, ceil(columns / 8)) of words int32 (n, ceil(columns / 32)).
 
     Args:
@@ -37,6 +38,8 @@ def from_words(words: Tensor, columns: int, name: str) -> Tensor:
         ValueError: dtype or shape are others, or a bit past the last column is set.
     """
     _check_host()
+    if not isinstance(words, Tensor):
+        raise ValueError(f"{name} must be int32 words, got {type(words).__name__}")
     if words.dtype != torch.int32 or words.dim() != 2 or words.shape[1] != words_of(columns):
         raise ValueError(
             f"{name} must be int32 words (rows, {words_of(columns)}) for {columns} columns, got {words.dtype} "
