@@ -27,10 +27,10 @@ def read_yaml(file: str | Path) -> Any:  # noqa: ANN401
 
 
 def check_yaml(text: str) -> None:
-    """Refuse what a few lines can make larger than any memory.
+    """Refuse what a few lines can make larger than any memory, and keys that are given twice.
 
     Raises:
-        ValueError: it has aliases or more levels than DEEPEST.
+        ValueError: it has aliases, more levels than DEEPEST, or a key twice.
     """
     depth, start = 0, text[:60]
     for event in yaml.parse(text):
@@ -40,3 +40,23 @@ def check_yaml(text: str) -> None:
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST:
             raise ValueError(f"{start!r} has more than {DEEPEST} levels")
+    _check_keys(yaml.compose(text))
+
+
+def _check_keys(node: yaml.Node | None) -> None:
+    """Raise ValueError naming a key that a mapping has twice, and where."""
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _check_keys(item)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for key, value in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                raise ValueError(
+                    f"{key.value} is given twice, in lines {lines[key.value]} and {line}; keep one"
+                )
+            lines[key.value] = line
+        _check_keys(value)

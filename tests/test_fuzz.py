@@ -156,3 +156,13 @@ def test_yaml_that_stands_for_more_than_fits_is_refused(tmp_path):
         for flag in (["--calibration", str(file)], ["--config", str(file)]):
             with pytest.raises(ValueError, match=words):
                 parse_quantize(["MODEL", "OUT", *flag])
+
+
+@pytest.mark.parametrize(
+    "text", ["bits: 0.8\nrun: {seed: 1}\nbits: 1.0\n", "run: {seed: 1, seed: 2}\n"]
+)
+def test_a_key_that_is_given_twice_is_named(tmp_path, text):
+    file = tmp_path / "a.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"(bits|seed) is given twice, in lines 1 and \d"):
+        parse_quantize(["MODEL", "OUT", "--config", str(file)])
