@@ -97,9 +97,9 @@ class BudgetConfig:
             raise ValueError(
                 f"depth_slope must lie between -10 and 10, got {self.depth_slope}; 0 is neutral"
             )
-        if not 0 <= self.low <= 1 <= self.high:
+        if not 0 <= self.low <= 1 <= self.high < math.inf:
             raise ValueError(
-                f"low must lie in 0..1 and high be at least 1, got {self.low} and {self.high}"
+                f"low must lie in 0..1 and high be finite and at least 1, got {self.low} and {self.high}"
             )
         idle = {"uniform": ("depth_slope", "roles", "low", "high"), "measured": ("roles",)}
         for name in idle.get(self.allocation, ()):
@@ -181,7 +181,7 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
     if config.allocation != "uniform":
         for name, shape in shapes.items():
             uniform = max(real_rank(*shape, config.bits), step) / step  # in steps
-            most = min(config.high * uniform, cap[name] / step)  # high may be infinite
+            most = min(config.high * uniform, cap[name] / step)
             cap[name] = min(cap[name], math.ceil(most) * step)
             least[name] = min(cap[name], max(least[name], int(config.low * uniform) * step))
         smallest = f"the smallest ranks (low={config.low} times uniform)"

@@ -85,9 +85,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _stopped()
     except SystemExit as stop:
-        # Lightning answers an interruption by leaving with code 1
-        if isinstance(stop.__context__, KeyboardInterrupt):
-            return _stopped()
         if stop.code is None or isinstance(stop.code, int):
             return stop.code or 0
         sys.stderr.write(f"nanoquant: error: {stop.code}\n")

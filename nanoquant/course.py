@@ -16,6 +16,7 @@ from nanoquant.kept_logits import collate
 from nanoquant.layer_records import ModelWatch
 from nanoquant.methods import Layer
 from nanoquant.model_state import ModelState
+from nanoquant.non_finite import StaysNonFiniteError
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.recorder import Recorder
 from nanoquant.resuming import Order, Start
@@ -44,8 +45,10 @@ class Course:
     """Called with (step, loss)."""
     state: ModelState | None
     """Keeps the training, and goes on with what it has."""
-    looks: list[int] = field(default_factory=list)
+    looks: list[int] = field(init=False)
     """Steps at which held-out windows are still to be looked at."""
+    watch: ModelWatch = field(init=False)
+    """Records flipped signs and latents."""
 
     def run(
         self,
@@ -69,10 +72,10 @@ class Course:
             ways: context of the steps; held-out windows are first measured outside.
 
         Raises:
-            FloatingPointError: training stays non-finite before any state was better than the untouched one.
+            StaysNonFiniteError: training stays non-finite before any state was better than the untouched one.
         """
         report, start = self.keeper.report, self.begin()
-        order.start = start.batch
+        order.start = start.step
         loader = DataLoader(windows, batch_sampler=order, collate_fn=collate)
         try:
             with ways or nullcontext():
@@ -85,7 +88,8 @@ class Course:
                     start=start,
                     at_snapshot=self.keep,
                 )
-        except FloatingPointError as error:
+        except StaysNonFiniteError as error:
+            report.undone = error.undone
             if not report.best_step:
                 raise
             text = "%s; training ends here, and the state of step %d is kept"
@@ -103,7 +107,7 @@ class Course:
             count = self.evaluations
             looks = sorted({self.steps * k // count for k in range(count)})
         self.looks = looks
-        self.watch = ModelWatch(self.recorder, self.layers, self.steps)
+        self.watch = ModelWatch(self.recorder, self.layers, self.steps, start.step)
         if looks and looks[0] == 0:
             self.look(looks.pop(0))
         return start

@@ -93,7 +93,7 @@ def finish(
 def left_unmeasured(job: JobConfig, config: NanoQuantConfig) -> bool:
     """Whether all that is left of a job is its end: a run of it was killed when the checkpoint was whole."""
     record, file = read_run(run_folder(job.output)), Path(job.output) / "config.json"
-    left, same = record.get(UNMEASURED), (finite(asdict(job)), config.to_dict())
+    left, same = record.get(UNMEASURED), (finite(asdict(job)), finite(config.to_dict()))
     if not left or (record.get("job"), record.get("config")) != same or not file.is_file():
         return False
     recipe = (read_json(file).get("quantization_config") or {}).get("recipe") or {}

@@ -80,7 +80,7 @@ def keep_logits(
             hidden, calls = capture_block_inputs(model, decoder, windows)
         more = _run_blocks(decoder, calls, hidden)
         found = [
-            _keep_window(model, decoder, window, (state, *more) if more else state, k)
+            _keep_window(model, decoder, window, state if more is None else (state, *more), k)
             for window, state in zip(windows.split(1), hidden.split(1), strict=True)
         ]
     forget(model.parameters())
@@ -90,16 +90,15 @@ def keep_logits(
     }
 
 
-def _run_blocks(decoder: Decoder, calls: list[BlockCall], hidden: Tensor) -> tuple:
-    """Run all blocks over hidden states (N, T, d), in place; gives what the last one returns besides them."""
-    more: tuple = ()
+def _run_blocks(decoder: Decoder, calls: list[BlockCall], hidden: Tensor) -> tuple | None:
+    """Run all blocks over hidden states (N, T, d), in place; gives what the last returns beside; None: no tuple."""
+    more: tuple | None = None
     for block, call in zip(decoder.blocks, calls, strict=True):
         with at_work(block):
             for part in hidden.split(BATCH):
                 out = call_block(block, part, call)
-                states, *rest = out if isinstance(out, tuple) else (out,)
+                states, more = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
                 part.copy_(states)
-                more = tuple(rest)
         forget(block.parameters())
     return more
 

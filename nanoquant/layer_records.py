@@ -181,9 +181,12 @@ class ModelWatch:
         recorder: takes the records.
         layers: name to quantized layer; only latent ones are followed.
         steps: of the training.
+        start: steps that an earlier run did and recorded; signs are then followed from there.
     """
 
-    def __init__(self, recorder: Recorder, layers: Mapping[str, Layer], steps: int) -> None:
+    def __init__(
+        self, recorder: Recorder, layers: Mapping[str, Layer], steps: int, start: int = 0
+    ) -> None:
         wanted = broadcast(recorder.wanted)  # all help to gather what the first one records
         latent = {n: m for n, m in layers.items() if not m.frozen} if wanted else {}
         self.recorder = recorder
@@ -191,9 +194,11 @@ class ModelWatch:
         names = list(latent)
         chosen = {k * (len(names) - 1) // (FOLLOWED_LAYERS - 1) for k in range(FOLLOWED_LAYERS)}
         self.followed = {names[k]: latent[names[k]] for k in sorted(chosen)} if names else {}
-        self.counts = sorted({steps * k // SIGN_RECORDS for k in range(1, SIGN_RECORDS)} - {0})
-        self.middle = {steps // 2}
-        self.histograms(0)
+        counts = {steps * k // SIGN_RECORDS for k in range(1, SIGN_RECORDS)}
+        self.start, self.counts = start, sorted(step for step in counts if step > start)
+        self.middle = {steps // 2} if steps // 2 >= start else set()
+        if start == 0:
+            self.histograms(0)
 
     def step(self, step: int, **metrics: float) -> None:
         """One optimizer step: its loss and rate, flips and latents when they are due."""
@@ -212,8 +217,9 @@ class ModelWatch:
         self.histograms(steps)
 
     def flips(self) -> dict[str, float]:
-        """Shares of flipped signs; nothing where none can flip."""
-        return self.signs.flips() if self.signs is not None else {}
+        """Shares of flipped signs; nothing where none can flip, and none since a start that an earlier run saw."""
+        flips = self.signs.flips() if self.signs is not None else {}
+        return {name: share for name, share in flips.items() if not self.start or name == "flips"}
 
     def histograms(self, step: int) -> None:
         """Latents of the followed layers."""

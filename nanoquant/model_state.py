@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from nanoquant.best_state import BestState, ModelReport
+from nanoquant.best_state import BestState
 from nanoquant.checkpoint_files import read_header
 from nanoquant.mapped import forget, map_tensors
 from nanoquant.processes import broadcast
@@ -29,8 +29,8 @@ class ModelState:
     every: float
 
     def done(self) -> int:
-        """Batches that the file has; errors as of :meth:`resume`."""
-        return self.file.values().get("batch", 0)
+        """Steps that the file has; errors as of :meth:`resume`."""
+        return self.file.values().get("step", 0)
 
     @torch.no_grad()
     def resume(self, keeper: BestState) -> Start:
@@ -53,14 +53,8 @@ class ModelState:
             forget(stored.values())
         report = values["report"]
         report["held_out"] = {int(step): value for step, value in report["held_out"].items()}
-        for name, value in asdict(ModelReport(**report)).items():
-            setattr(keeper.report, name, value)
-        return Start(
-            values["step"],
-            values["batch"],
-            keeper.report.undone,
-            moments,
-        )
+        vars(keeper.report).update(report)
+        return Start(values["step"], keeper.report.undone, moments)
 
     def looks(self) -> list[int] | None:
         """Steps at which held-out windows are still to be looked at; None where nothing is kept."""
@@ -73,6 +67,6 @@ class ModelState:
         tensors = {f"parameter.{n}": p for n, p in enumerate(keeper.parameters)}
         tensors |= {f"best.{n}": tensor for n, tensor in enumerate(keeper.state)}
         report = asdict(keeper.report) | {"undone": module.result.undone}
-        values = {"step": module.step, "batch": module.batch, "looks": looks, "report": report}
+        values = {"step": module.step, "looks": looks, "report": report}
         moments = moments_of(module.optimizers(use_pl_optimizer=False))
         self.file.write(tensors | moments, values)

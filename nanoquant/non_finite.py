@@ -16,6 +16,19 @@ AT_ONCE = 1 << 24
 """Values that are looked at together."""
 
 
+class StaysNonFiniteError(FloatingPointError):
+    """A training that was given up.
+
+    Args:
+        message: what is not finite, where, and what to do.
+        undone: steps that were undone, the last one counted.
+    """
+
+    def __init__(self, message: str, undone: int) -> None:
+        super().__init__(message)
+        self.undone = undone
+
+
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of tensors that hold a value that is not finite; mapped ones give their memory back."""
     return [

@@ -74,6 +74,8 @@ class PackedWeight(TorchAOBaseTensor):
             ValueError: they begin or end within a byte.
         """
         step, d_in = self.column_step, self.shape[1]
+        if start == stop:
+            return self.byte_columns(0, 0)
         if start % step or (stop % step and stop != d_in):
             raise ValueError(
                 f"got columns {start}:{stop} of a {type(self).__name__} of shape {tuple(self.shape)}, whose columns "

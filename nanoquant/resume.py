@@ -40,7 +40,7 @@ def resume_command(output: str) -> None:
         raise ValueError(
             f"{folder / RUN_FILE} is not of this version ({error}); give the quantize command again"
         ) from None
-    if run_folder(directory / job.output) != folder:
+    if run_folder(directory / job.output).resolve() != folder.resolve():
         raise ValueError(
             f"{folder / RUN_FILE} is of the run of {directory / job.output}, so the folder was moved or copied; resume "
             "that one, or give the quantize command again"

@@ -12,11 +12,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on: steps and batches done, of which undone, and the optimizer's moments by number and name."""
+    """Where a run goes on: steps done, how many of them undone, and the optimizer's moments by number and name."""
 
     step: int = 0
-    batch: int = 0
-    """More than the steps where a loss was not finite."""
     undone: int = 0
     moments: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 
 from nanoquant.data_parallel import mean, part_of, placement
 from nanoquant.fit_result import FitResult
-from nanoquant.non_finite import first_non_finite, has_bad_gradient
+from nanoquant.non_finite import StaysNonFiniteError, first_non_finite, has_bad_gradient
 from nanoquant.optimizer import OptimizerConfig, adamw
 from nanoquant.processes import gather, world_size
 from nanoquant.resuming import Start
@@ -100,7 +100,7 @@ class Reconstruction(L.LightningModule):
         steps: number of optimizer steps, for the schedule.
         on_step: called with (step, loss) before the parameters of that step move.
         start: where a run goes on, see :class:`Start`.
-        at_snapshot: called with the module at every 16th batch, before its step.
+        at_snapshot: called with the module at every 16th step whose loss is finite, before it.
     """
 
     snapshot_every = 16
@@ -118,7 +118,6 @@ class Reconstruction(L.LightningModule):
         super().__init__()
         self.objective, self.config, self.steps, self.on_step = objective, config, steps, on_step
         self.start, self.at_snapshot = start or Start(), at_snapshot
-        self.batch = self.start.batch
         self.sharded = any(is_shard(p) for _, p in objective.named_parameters())
         self.result = FitResult(undone=self.start.undone)
         self.good: list[Tensor] = []
@@ -150,12 +149,8 @@ class Reconstruction(L.LightningModule):
         """Steps done, those of an earlier run included."""
         return self.start.step + self.global_step
 
-    def training_step(self, batch: Any, index: int) -> Tensor:  # noqa: ANN401
+    def training_step(self, batch: Any) -> Tensor:  # noqa: ANN401
         """Loss of the objective; one that is not finite is undone before the optimizer's step."""
-        self.batch = self.start.batch + index
-        due = self.batch % self.snapshot_every == 0
-        if due and self.at_snapshot is not None:
-            self.at_snapshot(self)
         windows = 1 if world_size() == 1 else len(batch[0]) if batch else 0
         runs = windows > 0 or self.sharded
         loss = self.objective(batch) if runs else 0 * sum(p.sum() for p in self.trained())
@@ -165,8 +160,10 @@ class Reconstruction(L.LightningModule):
             where = next(filter(None, gather(found)))
             self.bad = (f"loss is {value}", where)
             return loss
-        if due:
+        if self.step % self.snapshot_every == 0:
             self.good = [p.detach().clone() for p in self.trained()]
+            if self.at_snapshot is not None:  # what it keeps is good as well
+                self.at_snapshot(self)
         self.result.losses.append(value)
         self.log(f"{self.objective.name}/loss", value)
         if self.on_step is not None:
@@ -213,8 +210,9 @@ class Reconstruction(L.LightningModule):
         message = f"{self.objective.name}: {what} at step {self.step}, first in {where}"
         self.result.undone += 1
         if self.result.undone > self.most_undone or not self.good:
-            raise FloatingPointError(
-                f"{message}; lower its learning rate, or look at its input activations"
+            raise StaysNonFiniteError(
+                f"{message}; lower its learning rate, or look at its input activations",
+                self.result.undone,
             )
         logger.warning("%s; %s", message, remedy)
 
@@ -245,16 +243,16 @@ def fit(
         on_step: called with (step, loss) before the parameters of that step move.
         loggers: Lightning loggers that receive the loss under the objective's name.
         start: where an earlier run stopped; ``batches`` are those that are left.
-        at_snapshot: called with the module at every 16th batch, before its step.
+        at_snapshot: called with the module at every 16th step whose loss is finite, before it.
         callbacks: of Lightning's trainer.
 
     Returns:
         The losses.
 
     Raises:
-        FloatingPointError: the loss stays non-finite although its steps were undone.
+        StaysNonFiniteError: the loss stays non-finite although its steps were undone.
     """
-    steps = (start.batch if start else 0) + epochs * len(batches)
+    steps = (start.step if start else 0) + epochs * len(batches)
     device = next(p for _, p in objective.named_parameters()).device
     module = Reconstruction(objective, config, steps, on_step, start, at_snapshot)
     with _quiet():
@@ -269,10 +267,16 @@ def fit(
             enable_model_summary=False,
             enable_checkpointing=False,
         )
-        trainer.fit(module, part_of(batches))
+        try:
+            trainer.fit(module, part_of(batches))
+        except SystemExit as stop:  # Lightning's answer to Ctrl-C
+            if isinstance(stop.__context__, KeyboardInterrupt):
+                raise stop.__context__ from None
+            raise
+        finally:
+            if not module.sharded:
+                objective.to(device)  # Lightning leaves it on the CPU
         module.result.epochs = trainer.current_epoch
-    if not module.sharded:
-        objective.to(device)  # Lightning leaves it on the CPU
     return module.result
 
 

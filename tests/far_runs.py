@@ -4,16 +4,21 @@ import copy
 import json
 import sys
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import far_device  # noqa: F401
 import torch
 from tiny_models import VOCAB, tiny_gpt2, tiny_llama
+from torch import nn
+from torch.utils.data import DataLoader
 
 from nanoquant import offload
 from nanoquant.architectures import find_decoder
 from nanoquant.config import nanoquant_config
+from nanoquant.optimizer import OptimizerConfig
 from nanoquant.quantize import quantize
+from nanoquant.training import fit
 
 FAR = torch.device("far")
 TUNED = {"schedule": "grouped", "dense_epochs": 1, "refine_epochs": 1, "windows": 4}
@@ -74,6 +79,30 @@ def compare(a, b):
     return differing / total, largest
 
 
+class Spoilt(nn.Module):
+    """An objective that is never finite."""
+
+    name = "spoilt"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, device=FAR))
+
+    def parameter_groups(self):
+        return [{"params": [self.weight], "lr": 0.1}]
+
+    def forward(self, batch):
+        return self.weight.sum() * float("nan")
+
+
+def given_up():
+    """Device of an objective whose training was given up."""
+    objective = Spoilt()
+    with suppress(FloatingPointError):
+        fit(objective, DataLoader([0]), OptimizerConfig(), epochs=1, precision="32-true")
+    return objective.weight.device.type
+
+
 def main(out):
     tokens = torch.randint(0, VOCAB, (16 * 12,), generator=torch.Generator().manual_seed(0))
     follow_visits()
@@ -93,7 +122,7 @@ def main(out):
             "visiting": compare(states[1], states[2]),
             "visits": visits["all"] - before,
         }
-    Path(out).write_text(json.dumps({"runs": found, "at once": most}))
+    Path(out).write_text(json.dumps({"runs": found, "at once": most, "given up": given_up()}))
 
 
 main(sys.argv[1])

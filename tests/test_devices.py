@@ -40,3 +40,7 @@ def test_two_blocks_are_on_the_device_at_most(found):
 def test_a_block_comes_a_few_times_a_phase_and_not_once_for_each_other_block(found):
     # each block: order of linears 2, calls of a check 2, calibration 2, becoming binary 1, two sets of windows 3 each
     assert found["runs"]["kept logits"]["visits"] <= 2 * 13
+
+
+def test_a_training_that_is_given_up_leaves_the_model_where_it_was(found):
+    assert found["given up"] == "far"

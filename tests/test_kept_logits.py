@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_mapped import is_mapped
 from test_model_reconstruction import HELD_OUT, SIGNS, TRAINING, teacher_and_student
 from test_unfinished import QUICK, TOKENS, Killed, killed, names, run
 from tiny_models import FAMILIES, VOCAB, random_windows, tiny_llama
+from torch import nn
 from torch.utils.data import TensorDataset
 
 from nanoquant import kept_logits
@@ -39,6 +41,46 @@ def test_it_is_what_the_whole_forward_pass_gives(family):
         torch.testing.assert_close(found[name].flatten(0, 1), tensor, rtol=1e-4, atol=1e-5)
     assert sum(t.nbytes for t in found.values()) == bytes_a_token(6) * WINDOWS.numel()
     assert not any("forward" in vars(block) for block in find_decoder(model).blocks)
+
+
+class Block(nn.Module):
+    """Gives a tuple, as older model code does."""
+
+    def __init__(self, more):
+        super().__init__()
+        self.up, self.down, self.more = nn.Linear(8, 16), nn.Linear(16, 8), more
+
+    def forward(self, hidden_states):
+        return hidden_states + self.down(self.up(hidden_states).relu()), *self.more
+
+
+class Tuples(nn.Module):
+    """A model of such blocks."""
+
+    def __init__(self, more):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, VOCAB)
+        self.layers = nn.ModuleList(Block(more) for _ in range(2))
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, use_cache=False):
+        hidden = self.embed(input_ids)
+        for layer in self.layers:
+            hidden = layer(hidden)[0]
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+@pytest.mark.parametrize("more", [(), (None,)])
+def test_blocks_that_return_tuples_are_run_as_the_model_calls_them(more):
+    model = Tuples(more)
+    found = keep_logits(model, find_decoder(model), WINDOWS, 6, "32-true")
+    with torch.no_grad():
+        expected = most_probable(model(WINDOWS).logits.flatten(0, 1), 6)
+    for name, tensor in zip(KEPT, expected, strict=True):
+        torch.testing.assert_close(found[name].flatten(0, 1), tensor)
 
 
 def test_autocast_is_that_of_the_training():

@@ -1,6 +1,7 @@
 """What is recorded of layers is true, complete, and changes nothing."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,13 @@ from nanoquant.block_config import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.importance import Importance
-from nanoquant.layer_records import BlockWatch, SignSample, latent_histogram, layer_error
+from nanoquant.layer_records import (
+    BlockWatch,
+    ModelWatch,
+    SignSample,
+    latent_histogram,
+    layer_error,
+)
 from nanoquant.linear import BinaryLowRankLinear
 from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.quantize import quantize
@@ -145,6 +152,19 @@ def test_flips_are_counted_since_the_last_time_and_since_the_start():
     flips = sample.flips()
     assert flips["flips"] == pytest.approx(0.35, abs=0.05)
     assert flips["flips_since_start"] == pytest.approx(0.1, abs=0.05)
+
+
+def test_a_training_that_goes_on_records_what_is_still_due_and_nothing_of_the_start():
+    layer = BinaryLowRankLinear(20, 20, 8)
+    records = []
+    recorder = SimpleNamespace(wanted=True, record=lambda phase, **fields: records.append(fields))
+    watch = ModelWatch(recorder, {"a": layer}, 40, 32)
+    for step in range(32, 40):
+        watch.step(step, loss=1.0)
+    watch.finish(40)
+    assert [r["step"] for r in records if "flips" in r] == [35, 40]
+    assert [r["step"] for r in records if "latent_counts" in r] == [40]
+    assert not any("flips_since_start" in r for r in records)
 
 
 def test_long_loops_are_thinned_out_and_counted_in_full():

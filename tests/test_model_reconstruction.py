@@ -136,6 +136,7 @@ def test_training_that_breaks_down_keeps_the_best_state_so_far(monkeypatch, capl
     monkeypatch.setattr(ModelObjective, "forward", breaking)
     teacher, start, student, report = reconstruct(dataclasses.replace(SIGNS, evaluations=3))
     assert report.best_step in (6, 12) and "training ends here" in caplog.text
+    assert report.undone == 4
     assert held_out_divergence(student, teacher) < held_out_divergence(start, teacher)
     assert all(layer.frozen for layer in layers_of(student).values())
 

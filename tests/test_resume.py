@@ -49,7 +49,8 @@ def test_a_killed_run_goes_on_from_another_directory_and_only_once(
     place, tmp_path, capsys, monkeypatch
 ):
     interrupted(place, tmp_path, capsys, monkeypatch)
-    code, out, err = call(capsys, "resume", "new")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    code, out, err = call(capsys, "resume", "link/new")
     assert code == 0 and "bits per weight, body" in out
     assert "calibrate" not in err and "blocks" not in err
     assert (tmp_path / "new" / "config.json").is_file()
@@ -115,8 +116,9 @@ def test_a_run_that_is_killed_while_it_measures_does_only_that(
         raise KeyboardInterrupt
 
     figures = tmp_path / "figures.json"
-    command = ["quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt", *SMALL]
-    command += ["--verify", "--json", figures]
+    command = ["quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt"]
+    command += ["--verify", "--json", figures, *SMALL[4:]]  # less what belongs to signs
+    command += "--method product --bits 2.5 --product.codebooks [4,4]".split()  # JSON has no tuple
     with monkeypatch.context() as patch:
         patch.setattr("nanoquant.finish.measure_in_fresh_process", interrupt)
         assert call(capsys, *command)[0] == 130

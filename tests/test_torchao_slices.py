@@ -63,7 +63,7 @@ def test_columns_are_those_of_the_dense_weight(weight, number):
     assert weight.column_step == step
     cuts = {
         "narrow": lambda w: [w.narrow(1, step, 2 * step), w.narrow(-1, 0, 101)],
-        "slice": lambda w: [w[:, :step], w[:, step:], w[12:24, 2 * step :]],
+        "slice": lambda w: [w[:, :step], w[:, step:], w[12:24, 2 * step :], w[:, 500:], w[:, 3:3]],
         "split": lambda w: [*w.split(step, 1), *w.split([2 * step, 101 - 2 * step], -1)],
     }
     for name, cut in cuts.items():

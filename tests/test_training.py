@@ -9,9 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from nanoquant.fit_result import FitResult
-from nanoquant.non_finite import first_non_finite
+from nanoquant.non_finite import StaysNonFiniteError, first_non_finite
 from nanoquant.optimizer import OptimizerConfig
-from nanoquant.training import fit
+from nanoquant.training import Reconstruction, fit
 
 
 class Regression(nn.Module):
@@ -132,8 +132,30 @@ def test_gradients_whose_norm_overflows_are_dropped_and_counted(caplog):
 
 def test_fit_gives_up_when_steps_stay_non_finite():
     objective = Regression(spoil=range(2, 100))
-    with pytest.raises(FloatingPointError, match=r"block 3 refine.*lower its learning rate"):
+    with pytest.raises(StaysNonFiniteError, match=r"block 3 refine.*lower its learning rate") as no:
         run(objective, 20)
+    assert no.value.undone == Reconstruction.most_undone + 1
+
+
+def test_what_a_snapshot_keeps_is_what_undoing_returns_to():
+    kept = {}
+
+    def keep(module):
+        kept[module.step] = module.objective.weight.detach().clone()
+        assert torch.equal(kept[module.step], module.good[0])
+
+    objective = Regression(spoil=[16])  # where a snapshot was due
+    run(objective, 40, at_snapshot=keep)
+    assert list(kept) == [0, 32]
+    assert torch.equal(objective.seen[18], kept[0])  # 17 looked for the layer
+
+
+def test_an_interruption_stays_one():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(Regression(), 2, on_step=interrupt)
 
 
 def test_a_start_that_is_not_finite_is_an_error_that_names_the_parameter():

@@ -55,7 +55,7 @@ def stages_of(
 def chunks(stages: list[Stage], d_out: int, d_in: int) -> Iterator[range]:
     """Ranges of rows that may be dense at a time."""
     size = CHUNK.get(stages[0].indices.device.type, LARGE_CHUNK)
-    step = max(1, size // d_in)
+    step = max(1, size // max(1, d_in))
     return (range(first, min(first + step, d_out)) for first in range(0, d_out, step))
 
 
