@@ -117,7 +117,7 @@ def test_a_run_that_is_killed_while_it_measures_does_only_that(
 
     figures = tmp_path / "figures.json"
     command = ["quantize", place / "dense", tmp_path / "new", "--text", place / "text.txt"]
-    command += ["--verify", "--json", figures, *SMALL[4:]]  # less what belongs to signs
+    command += [*SMALL[4:], "--verify", "--json", figures]  # less what belongs to signs
     command += "--method product --bits 2.5 --product.codebooks [4,4]".split()  # JSON has no tuple
     with monkeypatch.context() as patch:
         patch.setattr("nanoquant.finish.measure_in_fresh_process", interrupt)
