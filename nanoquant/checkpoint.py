@@ -23,7 +23,6 @@ from nanoquant.checkpoint_files import (
     StoredTensor,
     copy_other_files,
     damage_named,
-    resolve_folder,
     verify_folder,
 )
 from nanoquant.commit import commit, sync, sync_tree
@@ -36,6 +35,7 @@ from nanoquant.hf_quantizer import (
 )
 from nanoquant.methods import Layer
 from nanoquant.model_embeddings import swap_embeddings
+from nanoquant.model_folder import resolve_folder
 from nanoquant.output_folder import PARTIAL, check_output_folder
 from nanoquant.packed_layers import (
     from_packed_weight,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import shutil
 from collections.abc import Iterator
@@ -76,9 +75,12 @@ def check_format(quantization_config: object, where: str) -> None:
     """Raise ValueError unless this is a nanoquant configuration of a format that is known here."""
     known = isinstance(quantization_config, dict)
     method = quantization_config.get("quant_method") if known else None
-    if method != QUANT_METHOD:
-        found = "no quantization_config" if method is None else f"quant_method {method!r}"
-        raise ValueError(f"{where} is not a nanoquant checkpoint: its config.json has {found}")
+    if method is None:
+        raise ValueError(
+            f"{where} is not a nanoquant checkpoint: its config.json has no quantization_config; nanoquant quantize "
+            "makes one of a dense model"
+        )
+    check_method(method, where)
     version = quantization_config.get("format_version")
     if type(version) is not int or version < 1:
         raise ValueError(
@@ -101,6 +103,15 @@ def check_format(quantization_config: object, where: str) -> None:
             )
     if not isinstance(quantization_config.get("tables", {}), dict):
         raise ValueError(f"{where} has tables that are no object in its config.json")
+
+
+def check_method(method: object, where: str) -> None:
+    """Raise ValueError if a folder is of another quantization method."""
+    if method not in (None, QUANT_METHOD):
+        raise ValueError(
+            f"{where} is not a nanoquant checkpoint: its config.json has quant_method {method!r}; load it with the "
+            "library of that method, or give the dense model it was made of"
+        )
 
 
 def _has_rank(entry: dict[str, Any]) -> bool:
@@ -196,40 +207,6 @@ def check_counts(config: dict[str, Any], tensors: int, folder: Path) -> None:
             raise ValueError(
                 f"{folder / 'config.json'} has {name} {value}, but the checkpoint has {tensors} tensors in all"
             )
-
-
-def resolve_folder(name: str | Path, weights: bool = True) -> Path:
-    """A local folder for ``name``: the folder itself, or a Hub repository's cached snapshot.
-
-    Args:
-        name: a folder, or "owner/name" on the Hugging Face Hub.
-        weights: whether a snapshot must hold safetensors files; other weight formats are never
-            fetched.
-
-    Raises:
-        ValueError: no such folder, and not a repository that can be fetched.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)) or path.parent.is_dir():
-        siblings = (
-            [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        )
-        near = difflib.get_close_matches(path.name, siblings)
-        hint = f"; near names there: {', '.join(near)}" if near else ""
-        raise ValueError(f"there is no folder {str(name)!r}{hint}")
-    from huggingface_hub import snapshot_download
-
-    skipped = [
-        f"*{suffix}" for suffix in WEIGHT_SUFFIXES if not (weights and suffix == ".safetensors")
-    ]
-    try:
-        return Path(snapshot_download(str(name), ignore_patterns=skipped))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{str(name)!r} is not a folder here, and the Hugging Face Hub did not give it: {error}"
-        ) from error
 
 
 def copy_other_files(source: Path, target: Path) -> None:

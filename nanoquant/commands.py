@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanoquant.checkpoint import packed_skeleton, read_sizes
-from nanoquant.checkpoint_files import read_json, resolve_folder, verify_folder
+from nanoquant.checkpoint_files import read_json, verify_folder
 from nanoquant.console import check_json_path, note, say, show_logs, table
 from nanoquant.decoder import most_positions
 from nanoquant.generate import check_prompts, generate
@@ -16,6 +16,7 @@ from nanoquant.generation_settings import GenerationSettings
 from nanoquant.int8_activations import Int8Config, read_windows, use_int8_activations
 from nanoquant.json_files import write_json
 from nanoquant.methods import Size, sizes_summary
+from nanoquant.model_folder import resolve_folder
 from nanoquant.packed_layers import packed_modules, packed_size
 from nanoquant.prompts import printer, read_prompts, speed_lines
 from nanoquant.sizes import Sizes

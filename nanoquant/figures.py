@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import math
-import platform
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-import transformers
-
-import nanoquant
 from nanoquant.console import table
 from nanoquant.sizes import Sizes
 from nanoquant.verification import Verification
@@ -49,16 +44,6 @@ class JobResult:
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, for JSON."""
         return {**asdict(self), "excess_nats_per_token": self.excess}
-
-
-def versions() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    return {
-        "nanoquant": nanoquant.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 def result_table(result: JobResult) -> str:

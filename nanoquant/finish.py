@@ -15,13 +15,14 @@ from nanoquant.checkpoint import read_sizes
 from nanoquant.checkpoint_files import read_json
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import say
-from nanoquant.figures import Figures, JobResult, result_table, versions
+from nanoquant.figures import Figures, JobResult, result_table
 from nanoquant.hub.publish import write_card
 from nanoquant.job_config import JobConfig
 from nanoquant.json_files import finite, write_json
 from nanoquant.lock import exclusive
 from nanoquant.measuring import measure_in_fresh_process
 from nanoquant.quantize import QuantizationReport
+from nanoquant.recipe import versions
 from nanoquant.sources import weight_bytes
 from nanoquant.tracking.folder import RunFolder, read_run, run_folder
 from nanoquant.tracking.tracker import RunTracker, TrackedProgress

@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from nanoquant.estimate.limits import fit
 from nanoquant.estimate.subject import subject_of_folder
 from nanoquant.estimate.terms import Use
 from nanoquant.evaluation.perplexity import check_length
-from nanoquant.figures import JobResult, versions
+from nanoquant.figures import JobResult
 from nanoquant.finish import (
     PHASE,
     UNMEASURED,
@@ -46,7 +45,8 @@ from nanoquant.offload import offload
 from nanoquant.output_folder import check_can_be_made, check_output_folder, torn_checkpoint
 from nanoquant.processes import first, join, on_first, world_size
 from nanoquant.progress import Progress
-from nanoquant.quantize import QuantizationReport, check_model, phase_names, quantize
+from nanoquant.quantize import check_model, phase_names, quantize
+from nanoquant.recipe import make_recipe, versions
 from nanoquant.self_text import check_kept
 from nanoquant.sources import (
     check_dense,
@@ -121,7 +121,8 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult | None:
         ending = Ending.of(job, model, dense, report)
         tracker.folder.update(**{UNMEASURED: asdict(ending)})
         with progress.phase("save", 1):
-            recipe = recipe_of(job, report)
+            asked = (job.source, job.text)
+            recipe = make_recipe(*asked, report.bits, report.config, report.seconds)
             save_pretrained(model, job.output, folder, tokenizer, recipe=recipe)
             discard(run_folder(job.output))
         del model
@@ -207,15 +208,3 @@ def job_phases(job: JobConfig, config: NanoQuantConfig, plan: TextPlan) -> list[
     dense = ["measure dense"] if job.measures else []
     names = phase_names(config, bool(plan.written))
     return ["load", *dense, *names, "save", PHASE]
-
-
-def recipe_of(job: JobConfig, report: QuantizationReport) -> dict[str, Any]:
-    """How the checkpoint was made, for its config.json."""
-    return {
-        "source": job.source,
-        "text": job.text,
-        "bits": report.bits,
-        "config": report.config,
-        "seconds": report.seconds,
-        "versions": versions(),
-    }

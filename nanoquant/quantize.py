@@ -15,7 +15,7 @@ from nanoquant.activation_memory import ActivationMemory
 from nanoquant.architectures import find_decoder
 from nanoquant.block_config import BlockReport
 from nanoquant.block_reconstruction import BlockReconstructor
-from nanoquant.checkpoint import pack_model
+from nanoquant.checkpoint import mark_quantized, pack_model
 from nanoquant.config import NanoQuantConfig, nanoquant_config
 from nanoquant.data_parallel import check_batch
 from nanoquant.decoder import Decoder, evaluation_mode
@@ -37,6 +37,7 @@ from nanoquant.phases import initialize, precision_of, reconstruct_model
 from nanoquant.processes import broadcast, first, gather, join
 from nanoquant.progress import Progress
 from nanoquant.ranks import check_budget, decoder_shapes
+from nanoquant.recipe import make_recipe
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.self_text import PHASE as WRITE_TEXT
 from nanoquant.self_text import SelfText
@@ -159,6 +160,9 @@ def quantize(
         put_tables(model, tables)
         progress.advance(1)
     report.sizes, report.seconds = measure_sizes(model), progress.seconds
+    texts = [source["source"] for source in text.origin]
+    made = make_recipe(model.name_or_path, texts, report.bits, report.config, report.seconds)
+    mark_quantized(model, made)
     return report
 
 

@@ -20,12 +20,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from nanoquant.checkpoint import load
 from nanoquant.checkpoint_files import (
     QUANT_METHOD,
+    check_method,
     read_headers,
     read_json,
-    resolve_folder,
     shard_files,
 )
 from nanoquant.mapped import map_tensors
+from nanoquant.model_folder import resolve_folder
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,9 @@ def load_model(folder: Path, device: torch.device, trainable: bool = False) -> P
     Raises:
         ValueError: the checkpoint is damaged or incomplete; names what is missing.
     """
-    if quantization_method(folder) == QUANT_METHOD:
+    method = quantization_method(folder)
+    check_method(method, str(folder))
+    if method == QUANT_METHOD:
         return load(folder).to(device).eval()
     model, found = _load_mapped(
         folder, torch.bfloat16 if trainable and _is_float16(folder) else None

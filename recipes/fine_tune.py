@@ -19,6 +19,7 @@ from nanoquant.data import bos_of, load_tokens, make_windows
 from nanoquant.evaluation.perplexity import perplexity
 from nanoquant.fine_tune_config import FineTuneConfig, FineTuneJob, split_windows
 from nanoquant.fine_tuning import check_model, fine_tune
+from nanoquant.hub.publish import write_card
 from nanoquant.json_files import write_json
 from nanoquant.output_folder import check_output_folder
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer
@@ -56,8 +57,10 @@ def run(job, config):
     if config.train == "lora":
         save_adapter(tuned, job.output)
     else:
-        recipe = model.config.quantization_config.recipe | {"fine_tuning": asdict(config)}
-        save_pretrained(model, job.output, tokenizer=tokenizer, recipe=recipe)
+        tuning = asdict(config) | {"text": job.text, "teacher": job.teacher}
+        recipe = model.config.quantization_config.recipe | {"fine_tuning": tuning}
+        save_pretrained(model, job.output, source, tokenizer, recipe=recipe)
+        write_card(job.output, record={}, anew=True)
     size = sum(file.stat().st_size for file in Path(job.output).glob("*.safetensors"))
     times = {"seconds": time.monotonic() - begun}
     return times | {"loss": losses, "bytes": size, "held_out": report.held_out}

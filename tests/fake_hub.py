@@ -12,7 +12,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers what huggingface_hub asks for; the server has ``root``, ``token``, and ``asked``."""
+    """Answers what huggingface_hub asks for; the server has ``root``, ``token``, and ``asked``.
+
+    What "private" owns is read with the token alone, what "gated" owns by nobody.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -69,6 +72,16 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append(self.path)
         path = self.path.partition("?")[0]
         parts = path.strip("/").split("/")
+        owner = parts[2] if parts[:2] == ["api", "models"] else parts[0]
+        if owner == "gated":
+            return self.answer(
+                403, {"error": "Access to it is restricted"}, X_Error_Code="GatedRepo"
+            )
+        if (
+            owner == "private"
+            and self.headers.get("Authorization") != f"Bearer {self.server.token}"
+        ):
+            return self.answer(401, {"error": "Invalid username or password."})
         if parts[:2] == ["api", "models"]:
             place = self.server.root / "/".join(parts[2:4])
             if not place.is_dir():

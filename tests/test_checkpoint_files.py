@@ -14,9 +14,9 @@ from nanoquant.checkpoint_files import (
     FORMAT_VERSION,
     INDEX_FILE,
     read_header,
-    resolve_folder,
     verify_folder,
 )
+from nanoquant.model_folder import resolve_folder
 
 
 @pytest.fixture(scope="module")

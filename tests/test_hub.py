@@ -14,7 +14,7 @@ import pytest
 import torch
 from command_line import call, refused
 from fake_hub import fake_hub
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 
 from nanoquant import finish as ending
 from nanoquant.config import nanoquant_config
@@ -22,6 +22,7 @@ from nanoquant.figures import Figures
 from nanoquant.hub.publish import write_card
 from nanoquant.hub.reproduce import quantize_line
 from nanoquant.job_config import JobConfig
+from nanoquant.model_folder import resolve_folder
 from nanoquant.parsers import parse_quantize
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
@@ -47,6 +48,7 @@ def test_a_run_writes_the_card_of_its_checkpoint(place, finished):
         f"{figures['quantized']['perplexity']:.2f} |",
         "4 windows of 32 tokens of `text.txt`",
         "`text.txt` (",
+        "nanoquant quantize dense OUT --text text.txt --preset fast --bits 1.0 ",
         "nanoquant generate out",
         "expect wrong answers",
     ):
@@ -93,10 +95,17 @@ def test_a_head_that_can_not_be_read_is_named_and_ends_no_run(copied, capsys, mo
 
 def test_a_checkpoint_whose_run_is_not_at_hand_says_what_is_unknown(copied, capsys):
     shutil.rmtree(copied.with_name("out.run"))
+    before = (copied / "README.md").read_text()
     code, out, err = call(capsys, "card", copied)
     assert code == 0 and out.strip() == str(copied / "README.md"), err
     text = (copied / "README.md").read_text()
-    assert "not measured" in text and "Nobody has measured" in text and "| dense" not in text
+    assert text == before  # what nothing here could tell again
+
+    (copied / "README.md").unlink()
+    code, out, err = call(capsys, "card", copied, "--license", "mit")
+    text = (copied / "README.md").read_text()
+    assert "not measured" in text and "record of its run is not at hand" in text
+    assert "| dense" not in text and "license: mit" in text
 
 
 @pytest.mark.parametrize(
@@ -105,6 +114,21 @@ def test_a_checkpoint_whose_run_is_not_at_hand_says_what_is_unknown(copied, caps
         ({"config": {"unheard": 1}}, "by a version of nanoquant with other settings"),
         ({"imported": "state.pt"}, "Its signs and scales are those of `state.pt`"),
         ({}, "It is not on record how."),
+        (
+            {
+                "config": nanoquant_config().to_dict(),
+                "base_model": "owner/dense",
+                "source": "owner/dense",
+            },
+            "base_model: owner/dense\n",
+        ),
+        (
+            {
+                "config": nanoquant_config().to_dict(),
+                "fine_tuning": {"text": "/home/me/own.txt", "teacher": "owner/dense"},
+            },
+            "then trained to give what `owner/dense` gives on `own.txt`.",
+        ),
     ],
 )
 def test_a_card_says_what_a_recipe_can_tell(copied, recipe, said):
@@ -112,7 +136,7 @@ def test_a_card_says_what_a_recipe_can_tell(copied, recipe, said):
     config = json.loads(file.read_text())
     config["quantization_config"]["recipe"] = recipe
     file.write_text(json.dumps(config))
-    assert said in write_card(copied).read_text()
+    assert said in write_card(copied, anew=True).read_text()
 
 
 def test_a_card_of_another_run_is_not_made_from_this_record(copied):
@@ -120,7 +144,7 @@ def test_a_card_of_another_run_is_not_made_from_this_record(copied):
     record = json.loads(file.read_text())
     record["figures"]["report"]["seconds"]["pack"] += 1
     file.write_text(json.dumps(record))
-    assert "not measured" in write_card(copied).read_text()
+    assert "not measured" in write_card(copied, anew=True).read_text()
 
 
 def test_the_line_that_reproduces_gives_the_same_job_and_configuration():
@@ -149,9 +173,14 @@ def test_paths_of_this_machine_are_not_told():
 
 def nanoquant(hub, home, *words, token="right"):
     """The command in a process that knows the fake hub alone."""
+    return process(hub, home, "-m", "nanoquant", *words, token=token)
+
+
+def process(hub, home, *words, token="right"):
+    """Python in a process that knows the fake hub alone."""
     known = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HOME": str(home)}
     environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | known
-    command = [sys.executable, "-m", "nanoquant", *map(str, words)]
+    command = [sys.executable, *map(str, words)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -167,7 +196,9 @@ def test_a_checkpoint_goes_to_a_hub_and_generates_from_there(copied, tmp_path, c
         assert (there / "model.safetensors").read_bytes() == (
             copied / "model.safetensors"
         ).read_bytes()
-        assert "bits per weight" in (there / "README.md").read_text()
+        card = (there / "README.md").read_text()
+        assert "bits per weight" in card and card.count('from_pretrained("me/small")') == 2
+        assert "# me/small\n" in card and "`nanoquant generate me/small " in card
         words = ["generate", "me/small", "--prompt", "the river", "--max-new-tokens", 4]
         done = nanoquant(hub, tmp_path / "other home", *words)
         assert done.returncode == 0, done.stderr
@@ -180,8 +211,46 @@ def test_a_hub_that_refuses_is_told_with_what_to_do(copied, tmp_path):
         words = ["push", copied, "--name", "me/small"]
         done = nanoquant(hub, tmp_path / "home", *words, token="wrong")
         assert done.returncode == 2 and "hf auth login" in done.stderr
-        done = nanoquant(hub, tmp_path / "home", "generate", "me/none", "--prompt", "x")
-        assert done.returncode == 2 and "me/none" in done.stderr
+
+
+def test_a_model_that_a_hub_does_not_give_is_told_with_what_to_do(tmp_path, monkeypatch):
+    """In this process: a command of its own for each would cost seconds."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with fake_hub(tmp_path / "hub", "right") as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        monkeypatch.setattr(
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            hub.address + "/{repo_id}/resolve/{revision}/{filename}",
+        )
+        for name, words in (
+            ("me/none", "no model of that name, or it is private"),
+            ("private/one", "log in with hf auth login or set HF_TOKEN"),
+            ("gated/one", "ask on its page there"),
+        ):
+            with pytest.raises(ValueError, match=f"'{name}' is not a folder here.*{words}"):
+                resolve_folder(name)
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
+        with pytest.raises(ValueError, match="can't be reached.*HF_ENDPOINT"):
+            resolve_folder("me/none")
+
+
+AUTO = """
+import sys, torch, nanoquant
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+model.push_to_hub("me/auto")
+again = AutoModelForCausalLM.from_pretrained("me/auto")
+ids = torch.arange(3, 9)[None]
+print(torch.equal(model(ids).logits, again(ids).logits), type(again.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+def test_transformers_itself_pushes_and_loads_by_name(copied, tmp_path):
+    with fake_hub(tmp_path / "hub", "right") as hub:
+        done = process(hub, tmp_path / "home", "-c", AUTO, copied)
+    assert done.stdout.split() == ["True", "PackedBinaryLinear"], done.stderr
 
 
 @pytest.mark.parametrize("name", ["small one", "a/b/c", "-a/b"])

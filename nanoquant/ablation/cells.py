@@ -18,12 +18,12 @@ from nanoquant.ablation.plan import Cell, Plan
 from nanoquant.config import NanoQuantConfig
 from nanoquant.console import ConsoleProgress, note
 from nanoquant.evaluation.perplexity import perplexity
-from nanoquant.figures import versions
 from nanoquant.json_files import parse_json, read_text, write_json
 from nanoquant.measuring import evaluation_windows, free_memory
 from nanoquant.mixture import Source, read_sources
 from nanoquant.phases import precision_of
 from nanoquant.quantize import phase_names, quantize
+from nanoquant.recipe import versions
 from nanoquant.sources import device_of, find_model, load_model, load_tokenizer
 from nanoquant.text_plan import TextPlan, plan_text
 from nanoquant.tracking.layout import Layout

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from nanoquant.benchmark import shapes
 from nanoquant.benchmark.shapes import LLAMA_2, model_config
-from nanoquant.checkpoint_files import resolve_folder
+from nanoquant.model_folder import resolve_folder
 from nanoquant.sources import check_dense
 
 TIED = {"tie_word_embeddings": True}

@@ -31,9 +31,9 @@ from nanoquant.benchmark.shapes import skeleton
 from nanoquant.benchmark.speed import time_chain, time_linear
 from nanoquant.benchmark.timing import AbsentError, available_bytes
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.figures import versions
 from nanoquant.model_embeddings import check_embeddings
 from nanoquant.progress import Progress
+from nanoquant.recipe import versions
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import device_of
 

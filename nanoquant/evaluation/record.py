@@ -18,8 +18,8 @@ from nanoquant.evaluation.perplexity import Perplexity, check_length, perplexity
 from nanoquant.evaluation.protocols import TEXT, Prepared, fingerprint, prepare, prepare_text
 from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.evaluation.zero_shot import check_tasks, mean_accuracy, zero_shot
-from nanoquant.figures import versions
 from nanoquant.progress import Progress
+from nanoquant.recipe import versions
 from nanoquant.sizes import measure_sizes
 from nanoquant.sources import quantization_method
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import ModelCard, ModelCardData, metadata_load
 from yaml import YAMLError
 
 from nanoquant.checkpoint import read_sizes
@@ -49,6 +49,8 @@ class Known:
     """Head of the card that is there: that of the dense model, or an earlier one of this module."""
     license: str | None
     """A licence that the user names in the place of the carried one."""
+    anew: bool = False
+    """Whether nothing of a card that is there is kept but licence and language."""
 
     @property
     def config(self) -> NanoQuantConfig | None:
@@ -72,21 +74,35 @@ class Known:
 
     @property
     def hub_source(self) -> str | None:
-        """The same where it is a Hub name: of two parts, and no folder where the run was started."""
-        source, head = self.recipe.get("source") or "", self.head
-        there = Path(self.record.get("directory") or ".", source).exists()
-        if source.count("/") == 1 and not there and not source.startswith((".", "/")):
-            return source
-        return head.get("base_model") if MARK in head.get("tags", []) else None
+        """The same where it is a Hub name."""
+        return self.recipe.get("base_model") or (self.head.get("base_model") if self.own else None)
+
+    @property
+    def own(self) -> bool:
+        """Whether the card that is there was generated here."""
+        return MARK in (self.head.get("tags") or [])
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the text of the card that is there stays."""
+        return self.own and not self.record and not self.anew
+
+    @property
+    def body(self) -> str | None:
+        """What a generated card tells below its head, where nothing here can tell it again: its run is not at hand."""
+        return ModelCard.load(self.folder / CARD).text if self.keeps else None
 
 
-def known_of(folder: Path, record: dict[str, Any], license: str | None = None) -> Known:
+def known_of(
+    folder: Path, record: dict[str, Any], license: str | None = None, anew: bool = False
+) -> Known:
     """Read what a checkpoint tells of itself.
 
     Args:
         folder: the checkpoint.
         record: run.json of its run; of another one it is left out.
         license: in the place of that of the dense model.
+        anew: keep nothing of a card that is there but licence and language.
 
     Raises:
         ValueError: the folder is no checkpoint, or the head of its card can't be read.
@@ -102,11 +118,14 @@ def known_of(folder: Path, record: dict[str, Any], license: str | None = None) -
         raise ValueError(
             f"{file} has a head that is no YAML mapping; mend it or remove it: {error}"
         ) from None
-    return Known(folder, read_sizes(folder), recipe, record if same else {}, head, license)
+    return Known(folder, read_sizes(folder), recipe, record if same else {}, head, license, anew)
 
 
 def model_card(known: Known) -> str:
     """The card as text: YAML head and Markdown."""
+    head = f"---\n{_head(known).to_yaml()}\n---\n"
+    if known.body is not None:
+        return f"{head}{known.body}"
     parts = [
         f"# {known.folder.name}",
         _what(known),
@@ -119,7 +138,14 @@ def model_card(known: Known) -> str:
         "## Limits",
         _limits(known),
     ]
-    return f"---\n{_head(known).to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+    return head + "\n" + "\n\n".join(parts) + "\n"
+
+
+def renamed(card: str, old: str, new: str) -> str:
+    """A generated card in which the checkpoint ``old`` is called ``new``, as a hub does."""
+    for line in ("# {}\n", 'from_pretrained("{}")', "`nanoquant generate {} "):
+        card = card.replace(line.format(old), line.format(new))
+    return card
 
 
 def _head(known: Known) -> ModelCardData:
@@ -160,8 +186,10 @@ def _figures(known: Known) -> str:
     header = ["", "bits a weight, linears", "bits a weight, whole", "bytes", "perplexity"]
     lines = [_table(rows, header)]
     job = known.job
-    if own is None:
+    if own is None and known.record:
         lines.append("Nobody has measured its quality; it was made without held-out text.")
+    elif own is None:
+        lines.append("The record of its run is not at hand, and so no measurement of its quality.")
     else:
         lines.append(
             f"Perplexity of {job['eval_windows']} windows of {job['eval_length']} tokens of "
@@ -222,7 +250,16 @@ def _making(known: Known) -> str:
         lines.append(
             "With " + ", ".join(f"{what} {value}" for what, value in versions.items()) + "."
         )
+    if tuned := known.recipe.get("fine_tuning"):
+        lines.append(_tuning(tuned))
     return "\n\n".join(lines)
+
+
+def _tuning(tuned: dict[str, Any]) -> str:
+    """What was trained after the quantization."""
+    teacher = tuned.get("teacher")
+    to = f"to give what `{shown(teacher)}` gives" if teacher else "for the next token"
+    return f"Its scales, biases and norms were then trained {to} on `{shown(tuned['text'])}`."
 
 
 def _text(known: Known) -> str:

@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from nanoquant.checkpoint_files import verify_folder
 from nanoquant.commit import sync
-from nanoquant.hub.card import CARD, MARK, known_of, model_card
+from nanoquant.hub.card import CARD, MARK, known_of, model_card, renamed
 from nanoquant.tracking.folder import read_run, run_folder
 
 REFUSED = {
@@ -23,14 +23,20 @@ REFUSED = {
 
 
 def write_card(
-    folder: str | Path, record: dict[str, Any] | None = None, license: str | None = None
+    folder: str | Path,
+    record: dict[str, Any] | None = None,
+    license: str | None = None,
+    anew: bool = False,
 ) -> Path:
     """Write README.md of a checkpoint; licence and language of the one that is there are kept.
+
+    A generated one whose run is not at hand keeps its text, which nothing here could tell again.
 
     Args:
         folder: the checkpoint.
         record: run.json of its run; None: that of the folder beside it, if there is one.
         license: identifier of a licence in the place of the dense model's.
+        anew: keep nothing of a generated card but licence and language.
 
     Raises:
         ValueError: the folder is no complete checkpoint of this library.
@@ -38,7 +44,12 @@ def write_card(
     folder = Path(folder)
     verify_folder(folder)
     record = read_run(run_folder(folder)) if record is None else record
-    text = model_card(known_of(folder, record, license))
+    text = model_card(known_of(folder, record, license, anew))
+    return _put(folder, text)
+
+
+def _put(folder: Path, text: str) -> Path:
+    """Replace the card of a folder, whole or not at all."""
     partial = folder / f"{CARD}.partial"
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, folder / CARD)
@@ -50,7 +61,8 @@ def push(folder: str | Path, name: str, private: bool = False) -> str:
     """Upload a checkpoint with its card to a repository of the hub, which is made if need be.
 
     Args:
-        folder: a complete checkpoint; a card that was not generated here is replaced by one.
+        folder: a complete checkpoint; a card that was not generated here is replaced by one. The card then calls it
+            by ``name``.
         name: owner/name.
         private: whether a new repository is.
 
@@ -69,6 +81,9 @@ def push(folder: str | Path, name: str, private: bool = False) -> str:
         raise ValueError(f"{name!r} is no name on a hub, such as owner/name: {error}") from None
     if not (folder / CARD).is_file() or f"- {MARK}" not in (folder / CARD).read_text("utf-8"):
         write_card(folder)
+    card = (folder / CARD).read_text("utf-8")
+    if card != (called := renamed(card, folder.resolve().name, name)):
+        _put(folder, called)
     api = HfApi(library_name=MARK)
     try:
         place = api.create_repo(name, private=private, exist_ok=True)

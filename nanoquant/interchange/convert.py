@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 
 from nanoquant.architectures import decoder_from_structure, linear_shape
 from nanoquant.checkpoint import load, mark_quantized, move_in, save_pretrained
-from nanoquant.checkpoint_files import copy_other_files, resolve_folder
+from nanoquant.checkpoint_files import copy_other_files
 from nanoquant.embedding import QuantizedEmbedding, QuantizedHead
 from nanoquant.estimate.subject import skeleton_in
 from nanoquant.interchange.read import FLOATS, Signs, read_state, split_state
 from nanoquant.interchange.words import to_words
 from nanoquant.json_files import write_json
+from nanoquant.model_folder import resolve_folder
 from nanoquant.output_folder import PARTIAL, check_output_folder
 from nanoquant.packed_layers import packed_modules
 from nanoquant.packed_linear import PackedBinaryLinear, frozen

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nanoquant.console import ConsoleProgress, note, say, show_logs
-from nanoquant.figures import versions
 from nanoquant.output_folder import check_can_be_made
+from nanoquant.recipe import versions
 from nanoquant.report.about import page_head, settings_section
 from nanoquant.report.config import ReportConfig
 from nanoquant.report.content import Plot, Section
