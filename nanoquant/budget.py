@@ -176,6 +176,8 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
     step = config.rank_multiple
     cap = {name: largest_rank(*shape, step, config.bits) for name, shape in shapes.items()}
     least = {name: min(step, cap[name]) for name in shapes}
+    every = {name: largest_rank(*shape, step, WIDEST) for name, shape in shapes.items()}
+    widest = body_bits(shapes, least), body_bits(shapes, every)
     smallest = f"rank {step}"
     largest = "full rank" if config.bits <= 1 else f"rank {WIDEST} times the smaller dimension"
     if config.allocation != "uniform":
@@ -187,6 +189,12 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
         smallest = f"the smallest ranks (low={config.low} times uniform)"
         largest = f"the largest ranks (high={config.high} times uniform, within {largest})"
     few, many = body_bits(shapes, least), body_bits(shapes, cap)
+    if not widest[0] <= config.bits <= widest[1]:  # whatever the allocation allows
+        few, many, smallest, largest = (
+            *widest,
+            f"rank {step}",
+            f"rank {WIDEST} times the smaller dimension",
+        )
     if not few <= config.bits <= many:
         gap = few - config.bits if config.bits < few else config.bits - many
         raise ValueError(

@@ -179,4 +179,18 @@ def check_json_path(file: str | None, flag: str = "--json") -> None:
         raise ValueError(f"{flag} {file} is a folder; give a file")
     if not path.parent.is_dir():
         raise ValueError(f"{flag} {file}: there is no folder {path.parent}; make it first")
+    if path.exists():
+        _check_replaceable(path, flag)
     check_writable(path.parent, f"{flag} {file}")
+
+
+def _check_replaceable(path: Path, flag: str) -> None:
+    """Raise ValueError if a file that is to be written over is no figures or picture of an earlier call."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    pictures = (b"\x89PNG", b"%PDF", b"<?xml", b"<svg")
+    known = start.startswith(b"{" if flag == "--json" else pictures)
+    of_model = path.suffix == ".json" and (path.parent / "config.json").exists()
+    if (start and not known) or of_model:
+        what = "lies in the folder of a model" if of_model else "holds something else"
+        raise ValueError(f"{flag} {path} exists and {what}; give another name, or move it away")

@@ -27,7 +27,8 @@ logger = logging.getLogger(__name__)
 BLANK_LINE = "\n\n"
 MAX_CHARACTERS = 50_000_000
 TENSOR_SUFFIXES = (".pt", ".safetensors")
-FILE_SUFFIXES = (".txt", ".jsonl", *TENSOR_SUFFIXES)
+JSON_LINES = (".jsonl", ".ndjson")
+FILE_SUFFIXES = (".txt", *JSON_LINES, *TENSOR_SUFFIXES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,11 @@ def load_tokens(source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase 
     if tokenizer is None:
         raise ValueError(f"{source} is text and needs a tokenizer; got None")
     if path.is_file():
-        jsonl = path.suffix == ".jsonl"
+        jsonl = path.suffix.lower() in JSON_LINES
+        if path.suffix.lower() == ".json":
+            raise ValueError(
+                f"{path} is one JSON value; write a text or one object a line into a .jsonl file"
+            )
         text = _join(_read_jsonl(path, tokenizer)) if jsonl else _read_text(path)
     elif _is_dataset_name(str(source)):
         text = _join(_read_dataset(str(source), tokenizer))

@@ -21,6 +21,18 @@ OWN_OPTIONS = (
 ).split()
 """Fields of GenerationConfig that the settings or the device decide."""
 SAMPLING = "temperature top_p top_k min_p top_h typical_p epsilon_cutoff eta_cutoff".split()
+LOWEST = 1e-4
+"""Temperature; below it logits over it overflow."""
+OPTION_KINDS = {
+    "stop_strings": (str, "a text or a list of texts"),
+    **dict.fromkeys(
+        ("eos_token_id", "suppress_tokens", "begin_suppress_tokens"),
+        (int, "a token or a list of them"),
+    ),
+}
+LISTS = OPTION_KINDS.keys()
+NESTED = ("bad_words_ids", "sequence_bias", "watermarking_config")
+"""Options that transformers checks itself."""
 MODES = ("greedy_search", "sample")
 
 
@@ -50,8 +62,12 @@ class GenerationSettings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; allowed: 1 or more")
-        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; allowed: 0 (greedy) or above")
+        if self.temperature not in (None, 0) and not LOWEST <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature is {self.temperature}; allowed: 0 (greedy) or {LOWEST} and above"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; allowed: 0 to {2**63 - 1}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; allowed: above 0 and up to 1")
 
@@ -106,6 +122,10 @@ def _check_option(name: str, value: object, known: list[str]) -> None:
         raise ValueError(f"there is no option {name!r}; options near it: {', '.join(near)}")
     if value is None:
         raise ValueError(f"option {name} is null, which leaves it to the model; give a value")
+    kind, what = OPTION_KINDS.get(name, ((bool, int, float), "a number, true or false"))
+    items = value if isinstance(value, list) and value and name in LISTS else [value]
+    if name not in NESTED and not all(isinstance(item, kind) for item in items):
+        raise ValueError(f"option {name} is {value!r}; it must be {what}")
 
 
 def _pad_token(

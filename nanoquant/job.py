@@ -85,6 +85,10 @@ def run_job(job: JobConfig, config: NanoQuantConfig) -> JobResult | None:
     check_json_path(job.json)
     folder = find_model(job.source)
     check_dense(folder)
+    if Path(job.output).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(
+            f"the output folder {job.output!r} lies in that of the model, whose files are copied: {folder}"
+        )
     planned = on_first(lambda: within_memory(folder, device, job, config))
     tokenizer = load_tokenizer(folder)
     plan = plan_text(job.text, tokenizer, config)

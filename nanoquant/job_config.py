@@ -8,6 +8,7 @@ from pathlib import Path
 from nanoquant.data import DataConfig
 from nanoquant.generate import SAMPLE_TOKENS, check_sample
 from nanoquant.self_text import check_place
+from nanoquant.tracking.folder import run_folder
 from nanoquant.tracking.loggers import check_logger
 from nanoquant.units import parse_bytes
 
@@ -64,8 +65,12 @@ class JobConfig:
                 parse_bytes(text, name)
         if self.sample is not None:
             check_sample(self.sample, self.sample_tokens)
-        if self.json is not None and Path(self.json).absolute() == Path(self.output).absolute():
-            raise ValueError(f"--json {self.json} is the output folder; give a file")
+        places = {
+            Path(self.output).absolute(): "output folder",
+            run_folder(self.output): "record of the run",
+        }
+        if self.json is not None and (what := places.get(Path(self.json).absolute())):
+            raise ValueError(f"--json {self.json} is the {what}; give a file")
 
     @property
     def evaluation(self) -> DataConfig | None:

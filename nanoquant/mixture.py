@@ -110,7 +110,11 @@ def _location(name: str) -> str:
 
 
 def _check_weights(sources: Sequence[Source]) -> None:
-    """Refuse a mixture of which only some have a weight."""
+    """Refuse a mixture of which only some have a weight, or whose weights have no finite sum."""
+    if not math.isfinite(sum(source.weight or 0 for source in sources)):
+        raise ValueError(
+            "the weights of the texts have no finite sum; give smaller ones, as in train.txt=3 self=1"
+        )
     lacking = [source.name for source in sources if source.weight is None]
     if len(sources) > 1 and lacking and (len(lacking) < len(sources) or SELF in lacking):
         raise ValueError(

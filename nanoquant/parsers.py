@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +27,11 @@ from nanoquant.evaluation.request import EvaluationRequest
 from nanoquant.job_config import JobConfig
 from nanoquant.json_files import flat
 from nanoquant.report.config import ReportConfig
+from nanoquant.spelling import spell_out
 from nanoquant.yaml_files import check_yaml, read_yaml
 
 YAML = "checked_yaml"
 """Mode in which values and files are read."""
-SHORT = {"--bits": "--budget.bits"}
 """Flags that stand for others; written out before parsing, so that the order of flags decides."""
 
 
@@ -111,7 +110,7 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         ValueError: an argument is missing, unknown or of the wrong type.
     """
     try:
-        return parser.parse_args(_spell_out(parser, arguments))
+        return parser.parse_args(spell_out(parser, arguments))
     except ArgumentError as error:
         message = str(error)
         known = [flag for action in parser._actions for flag in action.option_strings]
@@ -136,13 +135,22 @@ def _with_preset(parser_of: Callable[..., ArgumentParser], arguments: list[str])
     parser = parser_of()
     try:
         asked = parse(parser, arguments)
+        _check_stages(asked)
         parser = parser_of(asked.preset, asked.method)
         return parser.instantiate_classes(parse(parser, arguments))
     except (TypeError, OverflowError) as error:
         raise ValueError(
-            f"a stage is given as one value, though it takes a mapping of its fields, or a number is too large "
-            f"({error}); see {parser.prog} --help"
+            f"a value is of another kind than its setting, or too large a number ({error}); see {parser.prog} --help"
         ) from None
+
+
+def _check_stages(asked: Namespace) -> None:
+    """Raise ValueError where a stage is given as one value."""
+    for name, default in vars(NanoQuantConfig()).items():
+        if dataclasses.is_dataclass(default) and not isinstance(asked.get(name, asked), Namespace):
+            raise ValueError(
+                f"{name} is {asked[name]!r}; it takes a mapping of its fields, as {name}: {{field: value}}"
+            )
 
 
 def parse_report(arguments: list[str]) -> ReportConfig:
@@ -231,10 +239,19 @@ class _YamlFile(jsonargparse.ActionConfigFile):
         """
         with contextlib.suppress(OSError):  # text in the place of a file may be too long for a name
             if Path(values).is_file():  # a pipe can be read only once
-                read_yaml(values)
-        before = cfg.get("budget.bits")
+                content = read_yaml(values)
+                if not isinstance(content, dict):
+                    raise ValueError(
+                        f"{values} holds {content!r}; it must map names of settings to values"
+                    )
+        before, named = cfg.get("budget.bits"), {n: cfg.get(n) for n in ("source", "output")}
         cfg["bits"] = cfg["budget.bits"] = None
         super().__call__(parser, cfg, values, option_string)
+        for name, value in named.items():
+            if value is not None and cfg.get(name) != value:
+                raise ValueError(
+                    f"{values}: {name} is {cfg.get(name)!r}, but the command says {value!r}; leave it out of the file"
+                )
         given = [bits for bits in (cfg["bits"], cfg["budget.bits"]) if bits is not None]
         if len(set(given)) > 1:
             raise ValueError(
@@ -268,32 +285,3 @@ def _pick(kind: type, values: Namespace) -> Any:  # noqa: ANN401
     """An instance of a dataclass from the values that are its fields."""
     names = [item.name for item in dataclasses.fields(kind) if item.name in values]
     return kind(**{name: values[name] for name in names})
-
-
-def _spell_out(parser: ArgumentParser, arguments: list[str]) -> list[str]:
-    """Arguments with underscores and full names of flags, and true after a switch without a value.
-
-    A flag that takes a list may be given several times, each time with one text; what a YAML before it gave is
-    replaced, not continued.
-    """
-    switches = {
-        f"--{action.dest}" for action in parser._actions if action.metavar == "{true,false}"
-    }
-    known = parser._option_string_actions
-    spelled, rest, begun = [], list(arguments), set()
-    while rest:
-        argument = rest.pop(0)
-        following = rest[0] if rest else ""
-        name, equals, value = argument.partition("=")
-        flag = name.replace("-", "_").replace("__", "--", 1) if name.startswith("--") else name
-        flag = SHORT.get(flag, flag) if SHORT.get(flag) in known else flag
-        if f"{flag}+" in known and (equals or rest):
-            item = value if equals else rest.pop(0)
-            append = "+" if flag in begun else ""
-            spelled.append(f"{flag}{append}={json.dumps([item])}")  # else "null" would not be text
-            begun.add(flag)
-            continue
-        begun = set() if flag == "--config" else begun
-        switched = flag in switches and not equals and following not in ("true", "false")
-        spelled.append(f"{flag}=true" if switched else flag + equals + value)
-    return spelled

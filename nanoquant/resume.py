@@ -36,17 +36,17 @@ def resume_command(output: str) -> None:
     try:
         job, config = JobConfig(**record["job"]), NanoQuantConfig.from_dict(record["config"])
         directory = Path(record["directory"])
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / RUN_FILE} is not of this version ({error}); give the quantize command again"
         ) from None
+    if not directory.is_dir():
+        raise ValueError(f"the run was started in {directory}, which is gone; make it again")
     if run_folder(directory / job.output).resolve() != folder.resolve():
         raise ValueError(
             f"{folder / RUN_FILE} is of the run of {directory / job.output}, so the folder was moved or copied; resume "
             "that one, or give the quantize command again"
         )
-    if not directory.is_dir():
-        raise ValueError(f"the run was started in {directory}, which is gone; make it again")
     os.chdir(directory)
     if (Path(job.output) / "config.json").is_file() and not left_unmeasured(job, config):
         raise ValueError(

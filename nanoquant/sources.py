@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -19,7 +22,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from nanoquant.checkpoint import load
 from nanoquant.checkpoint_files import (
+    ADAPTER_FILE,
     QUANT_METHOD,
+    check_counts,
     check_method,
     read_headers,
     read_json,
@@ -27,6 +32,7 @@ from nanoquant.checkpoint_files import (
 )
 from nanoquant.mapped import map_tensors
 from nanoquant.model_folder import resolve_folder
+from nanoquant.stored_tensors import StoredTensor
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +40,8 @@ TOKENIZER_FILES = (
     "tokenizer.json tokenizer.model vocab.json vocab.txt spiece.model sentencepiece.bpe.model"
 ).split()
 GPU_NAMES = ("gpu", "cuda")
+DENSE = ("BF16", "F32", "F16")
+"""How safetensors name the types of dense weights."""
 
 
 def find_model(name: str) -> Path:
@@ -54,14 +62,35 @@ def find_model(name: str) -> Path:
         raise ValueError(
             f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the model's own there"
         )
-    shard_files(folder)
+    stored = read_headers(shard_files(folder), None)
+    check_counts(read_json(folder / "config.json"), len(stored), folder)
+    check_method(quantization_method(folder), str(folder))
+    read_config(folder)
+    if (folder / GENERATION_CONFIG_NAME).exists():
+        read_json(folder / GENERATION_CONFIG_NAME)
     return folder
 
 
 def quantization_method(folder: Path) -> str | None:
     """The ``quant_method`` of a folder's config.json; None for a dense model."""
     found = read_json(folder / "config.json").get("quantization_config") or {}
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{folder / 'config.json'} has quantization_config {found!r}; it must be an object"
+        )
     return found.get("quant_method")
+
+
+def read_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a folder; none of its code is run.
+
+    Raises:
+        ValueError: transformers knows no such model, or a value is none that it takes.
+    """
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # every configuration checks its values in a way of its own
+        raise ValueError(f"{folder / 'config.json'} can't be used: {error}") from error
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -83,9 +112,7 @@ def load_model(folder: Path, device: torch.device, trainable: bool = False) -> P
     Raises:
         ValueError: the checkpoint is damaged or incomplete; names what is missing.
     """
-    method = quantization_method(folder)
-    check_method(method, str(folder))
-    if method == QUANT_METHOD:
+    if quantization_method(folder) == QUANT_METHOD:
         return load(folder).to(device).eval()
     model, found = _load_mapped(
         folder, torch.bfloat16 if trainable and _is_float16(folder) else None
@@ -96,6 +123,7 @@ def load_model(folder: Path, device: torch.device, trainable: bool = False) -> P
             f"{folder} lacks {len(lacking)} tensors of {type(model).__name__}, or has them in "
             f"another shape: {', '.join(lacking[:5])}; it is incomplete or of another model"
         )
+    _check_unused(folder, model, found["unexpected_keys"])
     return model.to(device).eval()
 
 
@@ -104,7 +132,7 @@ def _load_mapped(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
 
     Weights that transformers converts, to another dtype or layout, are in memory instead.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    config = read_config(folder)
     try:
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     except KeyError:
@@ -113,19 +141,56 @@ def _load_mapped(folder: Path, dtype: torch.dtype | None) -> tuple[PreTrainedMod
         ) from None
     if getattr(kind, "config_class", None) is config.sub_configs.get("text_config", config):
         config = config.get_text_config()  # the language model of one that sees as well
-    tensors = map_tensors(read_headers(shard_files(folder), None))
-    stored = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+    stored = read_headers(shard_files(folder), None)
+    check_stored(stored)
+    tensors = map_tensors(stored)
+    first = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
     model, found = kind.from_pretrained(
         None,
         config=config,
         state_dict=tensors,
-        dtype=dtype or config.dtype or stored,
+        dtype=dtype or config.dtype or first,
         output_loading_info=True,
     )
     model.name_or_path = model.config.name_or_path = str(folder)
     if (folder / GENERATION_CONFIG_NAME).is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model, found
+
+
+def check_stored(stored: dict[str, StoredTensor]) -> None:
+    """Raise ValueError where weights are in another type than those of dense models."""
+    strange = {
+        tensor.dtype
+        for name, tensor in stored.items()
+        if tensor.dtype not in DENSE and (tensor.dtype.startswith("F") or name.endswith(".weight"))
+    }
+    if strange:
+        raise ValueError(
+            f"tensors are stored as {', '.join(sorted(strange))}; allowed: {', '.join(DENSE)}; convert the model to "
+            "bfloat16"
+        )
+
+
+def _check_unused(folder: Path, model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Refuse a folder that has more blocks, or more weights in them, than its model; warn of what else is not used."""
+    places = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    lost = []
+    for name in names:
+        place = next((place for place in places if f".{name}".find(f".{place}.") >= 0), None)
+        number = None if place is None else name.partition(f"{place}.")[2].partition(".")[0]
+        inside = number is not None and number.isdigit()
+        if inside and (int(number) >= places[place] or name.endswith(".weight")):
+            lost.append(name)
+    if lost:
+        raise ValueError(
+            f"{folder} has {len(lost)} tensors that {type(model).__name__} has no place for by its config.json, the "
+            f"first is {min(lost)}; give the config.json that belongs to these weights"
+        )
+    if names:
+        logger.warning(
+            "%s: %d tensors are not used: %s", folder, len(names), ", ".join(sorted(names)[:5])
+        )
 
 
 def _is_float16(folder: Path) -> bool:
@@ -138,7 +203,11 @@ def _is_float16(folder: Path) -> bool:
 
 
 def check_dense(folder: Path) -> None:
-    """Raise ValueError if the model is quantized already."""
+    """Raise ValueError if the model is quantized already, or an adapter lies beside it."""
+    if (folder / ADAPTER_FILE).is_file():
+        raise ValueError(
+            f"{folder} holds {ADAPTER_FILE}: merge the adapter into the model and save that, or move it elsewhere"
+        )
     method = quantization_method(folder)
     if method is not None:
         raise ValueError(

@@ -62,6 +62,8 @@ class RunConfig:
     result."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be 0 to {2**63 - 1}, got {self.seed}")
         if not self.timeout > 0:
             raise ValueError(f"timeout must be above 0 seconds, got {self.timeout}")
         if self.activation_memory is not None:

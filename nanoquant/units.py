@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 UNITS = {"B": 1} | {f"{p}B": 1000**n for n, p in enumerate("kMGT", 1)}
@@ -21,7 +22,8 @@ def parse_bytes(text: str, what: str = "memory") -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-zA-Z]+)\s*", str(text))
     units = {unit.lower(): size for unit, size in UNITS.items()}
     size = units.get(found[2].lower()) if found else None
-    value = 0 if size is None else int(float(found[1]) * size)
+    number = math.nan if size is None else float(found[1]) * size
+    value = int(number) if math.isfinite(number) else 0
     if value < 1:
         raise ValueError(
             f"{what} must be a number above 0 with a unit, {', '.join(UNITS)}, such as 8GB (10^9 bytes "

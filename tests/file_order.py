@@ -227,6 +227,7 @@ ORDER = (
     "estimate.command",
     "evaluation.command",
     "yaml_files",
+    "spelling",
     "parsers",
     "ablation.__init__",
     "ablation.plan",

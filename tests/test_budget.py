@@ -110,7 +110,7 @@ def test_equal_layers_get_equal_ranks_but_for_the_remainder():
 @pytest.mark.parametrize(
     ("bits", "message"),
     [
-        (0.05, r"rank 32 takes 0\.\d+ bits.*full rank 1\.\d+.*this one is 0\.\d+ too low"),
+        (0.05, r"rank 32 takes 0\.\d+ bits.*smaller dimension 3\.0\d+.*this one is 0\.\d+ too low"),
         (3.5, r"rank 2 times the smaller dimension 3\.0\d+.*this one is 0\.4\d+ too high"),
         (50.0, r"rank 2 times the smaller dimension 3\.0\d+.*this one is 4\d\.\d+ too high"),
     ],

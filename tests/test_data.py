@@ -211,3 +211,12 @@ def test_sizes_out_of_range_are_refused():
         make_windows(torch.arange(5), 1)
     with pytest.raises(ValueError, match="number of windows is 0"):
         DataConfig(text="a.txt", windows=0)
+
+
+def test_lines_of_json_are_known_by_any_spelling_and_one_value_is_refused(tmp_path, tokenizer):
+    lines = '{"text": "the river"}\n{"text": "runs"}\n'
+    first = load_tokens(write(tmp_path / "a.jsonl", lines), tokenizer)
+    for name in ("A.JSONL", "a.ndjson"):
+        assert torch.equal(load_tokens(write(tmp_path / name, lines), tokenizer), first)
+    with pytest.raises(ValueError, match="is one JSON value; write a text or one object a line"):
+        load_tokens(write(tmp_path / "a.json", '{"text": "the river"}'), tokenizer)

@@ -19,7 +19,7 @@ from huggingface_hub import ModelCard, constants
 from nanoquant import finish as ending
 from nanoquant.config import nanoquant_config
 from nanoquant.figures import Figures
-from nanoquant.hub.publish import write_card
+from nanoquant.hub.publish import push, write_card
 from nanoquant.hub.reproduce import quantize_line
 from nanoquant.job_config import JobConfig
 from nanoquant.model_folder import resolve_folder
@@ -253,7 +253,14 @@ def test_transformers_itself_pushes_and_loads_by_name(copied, tmp_path):
     assert done.stdout.split() == ["True", "PackedBinaryLinear"], done.stderr
 
 
-@pytest.mark.parametrize("name", ["small one", "a/b/c", "-a/b"])
+def test_an_upload_that_reaches_no_hub_says_so(copied, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
+    with pytest.raises(OSError, match="me/small could not be uploaded.*look at the connection"):
+        push(copied, "me/small")
+
+
+@pytest.mark.parametrize("name", ["small one", "a/b/c", "-a/b", "small"])
 def test_names_that_no_hub_has_are_refused(copied, name, capsys):
     assert "no name on a hub" in refused(capsys, "push", copied, f"--name={name}")
 

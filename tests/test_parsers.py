@@ -127,3 +127,32 @@ def test_settings_of_generate_are_those_of_its_dataclass():
     assert GenerationSettings(**fields) == GenerationSettings(options={"repetition_penalty": 1.1})
     with pytest.raises(ValueError, match="flags near --temprature: --temperature"):
         parsers.parse(parser, ["MODEL", "--temprature", "1"])
+
+
+@pytest.mark.parametrize(
+    "text", ["party 🎉.txt", 'a "b" \\ c.txt', "null", "\x7f\u2028.txt", "你好.txt"]
+)
+def test_names_of_texts_may_hold_anything(text):
+    job, _ = parsers.parse_quantize(["M", "O", "--text", text])
+    assert job.text == text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("", "holds None; it must map names of settings"),
+        ("[1]", r"holds \[1\]; it must map"),
+        ("admm: 5", "admm is 5; it takes a mapping of its fields"),
+        ("admm: null", "admm is None; it takes a mapping of its fields"),
+        ("source: other", "source is 'other', but the command says 'M'"),
+    ],
+)
+def test_yaml_that_says_something_else_is_named(content, words, tmp_path):
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        parsers.parse_quantize(["M", "O", "--text", "x", "--config", str(tmp_path / "c.yaml")])
+
+
+def test_a_seed_that_no_generator_takes_is_refused():
+    with pytest.raises(ValueError, match="seed must be 0 to"):
+        parsers.parse_quantize(["M", "O", "--text", "x", "--run.seed", str(2**63)])

@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from nanoquant.architectures import find_skeleton_decoder
 from nanoquant.benchmark.shapes import linear_shapes, skeleton
@@ -25,11 +25,8 @@ from nanoquant.mapped import map_tensors
 from nanoquant.methods import Sizes, body_bits, layer_of, method_of, sizes_summary
 from nanoquant.packed_layers import pack_layer
 from nanoquant.sizes import tensor_bytes
-from nanoquant.sources import check_dense, find_model
+from nanoquant.sources import check_dense, check_stored, find_model, read_config
 from nanoquant.units import amount
-
-TRAINABLE = ("BF16", "F32")
-CONVERTED = ("F16",)
 
 
 def check_files(name: str) -> tuple[Path, str]:
@@ -42,8 +39,7 @@ def check_files(name: str) -> tuple[Path, str]:
 
 def check_parts(folder: Path) -> tuple[PreTrainedModel, dict[str, tuple[int, int]], str]:
     """The model without its weights, and the linears that would be quantized."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    model = skeleton(config)
+    model = skeleton(read_config(folder))
     shapes = linear_shapes(model)
     kinds = len(set(shapes.values()))
     return model, shapes, f"{type(model).__name__}: {len(shapes)} linears of {kinds} shapes"
@@ -63,14 +59,14 @@ def check_tensors(folder: Path, model: PreTrainedModel) -> tuple[dict[str, Store
             f"{len(other)} tensors have another shape than the config says, {first} is {stored[first].shape} and not "
             f"{wanted[first]}; the weights belong to another config"
         )
+    check_stored(stored)
     kinds = Counter(tensor.dtype for tensor in stored.values())
-    strange = sorted(kinds.keys() - {*TRAINABLE, *CONVERTED, "I64", "BOOL"})
-    if strange:
-        raise ValueError(
-            f"tensors are stored as {', '.join(strange)}; allowed: {', '.join((*TRAINABLE, *CONVERTED))}; "
-            "convert the model to bfloat16"
-        )
     missing = len(wanted.keys() - stored.keys())
+    if missing and not stored.keys() - wanted.keys():
+        first = min(wanted.keys() - stored.keys())
+        raise ValueError(
+            f"{missing} tensors of the model are not stored, {first} is one; copy the model again"
+        )
     text = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
     text += " (float16 is going to be bfloat16)" if kinds["F16"] else ""
     return stored, text + (f"; {missing} under other names" if missing else "")

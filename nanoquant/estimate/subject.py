@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nanoquant.architectures import Decoder, find_skeleton_decoder
 from nanoquant.budget import Shapes
@@ -18,6 +18,7 @@ from nanoquant.config import NanoQuantConfig
 from nanoquant.hf_quantizer import FLOATS
 from nanoquant.ranks import decoder_shapes
 from nanoquant.sizes import tensor_bytes
+from nanoquant.sources import read_config
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def subject_of_folder(folder: Path, config: NanoQuantConfig) -> Subject:
     """
     files = shard_files(folder)
     stored = read_headers(files, None)
-    loaded = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    loaded = read_config(folder)
     dtype = loading_dtype(folder, loaded, stored)
     floats = {FLOATS[t.dtype] for t in stored.values() if t.dtype in FLOATS}
     size = sum(file.stat().st_size for file in files)

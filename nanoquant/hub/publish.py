@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from nanoquant.checkpoint_files import verify_folder
@@ -77,6 +77,8 @@ def push(folder: str | Path, name: str, private: bool = False) -> str:
     verify_folder(folder)
     try:
         validate_repo_id(name)
+        if "/" not in name:
+            raise HFValidationError("the owner is missing")
     except HFValidationError as error:
         raise ValueError(f"{name!r} is no name on a hub, such as owner/name: {error}") from None
     if not (folder / CARD).is_file() or f"- {MARK}" not in (folder / CARD).read_text("utf-8"):
@@ -93,8 +95,8 @@ def push(folder: str | Path, name: str, private: bool = False) -> str:
             commit_message="Quantized by nanoquant",
             ignore_patterns=[".*", "*.partial"],
         )
-    except HfHubHTTPError as error:
-        status = None if error.response is None else error.response.status_code
-        why = REFUSED.get(status, str(error))
+    except HTTPError as error:  # refused, or not reached at all
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        why = REFUSED.get(status, f"{error}; look at the connection and HF_ENDPOINT")
         raise OSError(f"{name} could not be uploaded: {why}") from error
     return str(place)

@@ -31,6 +31,10 @@ SECONDS_BETWEEN_FLUSHES = 1.0
 def run_folder(output: str | Path) -> Path:
     """Where the record of the checkpoint ``output`` lies: beside it."""
     path = Path(output).absolute()
+    if not path.name:
+        raise ValueError(
+            f"{str(output)!r} can't be the folder of a checkpoint; name a folder in it"
+        )
     return path.with_name(path.name + SUFFIX)
 
 
