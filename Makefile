@@ -1,7 +1,9 @@
 # make demo                             quantize a real 135M model in .venv and show what came of it
 # make demo PRESET=balanced BITS=0.8    the same with other settings; ARGS="..." passes any flag of nanoquant quantize
 # make demo MODEL=gemma-3-270m          the same with a model of another family
+# make install                          .venv with the command nanoquant in .venv/bin, and all that demo and tests need
 # make test                             lint and tests
+# make proofs                           what several processes, a server and a wheel prove, in minutes
 # make release                          wheel and sdist in dist/, after the wheel passed a smoke test without the sources
 # make docs                             the API reference, in build/reference
 
@@ -11,10 +13,11 @@ PRESET ?= fast
 BITS ?= 1.0
 ARGS ?=
 
-VENV := .venv
-PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
+VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS)
 
-.PHONY: demo test docs release install
+.PHONY: demo test proofs docs release install
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -25,6 +28,10 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
+proofs: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow tests/test_torchao_processes.py tests/test_tutorials.py tests/test_serve.py
+	$(VENV)/bin/python tests/wheel_smoke.py
+
 release: $(VENV)/.installed
 	$(VENV)/bin/python tests/wheel_smoke.py
 	$(VENV)/bin/python -m build --no-isolation
@@ -34,9 +41,9 @@ docs: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@echo "Setting up $(VENV); the first time takes some minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --editable '.[dev,demo,eval,plots,docs,tune]'
+	$(PIP) --editable '.[dev,demo,eval,plots,docs,tune,serve]'
 	@touch $@

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,17 @@ def test_every_public_name_is_described(pages):
     names = [f"nanoquant.{name}" for name in nanoquant.__all__]
     names += [f"nanoquant_kernels.{name}" for name in nanoquant_kernels.__all__]
     assert [name for name in names if f'id="{name}"' not in described] == []
+
+
+def test_what_documents_tell_to_import_is_described(pages):
+    described, told = "".join(pages.values()), set()
+    for file in (ROOT / "README.md", *ROOT.joinpath("recipes").glob("*.md")):
+        text = file.read_text(encoding="utf-8")
+        for module, names in re.findall(r"^from (nanoquant[\w.]*) import ([\w, ]+)$", text, re.M):
+            told |= {f"{module}.{name}" for name in names.split(", ")}
+        told |= set(re.findall(r"`(nanoquant\.\w+\.[\w.]+)\(", text))
+    assert told >= {"nanoquant.adapters.save_adapter", "nanoquant.adapters.load_adapter"}
+    assert [name for name in sorted(told) if f'id="{name}"' not in described] == []
 
 
 def configs(kind):

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parents[1] / "tutorials"
+MOST = 120
+"""Seconds that a tutorial may take."""
 HELPERS = {"small_model"}
 NAMES = sorted(file.stem for file in FOLDER.glob("*.py") if file.stem not in HELPERS)
 
@@ -21,7 +23,7 @@ def run(name, *arguments):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=MOST,
     )
     said = [line for line in done.stderr.splitlines() if not line.startswith("nanoquant: ")]
     assert (done.returncode, said) == (0, []), done.stderr
