@@ -22,14 +22,13 @@ from fuzz_damage import (
     change_value,
     cut,
     doubled,
-    extra,
     flip,
     headers,
     lengths,
     nested,
-    other_kind,
     payload,
 )
+from fuzz_kinds import extra, other_kind
 from fuzz_run import DOCUMENTED, FREE, MULTIPLE, clear_peak, limited, main, resident
 from packed_models import pack_randomly
 from safetensors import safe_open

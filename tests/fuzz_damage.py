@@ -2,8 +2,6 @@
 
 import copy
 import json
-import os
-import shutil
 
 HOSTILE = (
     *(
@@ -263,51 +261,3 @@ def cut(content, rng):
         edge = size - len(split(content)[1])
         return content[: max(0, edge + rng.choice((-1, 0, 1)))]
     return content[: rng.choice((0, 1, 7, 8, 9, size // 2, size - 1, rng.randrange(size)))]
-
-
-def other_kind(file, rng):
-    """A file that is gone, empty, a folder, a pipe, or a link to what is no such file."""
-    content = file.read_bytes()
-    file.unlink()
-    how = rng.randrange(8)
-    if how == 1:
-        file.touch()
-    elif how == 2:
-        file.mkdir()
-    elif how == 3:
-        os.mkfifo(file)
-    elif how in (4, 5, 6):
-        file.symlink_to(
-            rng.choice(("/dev/zero", "/dev/null", file.name, "..", "nowhere", "config.json"))
-        )
-    elif how == 7:  # the same content behind a link is as good
-        hidden = file.with_name(".elsewhere")
-        hidden.write_bytes(content)
-        file.symlink_to(hidden.name)
-
-
-def extra(folder, rng):
-    """One more file, such as other programs leave or an attacker would."""
-    name = rng.choice(
-        (
-            *(
-                "model.safetensors",
-                "model.safetensors.index.json",
-                "pytorch_model.bin",
-                "adapter_config.json",
-            ),
-            *(
-                "adapter_model.safetensors",
-                "modeling_x.py",
-                "generation_config.json",
-                "model-00009-of-00009.safetensors",
-            ),
-        )
-    )
-    file = folder / name
-    if file.exists():
-        return
-    if rng.random() < 0.5:
-        shutil.copyfile(rng.choice(sorted(f for f in folder.iterdir() if f.is_file())), file)
-    else:
-        file.write_bytes(rng.choice((b"", b"{}", b"[", b"\0" * 100, b'{"weight_map": {}}')))

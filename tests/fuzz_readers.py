@@ -22,9 +22,9 @@ from fuzz_damage import (
     headers,
     lengths,
     nested,
-    other_kind,
     payload,
 )
+from fuzz_kinds import other_kind
 from fuzz_run import DOCUMENTED, FREE, MULTIPLE, clear_peak, limited, main, resident
 from fuzz_states import deflated, other_value, swollen
 from packed_models import random_factors
@@ -136,9 +136,8 @@ def state():
     return tensors
 
 
-def make_intact(root):
-    """Readers by name; each has its intact content."""
-    root.mkdir()
+def write_tensors(root):
+    """Files of tensors, and of what was measured."""
     save_file(state(), root / "words.safetensors")
     torch.save(state(), root / "words.pt")
     torch.save(state(), root / "old.pt", _use_new_zipfile_serialization=False)
@@ -149,6 +148,28 @@ def make_intact(root):
     )
     losses = SensitivityFile(root / "losses.json", "f")
     losses.add("layers.0", GroupLoss(0.5, {"layers.0.up": {8: 0.25, 16: 0.125}}))
+
+
+def read_words(file):
+    split_state(read_state(file))
+
+
+def config(file):
+    parse_quantize(["dense", "out", "--text", "x.txt", "--config", str(file)])
+
+
+def of_folder(file):
+    read_run(file.parent)
+
+
+def tokens(file):
+    load_tokens(str(file), None)
+
+
+def make_intact(root):
+    """Readers by name; each has its intact content."""
+    root.mkdir()
+    write_tensors(root)
     record = {
         "format": 1,
         "protocols": {"text": {}},
@@ -163,18 +184,6 @@ def make_intact(root):
 
     def content(name):
         return (root / name).read_bytes()
-
-    def read_words(file):
-        split_state(read_state(file))
-
-    def config(file):
-        parse_quantize(["dense", "out", "--text", "x.txt", "--config", str(file)])
-
-    def of_folder(file):
-        read_run(file.parent)
-
-    def tokens(file):
-        load_tokens(str(file), None)
 
     files, read_adapter = adapter_files(root / "adapter")
     adapters = (

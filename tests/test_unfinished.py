@@ -17,7 +17,6 @@ from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.progress import Progress
 from nanoquant.quantize import quantize
-from nanoquant.resuming import Order
 from nanoquant.tensor_file import TORN, TensorFile
 from nanoquant.text_plan import plan_text
 from nanoquant.training import RunConfig
@@ -297,15 +296,3 @@ def test_a_write_that_is_killed_leaves_the_file_before_it(tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         file.write({"x": torch.zeros(3)}, {"step": 2})
     assert file.values() == {"step": 1} and torch.equal(file.read().tensors["x"], torch.ones(3))
-
-
-def test_an_order_begins_anywhere_and_holds_every_window_once_an_epoch():
-    order = Order(windows=7, batch=2, epochs=3, seed=5)
-    whole = list(order)
-    assert len(whole) == len(order) == order.steps == 12
-    for epoch in range(3):
-        batches = whole[4 * epoch : 4 * epoch + 4]
-        assert sorted(n for batch in batches for n in batch) == list(range(7))
-    assert whole[:4] != whole[4:8]
-    order.start = 5
-    assert list(order) == whole[5:] and len(order) == 7
