@@ -176,33 +176,36 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
     step = config.rank_multiple
     cap = {name: largest_rank(*shape, step, config.bits) for name, shape in shapes.items()}
     least = {name: min(step, cap[name]) for name in shapes}
-    every = {name: largest_rank(*shape, step, WIDEST) for name, shape in shapes.items()}
-    widest = body_bits(shapes, least), body_bits(shapes, every)
-    smallest = f"rank {step}"
-    largest = "full rank" if config.bits <= 1 else f"rank {WIDEST} times the smaller dimension"
     if config.allocation != "uniform":
         for name, shape in shapes.items():
             uniform = max(real_rank(*shape, config.bits), step) / step  # in steps
             most = min(config.high * uniform, cap[name] / step)
             cap[name] = min(cap[name], math.ceil(most) * step)
             least[name] = min(cap[name], max(least[name], int(config.low * uniform) * step))
-        smallest = f"the smallest ranks (low={config.low} times uniform)"
-        largest = f"the largest ranks (high={config.high} times uniform, within {largest})"
     few, many = body_bits(shapes, least), body_bits(shapes, cap)
-    if not widest[0] <= config.bits <= widest[1]:  # whatever the allocation allows
-        few, many, smallest, largest = (
-            *widest,
-            f"rank {step}",
-            f"rank {WIDEST} times the smaller dimension",
-        )
     if not few <= config.bits <= many:
-        gap = few - config.bits if config.bits < few else config.bits - many
-        raise ValueError(
-            f"bits={config.bits} can't be met with these shapes: {smallest} takes {few:.4f} bits per weight and "
-            f"{largest} {many:.4f}; ask for a value between the two, this one is {gap:.4f} too "
-            f"{'low' if config.bits < few else 'high'}"
-        )
+        raise ValueError(_out_of_reach(shapes, config, few, many))
     return RankLimits(least, cap, _whole_bits(config.bits, count_weights(shapes)), step)
+
+
+def _out_of_reach(shapes: Shapes, config: BudgetConfig, few: float, many: float) -> str:
+    """What bits can be met, and by how much these miss it; ``few`` and ``many`` are those within low and high."""
+    step, bits = config.rank_multiple, config.bits
+    smallest = f"the smallest ranks (low={config.low} times uniform)"
+    largest = f"the largest ranks (high={config.high} times uniform)"
+    cap = {name: largest_rank(*shape, step, WIDEST) for name, shape in shapes.items()}
+    every = (
+        body_bits(shapes, {name: min(step, cap[name]) for name in shapes}),
+        body_bits(shapes, cap),
+    )
+    if not every[0] <= bits <= every[1]:  # whatever low and high are
+        few, many = every
+        smallest, largest = f"rank {step}", f"rank {WIDEST} times the smaller dimension"
+    gap = few - bits if bits < few else bits - many
+    return (
+        f"bits={bits} can't be met with these shapes: {smallest} takes {few:.4f} bits per weight and {largest} "
+        f"{many:.4f}; ask for a value between the two, this one is {gap:.4f} too {'low' if bits < few else 'high'}"
+    )
 
 
 def allocate_ranks(shapes: Shapes, config: BudgetConfig) -> dict[str, int]:

@@ -204,7 +204,11 @@ def test_exponents_stay_where_they_make_sense(errors, exponent):
 def test_limits_that_leave_the_budget_out_of_reach_say_by_how_much():
     shapes = {"a": (512, 512), "b": (512, 4096)}
     config = BudgetConfig(bits=3.0, allocation="prior", high=1.0)
-    with pytest.raises(ValueError, match=r"high=1\.0 .*this one is 0\.\d+ too high"):
+    with pytest.raises(ValueError, match=r"smaller dimension 2\.4826.*this one is 0\.\d+ too high"):
+        rank_limits(shapes, config)
+    shapes = {f"a{i}": (64, 64) for i in range(40)} | {"b": (512, 4096)}
+    config = BudgetConfig(bits=0.4, rank_multiple=64, allocation="prior", low=1.0)
+    with pytest.raises(ValueError, match=r"low=1\.0 .*this one is 0\.\d+ too low"):
         rank_limits(shapes, config)
 
 

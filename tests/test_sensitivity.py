@@ -257,6 +257,6 @@ def test_settings_out_of_range_are_refused(fields):
 def test_limits_that_can_not_be_met_are_refused_before_calibration():
     budget = dataclasses.replace(MEASURED.budget, bits=9.0)
     progress = Counting()
-    with pytest.raises(ValueError, match=r"high=2\.0.* this one is \d\.\d+ too high"):
+    with pytest.raises(ValueError, match=r"smaller dimension .* this one is \d\.\d+ too high"):
         run(None, progress, dataclasses.replace(MEASURED, budget=budget))
     assert progress.counts == {}
