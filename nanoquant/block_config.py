@@ -74,6 +74,11 @@ class BlockConfig:
                 f"reassign must be at least 0 and leave an epoch of each refinement before and after it, got "
                 f"{self.reassign} with refine_epochs={self.refine_epochs} and joint_epochs={self.joint_epochs}"
             )
+        if self.patience != BlockConfig.patience and not self.held_out:
+            raise ValueError(
+                f"patience={self.patience} and held_out=0 exclude each other: no phase of the block would be stopped; "
+                "give held_out, or leave it out"
+            )
         if self.held_out and self.reassign:
             raise ValueError(
                 f"held_out={self.held_out} and reassign={self.reassign} exclude each other: the best state of a phase "

@@ -91,6 +91,7 @@ def test_a_good_rate_gains_on_windows_that_do_not_train(monkeypatch):
         ({"held_out": -1}, "not be negative, got -1"),
         ({"held_out": 16}, "one of windows=16 to train on"),
         ({"patience": 0}, "patience must be at least 1"),
+        ({"patience": 2}, "patience=2 and held_out=0 exclude each other"),
         ({"held_out": 2, "dense_epochs": 0, "refine_epochs": 0}, "exclude each other"),
     ],
 )
