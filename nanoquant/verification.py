@@ -138,12 +138,21 @@ def check_finite(model: nn.Module) -> str:
     """Every tensor of a loaded model, buffers included.
 
     Raises:
-        ValueError: names those that have a value that is not finite.
+        ValueError: names those that have a value that is not finite, and packed ones of zeros alone, as a disk that
+            lost what was written leaves them.
     """
     tensors = [*model.named_parameters(), *model.named_buffers()]
     broken = non_finite(tensors)
     if broken:
         raise ValueError(f"values that are not finite in {shorten(broken)}")
+    empty = [
+        f"{name}.{part}"
+        for name, layer in packed_modules(model).items()
+        for part, tensor in layer.named_parameters()
+        if tensor.is_floating_point() and part != "bias" and not tensor.any()
+    ]
+    if empty:
+        raise ValueError(f"nothing but zeros in {shorten(empty)}; copy the checkpoint again")
     return f"{len(tensors)} tensors finite"
 
 

@@ -63,6 +63,14 @@ def test_a_value_that_is_not_finite_is_named(tmp_path, capsys):
     assert "NOT verified: load: model.norm.weight holds a value that is not finite" in out
 
 
+def test_scales_that_a_disk_lost_are_named(tmp_path, capsys):
+    folder = save(tmp_path / "out", pack_randomly(tiny_llama()))
+    change(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.s1"].zero_())
+    code, checks, _, err, _ = verify(capsys, folder)
+    assert code == 2 and "nothing but zeros in model.layers.1.mlp.up_proj.s1" in err
+    assert list(checks) == NAMES[:2] and not checks["finite"]["ok"]
+
+
 def test_a_linear_that_was_left_dense_is_named(tmp_path, capsys):
     model, name = pack_randomly(tiny_llama()), "model.layers.1.mlp.up_proj"
     model.set_submodule(name, tiny_llama().get_submodule(name))
