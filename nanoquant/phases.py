@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,26 @@ from nanoquant.unfinished import Initialized, Unfinished
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Run:
+    """What all phases work on, and report to."""
+
+    model: PreTrainedModel
+    decoder: Decoder
+    chosen: range
+    """Blocks that become quantized."""
+    text: Text
+    progress: Progress
+    loggers: list[Any] | None
+    recorder: Recorder
+    unfinished: Unfinished
+    memory: ActivationMemory
+
+    def precision(self, config: NanoQuantConfig) -> str:
+        """Of the model, see :func:`precision_of`."""
+        return precision_of(self.model, config)
+
+
 def precision_of(model: PreTrainedModel, config: NanoQuantConfig) -> str:
     """Lightning precision: the config's, or mixed for a bfloat16 model and full for float32."""
     usual = "bf16-mixed" if model.dtype == torch.bfloat16 else "32-true"
@@ -49,17 +69,9 @@ def precision_of(model: PreTrainedModel, config: NanoQuantConfig) -> str:
 
 
 def initialize(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    chosen: range,
-    text: Text,
+    run: Run,
     options: list[NanoQuantConfig],
     reconstructor: BlockReconstructor,
-    progress: Progress,
-    loggers: list[Any] | None,
-    recorder: Recorder,
-    unfinished: Unfinished,
-    memory: ActivationMemory,
     sensitivity_file: str | Path | None,
     initializer: Initializer | None = None,
 ) -> Initialized:
@@ -68,40 +80,25 @@ def initialize(
     Raises:
         ValueError: blocks are to run one by one, and what they are called with depends on the text.
     """
-    importances = unfinished.importances
+    importances = run.unfinished.importances
     if options[0].block.tunes or options[0].model.kept_logits is not None:
-        check_calls(model, decoder)
-    calibrate(model, decoder, chosen, text, options[0], progress, unfinished, memory)
+        check_calls(run.model, run.decoder)
+    calibrate(run, options[0])
     choice = choose_sizes(
-        model,
-        decoder,
-        chosen,
-        text,
+        run.model,
+        run.decoder,
+        run.chosen,
+        run.text,
         importances,
         options,
-        progress,
-        recorder,
+        run.progress,
+        run.recorder,
         sensitivity_file,
         initializer,
     )
     option = options.index(choice.config)
-    reports = reconstruct_blocks(
-        model,
-        decoder,
-        chosen,
-        reconstructor,
-        importances,
-        choice.sizes,
-        text,
-        choice.config,
-        progress,
-        loggers,
-        recorder,
-        unfinished,
-        option,
-        memory,
-    )
-    diagonals = importances.diagonals(chosen)
+    reports = reconstruct_blocks(run, reconstructor, choice.sizes, choice.config, option)
+    diagonals = importances.diagonals(run.chosen)
     importances.release()
     return Initialized(option, choice.sizes, reports, diagonals)
 
@@ -117,74 +114,55 @@ def check_calls(model: PreTrainedModel, decoder: Decoder) -> None:
         capture_block_inputs(model, decoder, torch.stack([tokens, tokens.flip(0)]))
 
 
-def calibrate(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    chosen: range,
-    text: Text,
-    config: NanoQuantConfig,
-    progress: Progress,
-    unfinished: Unfinished,
-    memory: ActivationMemory,
-) -> None:
+def calibrate(run: Run, config: NanoQuantConfig) -> None:
     """Phase 1: importances of the linears of the chosen blocks, kept as they come, but those that are kept already."""
-    blocks = len(decoder.blocks)
-    done, gradient = unfinished.calibrated(blocks, chosen)
+    chosen, unfinished = run.chosen, run.unfinished
+    done, gradient = unfinished.calibrated(len(run.decoder.blocks), chosen)
     gather(None)  # all processes have read before the first one writes
     if done == chosen.start:
         return
     calibration = BlockwiseCalibration(
-        model,
-        decoder,
-        text.calibration[: config.calibration.windows],
+        run.model,
+        run.decoder,
+        run.text.calibration[: config.calibration.windows],
         config.importance,
         config.calibration.batch,
-        memory,
+        run.memory,
     )
 
     def keep(b: int, importances: Mapping[str, Importance]) -> None:
         unfinished.keep_calibrated(b, chosen, importances, calibration.gradient)
 
-    with progress.phase("calibrate", passes(done, chosen.start)):
-        calibration(chosen, keep, progress.advance, done, gradient)
+    with run.progress.phase("calibrate", passes(done, chosen.start)):
+        calibration(chosen, keep, run.progress.advance, done, gradient)
     gather(None)  # the first one has written what all read from now on
 
 
 def reconstruct_blocks(
-    model: PreTrainedModel,
-    decoder: Decoder,
-    chosen: range,
+    run: Run,
     reconstructor: BlockReconstructor,
-    importances: Callable[[int], Mapping[str, Importance]],
     sizes: Sizes,
-    text: Text,
     config: NanoQuantConfig,
-    progress: Progress,
-    loggers: list[Any] | None,
-    recorder: Recorder,
-    unfinished: Unfinished,
     option: int,
-    memory: ActivationMemory,
 ) -> dict[int, BlockReport]:
     """Phase 2: the chosen blocks in order, each against the dense block on the dense prefix.
 
-    A block that an earlier run has finished is taken from there; ``option`` is what the sizes belong to, and
-    ``importances`` gives those of a block by full name. Several processes make a block together where it is tuned,
-    else each makes one of its own.
+    A block that an earlier run has finished is taken from there; ``option`` is what the sizes belong to. Several
+    processes make a block together where it is tuned, else each makes one of its own.
     """
+    decoder, chosen, unfinished = run.decoder, run.chosen, run.unfinished
     reports, ahead = {}, {}
     activations = (
-        Activations(model, decoder, text.calibration[: config.block.windows], memory)
+        Activations(run.model, decoder, run.text.calibration[: config.block.windows], run.memory)
         if config.block.tunes
         else None
     )
 
     def make(b: int, records: Recorder) -> BlockReport:
-        known = (importances, sizes, data, config, precision_of(model, config), loggers)
         with at_work(decoder.blocks[b], changes=True):
-            return _make_block(decoder, b, reconstructor, *known, records)
+            return _make_block(run, b, reconstructor, sizes, data, config, records)
 
-    with progress.phase("blocks", len(chosen)):
+    with run.progress.phase("blocks", len(chosen)):
         for b, block in enumerate(decoder.blocks[: chosen.stop]):
             data = None if activations is None else activations.targets_of(b, block)
             dense = list(block.parameters())
@@ -192,18 +170,18 @@ def reconstruct_blocks(
             kept = unfinished.take_block(decoder, b, sizes, option) if due else None
             if kept is not None:
                 reports[b] = kept
-                progress.advance(1, note="as it was kept")
+                run.progress.advance(1, note="as it was kept")
             elif b in chosen:
                 if b not in ahead:
                     turn = [n for n in chosen if n >= b][
                         : 1 if config.block.tunes else world_size()
                     ]
-                    ahead |= make_blocks(decoder, turn, config.block.tunes, make, recorder)
+                    ahead |= make_blocks(decoder, turn, config.block.tunes, make, run.recorder)
                 reports[b] = ahead[b]
                 unfinished.keep_block(decoder, b, sizes, option, reports[b])
                 worst = _worst(reports[b])
                 logger.info("block %d: %s", b, worst)
-                progress.advance(1, note=worst)
+                run.progress.advance(1, note=worst)
             if data is not None:
                 activations.advance(block, data, f"block {b}")
             forget([*dense, *block.state_dict().values()])
@@ -212,20 +190,18 @@ def reconstruct_blocks(
 
 
 def _make_block(
-    decoder: Decoder,
+    run: Run,
     b: int,
     reconstructor: BlockReconstructor,
-    importances: Callable[[int], Mapping[str, Importance]],
     sizes: Sizes,
     data: BlockData | None,
     config: NanoQuantConfig,
-    precision: str,
-    loggers: list[Any] | None,
     recorder: Recorder,
 ) -> BlockReport:
     """Quantize one block, and record how long it took."""
+    decoder = run.decoder
     full = {name: decoder.full_name(b, name) for name in decoder.linears[b]}
-    begun, known = time.perf_counter(), importances(b)
+    begun, known = time.perf_counter(), run.unfinished.importances(b)
     report = reconstructor(
         decoder.blocks[b],
         decoder.groups[b],
@@ -233,9 +209,9 @@ def _make_block(
         {name: sizes[full[name]] for name in full},
         data,
         name=f"block {b}",
-        precision=precision,
+        precision=run.precision(config),
         freeze=config.model.train != "signs",
-        loggers=loggers,
+        loggers=run.loggers,
         recorder=BlockRecorder(recorder, b, full),
     )
     recorder.record("block", block=b, seconds=time.perf_counter() - begun)
@@ -247,40 +223,30 @@ def _worst(report: BlockReport) -> str:
     return f"largest weight error {error:.3f} ({name})"
 
 
-def reconstruct_model(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    decoder: Decoder,
-    text: Text,
-    config: NanoQuantConfig,
-    progress: Progress,
-    loggers: list[Any] | None,
-    recorder: Recorder,
-    unfinished: Unfinished,
-) -> ModelReport:
+def reconstruct_model(run: Run, teacher: PreTrainedModel, config: NanoQuantConfig) -> ModelReport:
     """Phase 3: logits of the whole model against the dense teacher's, whose mapped blocks are read one at a time."""
-    settings, state = config.model, unfinished.model
+    settings, state, text = config.model, run.unfinished.model, run.text
     steps = settings.epochs * -(-len(text.training) // settings.batch)
-    dense = replace(decoder, blocks=teacher.get_submodule(decoder.path))
-    with progress.phase("model", steps - state.done()):
+    dense = replace(run.decoder, blocks=teacher.get_submodule(run.decoder.path))
+    with run.progress.phase("model", steps - state.done()):
         windows: list[Tensor | Dataset] = [text.training, text.held_out]
         if settings.kept_logits is not None:
             names = ("training", "held-out")
             known = settings.kept_logits, precision_of(teacher, config)
             windows = [
-                known_windows(teacher, dense, name, tokens, *known, unfinished)
+                known_windows(teacher, dense, name, tokens, *known, run.unfinished)
                 for name, tokens in zip(names, windows, strict=True)
             ]
             give_back()
         with paged(dense.blocks):
             report = ModelReconstructor(settings, config.run.seed)(
-                model,
+                run.model,
                 teacher if settings.kept_logits is None else None,
                 *windows,
-                precision=precision_of(model, config),
-                on_step=lambda step, loss: progress.advance(1, note=f"divergence {loss:.3f}"),
-                loggers=loggers,
-                recorder=recorder,
+                precision=run.precision(config),
+                on_step=lambda step, loss: run.progress.advance(1, note=f"divergence {loss:.3f}"),
+                loggers=run.loggers,
+                recorder=run.recorder,
                 state=state,
             )
     gc.collect()  # the trainer and its moments refer to each other

@@ -33,7 +33,7 @@ from nanoquant.model_embeddings import (
 from nanoquant.model_reconstruction import ModelReport
 from nanoquant.non_finite import non_finite
 from nanoquant.offload import settle, visits
-from nanoquant.phases import initialize, precision_of, reconstruct_model
+from nanoquant.phases import Run, initialize, precision_of, reconstruct_model
 from nanoquant.processes import broadcast, first, gather, join
 from nanoquant.progress import Progress
 from nanoquant.ranks import check_budget, decoder_shapes
@@ -138,10 +138,9 @@ def quantize(
     with exclusive(work), evaluation_mode(model):
         initial = initializer or method_of(config).initializer(config)
         reconstructor = BlockReconstructor(config.block, initial, config.run.seed)
-        run = (progress, loggers, recorder)
+        run = Run(model, decoder, chosen, text, progress, loggers, recorder, unfinished, memory)
         found = read_alike(unfinished, decoder, chosen) or initialize(
-            *(model, decoder, chosen, text, options, reconstructor, *run),
-            *(unfinished, memory, sensitivity_file, initializer),
+            run, options, reconstructor, sensitivity_file, initializer
         )
         config = options[found.option]
         report = QuantizationReport(config.to_dict(), found.sizes, text=text.origin)
@@ -149,9 +148,7 @@ def quantize(
         tables = embedding_tables(model, config.embedding)
         if teacher is not None:
             round_embeddings(model, tables)  # so that training sees what is stored
-            report.model = reconstruct_model(
-                *(model, teacher, decoder, text, config, *run, unfinished)
-            )
+            report.model = reconstruct_model(run, teacher, config)
             record_model_errors(recorder, decoder, teacher, found.importances)
             del teacher
     with progress.phase("pack", 1):
