@@ -171,69 +171,53 @@ def test_paths_of_this_machine_are_not_told():
     assert line.startswith("nanoquant quantize dense OUT --text text.txt")
 
 
-def nanoquant(hub, home, *words, token="right"):
-    """The command in a process that knows the fake hub alone."""
-    return process(hub, home, "-m", "nanoquant", *words, token=token)
-
-
-def process(hub, home, *words, token="right"):
-    """Python in a process that knows the fake hub alone."""
-    known = {"HF_ENDPOINT": hub.address, "HF_TOKEN": token, "HF_HOME": str(home)}
-    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | known
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-
-
-def test_a_checkpoint_goes_to_a_hub_and_generates_from_there(copied, tmp_path, capsys):
-    (copied / "README.md").write_text("# of the dense model\n")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub that this process takes for the only one."""
     with fake_hub(tmp_path / "hub", "right") as hub:
-        done = nanoquant(hub, tmp_path / "home", "push", copied, "--name", "me/small")
-        assert done.returncode == 0 and done.stdout.strip() == f"{hub.address}/me/small", (
-            done.stderr
-        )
-        there = tmp_path / "hub" / "me" / "small"
-        assert {f.name for f in there.iterdir()} == {f.name for f in copied.iterdir()}
-        assert (there / "model.safetensors").read_bytes() == (
-            copied / "model.safetensors"
-        ).read_bytes()
-        card = (there / "README.md").read_text()
-        assert "bits per weight" in card and card.count('from_pretrained("me/small")') == 2
-        assert "# me/small\n" in card and "`nanoquant generate me/small " in card
-        words = ["generate", "me/small", "--prompt", "the river", "--max-new-tokens", 4]
-        done = nanoquant(hub, tmp_path / "other home", *words)
-        assert done.returncode == 0, done.stderr
-    code, local, _ = call(capsys, "generate", copied, *words[2:])
-    assert code == 0 and done.stdout == local != ""
-
-
-def test_a_hub_that_refuses_is_told_with_what_to_do(copied, tmp_path):
-    with fake_hub(tmp_path / "hub", "right") as hub:
-        words = ["push", copied, "--name", "me/small"]
-        done = nanoquant(hub, tmp_path / "home", *words, token="wrong")
-        assert done.returncode == 2 and "hf auth login" in done.stderr
-
-
-def test_a_model_that_a_hub_does_not_give_is_told_with_what_to_do(tmp_path, monkeypatch):
-    """In this process: a command of its own for each would cost seconds."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    with fake_hub(tmp_path / "hub", "right") as hub:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        monkeypatch.setattr(
-            constants,
-            "HUGGINGFACE_CO_URL_TEMPLATE",
-            hub.address + "/{repo_id}/resolve/{revision}/{filename}",
-        )
-        for name, words in (
-            ("me/none", "no model of that name, or it is private"),
-            ("private/one", "log in with hf auth login or set HF_TOKEN"),
-            ("gated/one", "ask on its page there"),
-        ):
-            with pytest.raises(ValueError, match=f"'{name}' is not a folder here.*{words}"):
-                resolve_folder(name)
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
-        with pytest.raises(ValueError, match="can't be reached.*HF_ENDPOINT"):
-            resolve_folder("me/none")
+        template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setenv("HF_TOKEN", "right")
+        yield hub
+
+
+def test_a_checkpoint_goes_to_a_hub_and_generates_from_there(copied, hub, capsys):
+    (copied / "README.md").write_text("# of the dense model\n")
+    code, out, err = call(capsys, "push", copied, "--name", "me/small")
+    assert code == 0 and out.strip() == f"{hub.address}/me/small", err
+    there = hub.root / "me" / "small"
+    assert {f.name for f in there.iterdir()} == {f.name for f in copied.iterdir()}
+    weights = "model.safetensors"
+    assert (there / weights).read_bytes() == (copied / weights).read_bytes()
+    card = (there / "README.md").read_text()
+    assert "bits per weight" in card and card.count('from_pretrained("me/small")') == 2
+    assert "# me/small\n" in card and "`nanoquant generate me/small " in card
+    words = ["--prompt", "the river", "--max-new-tokens", 4]
+    code, out, err = call(capsys, "generate", "me/small", *words)
+    assert code == 0, err
+    assert out == call(capsys, "generate", copied, *words)[1] != ""
+
+
+def test_a_hub_that_refuses_is_told_with_what_to_do(copied, hub, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "wrong")
+    assert "hf auth login" in refused(capsys, "push", copied, "--name", "me/small")
+
+
+def test_a_model_that_a_hub_does_not_give_is_told_with_what_to_do(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    for name, words in (
+        ("me/none", "no model of that name, or it is private"),
+        ("private/one", "log in with hf auth login or set HF_TOKEN"),
+        ("gated/one", "ask on its page there"),
+    ):
+        with pytest.raises(ValueError, match=f"'{name}' is not a folder here.*{words}"):
+            resolve_folder(name)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nothing answers
+    with pytest.raises(ValueError, match="can't be reached.*HF_ENDPOINT"):
+        resolve_folder("me/none")
 
 
 AUTO = """
@@ -247,9 +231,14 @@ print(torch.equal(model(ids).logits, again(ids).logits), type(again.model.layers
 """
 
 
-def test_transformers_itself_pushes_and_loads_by_name(copied, tmp_path):
-    with fake_hub(tmp_path / "hub", "right") as hub:
-        done = process(hub, tmp_path / "home", "-c", AUTO, copied)
+def test_transformers_itself_pushes_and_loads_by_name(copied, hub, tmp_path):
+    """In a process that knows the hub as users tell it."""
+    known = {"HF_ENDPOINT": hub.address, "HF_TOKEN": "right", "HF_HOME": str(tmp_path / "home")}
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | known
+    done = subprocess.run(
+        [sys.executable, "-c", AUTO, copied],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
     assert done.stdout.split() == ["True", "PackedBinaryLinear"], done.stderr
 
 

@@ -62,6 +62,7 @@ def test_one_block():
     assert "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj" in out
 
 
+@pytest.mark.slow
 def test_whole_model():
     out = run("whole_model")
     (dense,), (packed,) = after(out, "dense: perplexity"), after(out, "loaded: perplexity")
@@ -72,6 +73,7 @@ def test_whole_model():
     assert end[0] < 0.5 * start[0]  # of the divergence
 
 
+@pytest.mark.slow
 def test_dashboard_and_report(tmp_path):
     out = run("dashboard_and_report", tmp_path / "page")
     for series in ("model/loss", "block_00/loss", "block_01/loss"):
