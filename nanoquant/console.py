@@ -170,7 +170,7 @@ def check_json_path(file: str | None, flag: str = "--json") -> None:
     """Refuse a file for figures, given with ``flag``, that could not be written at the end.
 
     Raises:
-        ValueError: its folder does not exist or can't be written to, or it is a folder.
+        ValueError: its folder does not exist or can't be written to, it is a folder, or it exists and is no figures.
     """
     if file is None:
         return
@@ -179,7 +179,7 @@ def check_json_path(file: str | None, flag: str = "--json") -> None:
         raise ValueError(f"{flag} {file} is a folder; give a file")
     if not path.parent.is_dir():
         raise ValueError(f"{flag} {file}: there is no folder {path.parent}; make it first")
-    if path.exists():
+    if path.is_file():  # a pipe would be waited for
         _check_replaceable(path, flag)
     check_writable(path.parent, f"{flag} {file}")
 

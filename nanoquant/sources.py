@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def find_model(name: str) -> Path:
         name: a folder, or "owner/name" on the Hugging Face Hub.
 
     Raises:
-        ValueError: there is no such folder, or it lacks config, tokenizer or safetensors weights.
+        ValueError: there is no such folder, it lacks config, tokenizer or safetensors weights, its configuration can't
+            be used, or it is of another quantization method.
     """
     folder = resolve_folder(name)
     if not (folder / "config.json").is_file():
@@ -174,14 +176,14 @@ def check_stored(stored: dict[str, StoredTensor]) -> None:
 
 def _check_unused(folder: Path, model: PreTrainedModel, names: Iterable[str]) -> None:
     """Refuse a folder that has more blocks, or more weights in them, than its model; warn of what else is not used."""
-    places = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    lost = []
-    for name in names:
-        place = next((place for place in places if f".{name}".find(f".{place}.") >= 0), None)
-        number = None if place is None else name.partition(f"{place}.")[2].partition(".")[0]
-        inside = number is not None and number.isdigit()
-        if inside and (int(number) >= places[place] or name.endswith(".weight")):
-            lost.append(name)
+    lists = {name: len(m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    inside = re.compile(rf"(?:^|\.)({'|'.join(map(re.escape, lists))})\.(\d+)\.")
+    found = {name: inside.search(name) for name in names} if lists else {}
+    lost = [
+        name
+        for name, place in found.items()
+        if place and (int(place[2]) >= lists[place[1]] or name.endswith(".weight"))
+    ]
     if lost:
         raise ValueError(
             f"{folder} has {len(lost)} tensors that {type(model).__name__} has no place for by its config.json, the "

@@ -15,8 +15,11 @@ import torch
 from command_line import call, refused
 from fake_hub import fake_hub
 from huggingface_hub import ModelCard, constants
+from test_unfinished import QUICK, TOKENS
+from tiny_models import tiny_llama, tiny_tokenizer
 
 from nanoquant import finish as ending
+from nanoquant.checkpoint import save_pretrained
 from nanoquant.config import nanoquant_config
 from nanoquant.figures import Figures
 from nanoquant.hub.publish import push, write_card
@@ -24,6 +27,7 @@ from nanoquant.hub.reproduce import quantize_line
 from nanoquant.job_config import JobConfig
 from nanoquant.model_folder import resolve_folder
 from nanoquant.parsers import parse_quantize
+from nanoquant.quantize import quantize
 
 pytestmark = pytest.mark.usefixtures("untouched_process")
 
@@ -137,6 +141,16 @@ def test_a_card_says_what_a_recipe_can_tell(copied, recipe, said):
     config["quantization_config"]["recipe"] = recipe
     file.write_text(json.dumps(config))
     assert said in write_card(copied, anew=True).read_text()
+
+
+def test_a_model_that_python_quantized_tells_how_it_was_made(tmp_path):
+    model = tiny_llama()
+    model.name_or_path = "owner/dense"  # as from_pretrained leaves it
+    quantize(model, TOKENS, QUICK)
+    folder = save_pretrained(model, tmp_path / "out", tokenizer=tiny_tokenizer())
+    text = write_card(folder).read_text()
+    assert "base_model: owner/dense\n" in text and "of `owner/dense` with 1.4000 bits" in text
+    assert "`tokens`" in text and "It is not on record how" not in text
 
 
 def test_a_card_of_another_run_is_not_made_from_this_record(copied):
