@@ -13,6 +13,7 @@ Everything runs in float32 and is batched over leading dimensions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from nanoquant.binary import BinaryFactors, sign, svid
 from nanoquant.budget import WIDEST
 from nanoquant.importance import Importance, check_inputs
-from nanoquant.second_moment import Correlation
+from nanoquant.second_moment import Correlation, eigenvectors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,9 @@ class ADMMConfig:
                 "iterations and power_iterations must be at least 1 and refit_sweeps at least 0, got "
                 f"{self.iterations}, {self.power_iterations}, {self.refit_sweeps}"
             )
-        if not self.ridge > 0:
+        if not 0 < self.ridge < math.inf:
             raise ValueError(
-                f"ridge must be above 0 (the first iteration has no penalty), got {self.ridge}"
+                f"ridge must be finite and above 0 (the first iteration has no penalty), got {self.ridge}"
             )
 
 
@@ -181,16 +182,14 @@ class ADMMInitializer(nn.Module):
         A = X.mT @ metric(X, other)  # (..., r, r)
         diagonal = A.diagonal(dim1=-2, dim2=-1)
         mean = diagonal.mean(-1, keepdim=True)
+        sigma = rho + self.config.ridge * mean  # mean is 1 where ``other`` is the identity
         B = X.mT @ P.mT + rho * (state.Z - state.L).mT  # (..., r, m)
         if own is not None:
-            mu, Q = torch.linalg.eigh(A)
-            sigma = rho + self.config.ridge * mean
+            mu, Q = eigenvectors(A)
             F = Q.mT @ B @ own.Q  # (..., r, m)
             F = F / (mu.clamp_min(0).unsqueeze(-1) * own.spread.unsqueeze(-2) + sigma.unsqueeze(-1))
             return own.Q @ (Q @ F).mT
-        diagonal += (
-            rho * mean + self.config.ridge if other is None else rho + self.config.ridge * mean
-        )
+        diagonal += sigma
         factor, info = torch.linalg.cholesky_ex(A)
         if info.any():
             return torch.linalg.solve(A, B).mT

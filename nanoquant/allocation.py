@@ -8,6 +8,7 @@ part of m; steps go, one at a time, where J falls most per bit, which for convex
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from nanoquant.budget import (
     used_bits,
 )
 from nanoquant.roles import Place
+
+logger = logging.getLogger(__name__)
 
 EXPONENTS = (0.05, 8.0)
 """Least and largest exponent b of a response; a fit outside is noise."""
@@ -59,7 +62,22 @@ def prior_ranks(
     weighted = sum(m[name] * d_out * d_in for name, (d_out, d_in) in shapes.items())
     c = count_weights(shapes) / weighted
     wanted = {name: real_rank(*shape, config.bits * c * m[name]) for name, shape in shapes.items()}
-    return {n: min(max(rank, limits.least[n]), limits.cap[n]) for n, rank in wanted.items()}
+    given = {n: min(max(rank, limits.least[n]), limits.cap[n]) for n, rank in wanted.items()}
+    _tell_limits(wanted, given, limits.step)
+    return given
+
+
+def _tell_limits(wanted: Mapping[str, float], given: Mapping[str, float], step: int) -> None:
+    """Say which linears can't have what depth and kind ask for, and by how much at worst."""
+    far = {name: abs(wanted[name] - given[name]) for name in wanted}
+    limited = [name for name, distance in far.items() if distance >= step]
+    if limited:
+        worst = max(limited, key=far.get)
+        logger.warning(
+            "%d of %d linears can't have the rank that their depth and kind ask for, %s %.0f instead of %.0f; lower "
+            "budget.depth_slope or bring budget.roles nearer to 1, or widen budget.low and budget.high",
+            *(len(limited), len(wanted), worst, given[worst], wanted[worst]),
+        )
 
 
 def allocate_by_prior(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from nanoquant.fit_result import FitResult
@@ -61,8 +62,8 @@ class BlockConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("dense_lr", "latent_lr", "codebook_lr", "scale_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
         if not 0 <= self.held_out < self.windows:
             raise ValueError(
                 f"held_out must leave one of windows={self.windows} to train on and not be negative, "

@@ -7,6 +7,7 @@ Shapes: N windows, T tokens a window, d hidden size.
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,10 +21,13 @@ from nanoquant.early_stop import EarlyStop
 from nanoquant.fit_result import FitResult
 from nanoquant.mapped import forget
 from nanoquant.methods import Layer
+from nanoquant.non_finite import StaysNonFiniteError
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.processes import divided
 from nanoquant.shards import whole
 from nanoquant.training import fit
+
+logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 1 << 26
 """Activations that are squared at once, in float32."""
@@ -173,15 +177,21 @@ class BlockTuner:
             shuffle=True,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        result = fit(
-            objective,
-            loader,
-            self.optimizer,
-            epochs=epochs,
-            precision=self.precision,
-            loggers=self.loggers,
-            callbacks=[stop] if stop else None,
-        )
+        try:
+            result = fit(
+                objective,
+                loader,
+                self.optimizer,
+                epochs=epochs,
+                precision=self.precision,
+                loggers=self.loggers,
+                callbacks=[stop] if stop else None,
+            )
+        except StaysNonFiniteError as error:
+            if stop is None or not error.losses:
+                raise
+            logger.warning("%s; the phase ends here, in its best state on held-out windows", error)
+            result = FitResult(error.losses, error.undone, max(1, len(error.losses) // len(loader)))
         if stop:
             stop.restore()
         gc.collect()  # the trainer and its moments refer to each other

@@ -25,7 +25,10 @@ from nanoquant.tensor_pickles import load_pickle
 logger = logging.getLogger(__name__)
 
 BLANK_LINE = "\n\n"
-MAX_CHARACTERS = 50_000_000
+LEAST_CHARACTERS = 50_000_000
+"""Characters up to which the documents of a JSONL file or a data set are read, whatever is asked of them."""
+CHARACTERS_A_TOKEN = 8
+"""More are read where tokens are asked for: so many for each, about twice what English text takes."""
 TENSOR_SUFFIXES = (".pt", ".safetensors")
 JSON_LINES = (".jsonl", ".ndjson")
 FILE_SUFFIXES = (".txt", *JSON_LINES, *TENSOR_SUFFIXES)
@@ -50,12 +53,15 @@ class DataConfig:
         _check_windows(self.length, self.windows)
 
 
-def load_tokens(source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None) -> Tensor:
+def load_tokens(
+    source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None, asked: int = 0
+) -> Tensor:
     """Read a source and tokenize it, without special tokens.
 
     Args:
         source: As ``DataConfig.text``, or a tensor of token ids (any shape, flattened).
         tokenizer: Tokenizer of the model; needed for text, and checks the range of token ids.
+        asked: Tokens that are asked of it: how far the documents of a JSONL file or a data set are read.
 
     Returns:
         Token ids (n,), int64, on the CPU.
@@ -72,15 +78,16 @@ def load_tokens(source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase 
         return _check_tokens(_read_tensor(path), str(path), tokenizer)
     if tokenizer is None:
         raise ValueError(f"{source} is text and needs a tokenizer; got None")
+    most = max(LEAST_CHARACTERS, CHARACTERS_A_TOKEN * asked)
     if path.is_file():
         jsonl = path.suffix.lower() in JSON_LINES
         if path.suffix.lower() == ".json":
             raise ValueError(
                 f"{path} is one JSON value; write a text or one object a line into a .jsonl file"
             )
-        text = _join(_read_jsonl(path, tokenizer)) if jsonl else _read_text(path)
+        text = _join(_read_jsonl(path, tokenizer), most) if jsonl else _read_text(path)
     elif _is_dataset_name(str(source)):
-        text = _join(_read_dataset(str(source), tokenizer))
+        text = _join(_read_dataset(str(source), tokenizer), most)
     else:
         raise ValueError(_missing_file(path))
     if not text.strip():
@@ -218,12 +225,15 @@ def _dataset_rows(source: str) -> Iterator[object]:
         ) from error
 
 
-def _join(documents: Iterable[tuple[str, str]]) -> str:
-    """Join (text, what follows it) to one text, up to MAX_CHARACTERS."""
+def _join(documents: Iterable[tuple[str, str]], most: int) -> str:
+    """Join (text, what follows it) to one text of at most ``most`` characters, or the first one."""
     kept, size = [], 0
     for document, gap in documents:
-        if size + len(document) > MAX_CHARACTERS and kept:
-            logger.warning("read only the first %d documents (%d characters)", len(kept), size)
+        if size + len(document) > most and kept:
+            logger.warning(
+                "read only the first %d documents (%d characters); the rest is not needed",
+                *(len(kept), size),
+            )
             break
         kept.append((document, gap))
         size += len(document) + len(gap)

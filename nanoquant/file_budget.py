@@ -8,6 +8,7 @@ ranks that it leaves them, of which reconstruction takes back all but ``sensitiv
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -25,6 +26,8 @@ from nanoquant.model_embeddings import check_embeddings, find_embeddings
 from nanoquant.sizes import tensor_bytes
 from nanoquant.units import amount, parse_bytes
 from nanoquant_kernels.table import dense_rows
+
+logger = logging.getLogger(__name__)
 
 ENTRY = 96
 """Most bytes of a tensor in a header of safetensors, besides its name."""
@@ -45,10 +48,15 @@ def file_options(
     Raises:
         ValueError: no option can meet the budget; by how much. Or there are several, and nothing to choose by.
     """
+    fixed, remains = config.embedding.bits is not None, config.sensitivity.remains
+    if fixed and remains != type(config.sensitivity).remains:
+        raise ValueError(
+            f"sensitivity.remains={remains} and embedding.bits={config.embedding.bits} exclude each other: it weighs "
+            "the linears against storages of the embedding; take embedding.bits=null, or leave it out"
+        )
     if config.budget.file is None:
         method_of(config).check(shapes, config)
         return [config]
-    fixed = config.embedding.bits is not None
     found, refusals = [], []
     for bits in (config.embedding.bits,) if fixed else EMBEDDING_BITS:
         embedding = dataclasses.replace(config.embedding, bits=bits)
@@ -58,6 +66,8 @@ def file_options(
             refusals.append(f"with embedding.bits={bits}, {error}")
     if not found:
         raise ValueError(f"budget.file={config.budget.file}: " + "; ".join(refusals))
+    for refusal in refusals:
+        logger.warning("budget.file=%s can't be met %s", config.budget.file, refusal)
     if len(found) > 1 and config.budget.allocation != "measured":
         bits = " or ".join(str(option.embedding.bits) for option in found)
         raise ValueError(
@@ -81,7 +91,10 @@ def _filled(
     parts = method_of(config).parts
     rest = other_bytes(model, decoder, chosen, embedding) + header_bytes(model, shapes, parts)
     if file <= rest:
-        raise ValueError(f"what is no linear of a block takes {amount(rest)} alone")
+        raise ValueError(
+            f"what is no linear of a block takes {amount(rest)} alone, {amount(rest - file)} more than that; ask for a "
+            "larger file"
+        )
     bits = 8 * (file - rest) / count_weights(shapes)
     budget = dataclasses.replace(config.budget, bits=bits, file=None)
     filled = dataclasses.replace(config, budget=budget, embedding=embedding)
@@ -123,12 +136,21 @@ def embedding_weights(model: PreTrainedModel) -> list[Tensor]:
 def embedding_divergence(
     model: PreTrainedModel, dense: DensePrefix, embedding: EmbeddingConfig
 ) -> float:
-    """Nats per token by which the dense model changes when its embedding and head are stored so."""
+    """Nats per token by which the dense model changes when its embedding and head are stored so.
+
+    Raises:
+        ValueError: the model gives non-finite logits then.
+    """
     if embedding.bits == 16:
         return 0.0
     with _rounded(model, embedding):
         logits = dense.logits_from(0)
-    return max(0.0, float(ForwardKL.apply(logits.flatten(0, 1), dense.logits.flatten(0, 1))))
+    divergence = float(ForwardKL.apply(logits.flatten(0, 1), dense.logits.flatten(0, 1)))
+    if not divergence < float("inf"):
+        raise ValueError(
+            f"the divergence with the embedding at {embedding.bits} bits is {divergence}; set embedding.bits to 16"
+        )
+    return max(0.0, divergence)
 
 
 @contextmanager

@@ -177,15 +177,19 @@ class ImportanceCollector:
         """
         found: dict[int, Correlation | None] = {}
         for what, moments in (("inputs", self.inputs), ("output gradients", self.gradients)):
-            for name, moment in moments.items():
+            for moment in moments.values():
                 if (
                     not isinstance(moment, SecondMomentMatrix)
                     or id(moment) in found
                     or not moment.tokens
                 ):
                     continue
+                readers = [n for n, other in moments.items() if other is moment]
                 found[id(moment)] = correlation_of(
-                    moment.matrix(), self.config.shrinkage, self.config.temper, f"{what} of {name}"
+                    moment.matrix(),
+                    self.config.shrinkage,
+                    self.config.temper,
+                    f"{what} of {', '.join(readers)}",
                 )
                 if release:
                     moment.release()
@@ -235,6 +239,11 @@ class ImportanceCollector:
             raise ValueError(
                 f"{what} of {name} are all zero; the layer does not act on the loss of this text, "
                 "so it has no importances: leave it out or use other text"
+            )
+        if not (value > 0).all():
+            raise ValueError(
+                f"{what} of {name} are zero in {int((value <= 0).sum())} of {len(value)} channels, which importance."
+                f"shrinkage={self.config.shrinkage} leaves so; take 0.2, or other text"
             )
         return value / mean, float(mean)
 

@@ -37,13 +37,16 @@ class Source:
 Data = str | Path | Tensor | Sequence[str | Path] | Sequence[Source]
 
 
-def read_sources(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> list[Source]:
+def read_sources(
+    data: Data, tokenizer: PreTrainedTokenizerBase | None, wanted: int = 0
+) -> list[Source]:
     """Read a text or several.
 
     Args:
         data: a source as in :func:`load_tokens`, "self", or a list of them, each with its weight as NAME=WEIGHT
             or all without; sources that are read already are given back.
         tokenizer: needed for text.
+        wanted: tokens that all are asked for together, see :func:`load_tokens`.
 
     Raises:
         ValueError: a source can't be read or comes twice, a weight is no positive number, or some lack one.
@@ -66,7 +69,8 @@ def read_sources(data: Data, tokenizer: PreTrainedTokenizerBase | None) -> list[
         raise ValueError(f"{', '.join(twice)} comes twice; give every text once, with a weight")
     _check_weights(named)
     return [
-        s if s.name == SELF else replace(s, tokens=load_tokens(s.name, tokenizer)) for s in named
+        s if s.name == SELF else replace(s, tokens=load_tokens(s.name, tokenizer, wanted))
+        for s in named
     ]
 
 
@@ -112,8 +116,9 @@ def _location(name: str) -> str:
 def _check_weights(sources: Sequence[Source]) -> None:
     """Refuse a mixture of which only some have a weight, or whose weights have no finite sum."""
     if not math.isfinite(sum(source.weight or 0 for source in sources)):
+        weights = " and ".join(f"{source.weight:g}" for source in sources if source.weight)
         raise ValueError(
-            "the weights of the texts have no finite sum; give smaller ones, as in train.txt=3 self=1"
+            f"the weights {weights} of the texts have no finite sum; give smaller ones, as in train.txt=3 self=1"
         )
     lacking = [source.name for source in sources if source.weight is None]
     if len(sources) > 1 and lacking and (len(lacking) < len(sources) or SELF in lacking):

@@ -9,6 +9,7 @@ The state with the lowest divergence on held-out windows wins; the untouched sta
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -93,12 +94,13 @@ class ModelConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("latent_lr", "codebook_lr", "scale_lr"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.kept_logits is not None and self.kept_logits < 1:
-            raise ValueError(
-                f"kept_logits must be at least 1 token or null, got {self.kept_logits}"
-            )
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
+        for name, what in (("kept_logits", "token"), ("compile_from", "step")):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1 {what} or null, got {getattr(self, name)}"
+                )
         if self.shard and (self.train != "signs" or self.optimizer.state_bits != 32):
             raise ValueError(
                 f"shard divides latents and moments of 32 bits, got train={self.train!r} and "
@@ -256,6 +258,12 @@ class ModelReconstructor(nn.Module):
             on_step=on_step,
             state=state,
         )
+        if 2 * config.optimizer.warmup >= order.steps:
+            logger.warning(
+                "warm-up takes %d of %d steps of the model's training; give it more windows, or lower "
+                "model.optimizer.warmup",
+                *(min(config.optimizer.warmup, order.steps), order.steps),
+            )
         ways = self.ways(objective, order.steps)
         course.run(objective, windows, order, config.optimizer, precision, loggers, ways)
 

@@ -22,11 +22,12 @@ class StaysNonFiniteError(FloatingPointError):
     Args:
         message: what is not finite, where, and what to do.
         undone: steps that were undone, the last one counted.
+        losses: of the steps before.
     """
 
-    def __init__(self, message: str, undone: int) -> None:
+    def __init__(self, message: str, undone: int, losses: list[float]) -> None:
         super().__init__(message)
-        self.undone = undone
+        self.undone, self.losses = undone, losses
 
 
 def non_finite(tensors: Iterable[tuple[str, Tensor]]) -> list[str]:

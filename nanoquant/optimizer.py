@@ -37,11 +37,13 @@ class OptimizerConfig:
             raise ValueError(
                 f"beta1 and beta2 must lie in [0, 1), got {self.beta1} and {self.beta2}"
             )
-        if min(self.epsilon, self.weight_decay, self.clip_norm, self.warmup, self.floor) < 0:
+        for name in ("epsilon", "weight_decay", "clip_norm", "warmup"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and at least 0, got {getattr(self, name)}")
+        if not 0 <= self.floor <= 1:
             raise ValueError(
-                "epsilon, weight_decay, clip_norm, warmup and floor must not be negative"
+                f"floor is a share of the first rate, 0 to 1, got {self.floor}; 0 ends at rest"
             )
-
         if self.state_bits not in STATE_BITS:
             raise ValueError(f"state_bits must be 32, 8 or 4, got {self.state_bits}")
 

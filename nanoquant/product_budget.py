@@ -131,14 +131,6 @@ def product_bits(d_out: int, d_in: int, shape: ProductShape) -> int:
     return indices + codebooks + SCALE_BITS * d_out
 
 
-def product_body_bits(
-    shapes: Mapping[str, tuple[int, int]], chosen: Mapping[str, ProductShape]
-) -> float:
-    """Bits per weight of linears by name, (d_out, d_in) each, with these shapes of codebooks together."""
-    bits = sum(product_bits(*shapes[name], shape) for name, shape in chosen.items())
-    return bits / sum(shapes[name][0] * shapes[name][1] for name in chosen)
-
-
 @dataclass(frozen=True)
 class Option:
     """A shape of codebooks for one layer."""

@@ -37,6 +37,19 @@ def shrink(moment: Tensor, gamma: float) -> Tensor:
     return (1 - gamma) * moment + gamma * moment.mean()  # Eq. (3)
 
 
+def eigenvectors(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (..., d) of a symmetric A (..., d, d) and its eigenvectors, in float64 where float32 fails.
+
+    Raises:
+        torch.linalg.LinAlgError: that fails as well.
+    """
+    try:
+        return torch.linalg.eigh(A)
+    except torch.linalg.LinAlgError:
+        values, Q = torch.linalg.eigh(A.double())
+        return values.to(A), Q.to(A)
+
+
 class Correlation(NamedTuple):
     """Tempered correlation of channels, R = Q diag(spread) Q^T, by its eigenvectors."""
 
@@ -64,7 +77,7 @@ def correlation_of(moment: Tensor, gamma: float, power: float, name: str) -> Cor
     root = moment.diagonal().sqrt()
     R = moment / (root.unsqueeze(-1) * root)
     try:
-        spread, Q = torch.linalg.eigh(R)
+        spread, Q = eigenvectors(R)
     except torch.linalg.LinAlgError:
         spread, Q = R.new_full((len(R),), float("nan")), R
     spread = spread.clamp_min(0) ** power
@@ -103,6 +116,8 @@ class SecondMoment:
         Raises:
             ValueError: z holds a value that is not finite.
         """
+        if not len(z):  # an expert that no token was sent to
+            return
         z = z.float()
         norms = z.norm(dim=1)
         largest = norms.max().item()

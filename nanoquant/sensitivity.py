@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -86,7 +87,11 @@ class GroupLoss:
             name: {int(rank): float(error) for rank, error in row.items()}
             for name, row in found["errors"].items()
         }
-        return cls(float(found["divergence"]), errors)
+        divergence = float(found["divergence"])
+        figures = [divergence, *(error for row in errors.values() for error in row.values())]
+        if not all(0 <= figure < math.inf for figure in figures):
+            raise ValueError(f"a figure is not finite and at least 0: {found}")
+        return cls(divergence, errors)
 
 
 class SensitivityFile:
@@ -189,7 +194,7 @@ class SensitivityProbe:
             with _replaced(self.decoder.blocks[block], binary):
                 logits = self.dense.logits_from(block)
         divergence = float(ForwardKL.apply(logits.flatten(0, 1), self.dense.logits.flatten(0, 1)))
-        if not divergence < float("inf"):
+        if not divergence < math.inf:
             raise ValueError(
                 f"the divergence with {', '.join(errors)} binary is {divergence}; take budget.allocation=prior"
             )
@@ -207,6 +212,10 @@ class SensitivityProbe:
             generator = torch.Generator().manual_seed(self.seed)
             A = self.initializer(W.unsqueeze(0), stack([importance], W), rank, generator).dense()[0]
             errors[rank] = importance.scale * float(o @ ((W - A).square() @ i))
+            if not errors[rank] < math.inf:
+                raise ValueError(
+                    f"the error of {full} at rank {rank} is {errors[rank]}; take budget.allocation=prior"
+                )
             found = A if rank == uniform else found
         return found, errors
 
@@ -215,10 +224,12 @@ def probed_ranks(
     shape: tuple[int, int], uniform: int, step: int, spread: float, bits: float
 ) -> list[int]:
     """Ranks at which errors are measured, ascending: the uniform one, and those around it that differ."""
-    below = max(int((1 - spread) * uniform) // step * step, min(step, uniform))
-    most = largest_rank(*shape, step, bits)
-    above = min(int((1 + spread) * uniform) // step * step, most)
-    return sorted({below, uniform, max(above, uniform)})
+    if not spread:
+        return [uniform]
+    below = max(math.floor((1 - spread) * uniform / step + 0.5) * step, min(step, uniform))
+    above = math.ceil((1 + spread) * uniform / step - 0.5) * step
+    above = min(above, largest_rank(*shape, step, bits))
+    return sorted({min(below, uniform), uniform, max(above, uniform)})
 
 
 @contextmanager

@@ -99,9 +99,12 @@ def plan_text(
     Raises:
         ValueError: a source can't be read or has fewer windows than its share, which setting asks for them.
     """
-    sources = data.sources if isinstance(data, TextPlan) else read_sources(data, tokenizer)
     bos = None if tokenizer is None else bos_of(tokenizer)
     needs, own = Needs.of(config), _own(config, bos)
+    if isinstance(data, TextPlan):
+        sources = data.sources
+    else:
+        sources = read_sources(data, tokenizer, (needs.kept + needs.held_out) * own)
     _check_added(sources, config, own)
     holds = [None if s.tokens is None else len(s.tokens) // own for s in sources]
     if None not in holds:

@@ -215,6 +215,7 @@ class Reconstruction(L.LightningModule):
             raise StaysNonFiniteError(
                 f"{message}; lower its learning rate, or look at its input activations",
                 self.result.undone,
+                self.result.losses,
             )
         logger.warning("%s; %s", message, remedy)
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import pytest
 
@@ -233,3 +234,13 @@ def test_fields_out_of_range_are_refused(fields, message):
 def test_weights_of_roles_that_are_not_above_zero_are_refused(value):
     with pytest.raises(ValueError, match=r"roles\.down must be above 0"):
         RoleWeights(down=value)
+
+
+def test_a_prior_that_runs_into_the_limits_says_where_and_by_how_much(caplog):
+    shapes, places = model(*SMOL)
+    allocate_by_prior(shapes, places, BudgetConfig(allocation="prior", depth_slope=0.3))
+    assert not caplog.text
+    allocate_by_prior(shapes, places, BudgetConfig(allocation="prior", depth_slope=3.0))
+    assert re.search(
+        r"\d+ of 210 linears can't have the rank .*, 29\.\w+ \d+ instead of \d+", caplog.text
+    )

@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from tiny_models import tiny_tokenizer
 
 from nanoquant import data
+from nanoquant.config import nanoquant_config
 from nanoquant.data import DataConfig, bos_of, load_tokens, make_windows
+from nanoquant.text_plan import plan_text
 
 
 @pytest.fixture
@@ -48,10 +50,23 @@ def test_jsonl_lines_end_at_newlines_only(tmp_path, tokenizer):
 
 
 def test_long_sources_stop_at_a_document_and_say_so(tmp_path, tokenizer, monkeypatch, caplog):
-    monkeypatch.setattr(data, "MAX_CHARACTERS", 12)
+    monkeypatch.setattr(data, "LEAST_CHARACTERS", 12)
     path = write(tmp_path / "a.jsonl", '{"text": "first"}\n{"text": "second"}\n{"text": "third"}\n')
     assert tokenizer.decode(load_tokens(path, tokenizer)) == "first"
     assert "only the first 1 documents" in caplog.text
+    caplog.clear()
+    assert tokenizer.decode(load_tokens(path, tokenizer, asked=9)) == "first\n\nsecond\n\nthird"
+    assert not caplog.text
+
+
+def test_the_preset_with_the_most_text_reads_a_long_source_as_far_as_it_needs(monkeypatch):
+    read = []
+    monkeypatch.setattr(data, "_is_dataset_name", lambda _: True)
+    monkeypatch.setattr(data, "_read_dataset", lambda *_: iter([("word", "")]))
+    monkeypatch.setattr(data, "_join", lambda documents, most: read.append(most) or "word")
+    with pytest.raises(ValueError, match="needed are 33570816"):
+        plan_text("corpus:train", tiny_tokenizer(), nanoquant_config(preset="long"))
+    assert read == [8 * 33570816]
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])

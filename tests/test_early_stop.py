@@ -1,6 +1,7 @@
 """A phase of a block ends when held-out windows no longer gain, in the state that was best for them."""
 
 import dataclasses
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -10,8 +11,9 @@ from torch import nn
 
 from nanoquant import block_tuning
 from nanoquant.block_config import BlockConfig
-from nanoquant.block_tuning import BlockData
+from nanoquant.block_tuning import BlockData, BlockObjective
 from nanoquant.early_stop import EarlyStop
+from nanoquant.non_finite import StaysNonFiniteError
 
 NAN = float("nan")
 
@@ -83,6 +85,29 @@ def test_a_good_rate_gains_on_windows_that_do_not_train(monkeypatch):
     reconstruct(tuned, config)
     assert held_out_loss(tuned, 1) < held_out_loss(plain, 1)
     assert all(torch.equal(windows, tuned.data.inputs[:-1]) for windows in seen)
+
+
+def test_a_phase_that_breaks_down_ends_in_its_best_state_where_windows_are_held_out(
+    monkeypatch, caplog
+):
+    forward = BlockObjective.forward
+
+    def breaking(objective, batch):
+        loss = forward(objective, batch)
+        good = not torch.is_grad_enabled() or next(steps) < 4
+        return loss if good else loss * NAN
+
+    monkeypatch.setattr(BlockObjective, "forward", breaking)
+    joint = {"schedule": "algorithm1", "refine_epochs": 4, **BRISK}
+    config, plain, tuned = dataclasses.replace(INITIALIZE_ONLY, **joint), prepare(), prepare()
+    reconstruct(plain, INITIALIZE_ONLY)
+    steps = itertools.count()
+    report = reconstruct(tuned, dataclasses.replace(config, held_out=1, patience=9))
+    assert "in its best state on held-out windows" in caplog.text and report.undone == 4
+    assert held_out_loss(tuned, 1) < held_out_loss(plain, 1)
+    steps = itertools.count()
+    with pytest.raises(StaysNonFiniteError):
+        reconstruct(prepare(), config)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,9 @@ def test_blocks_that_stay_dense_count_as_rest():
 
 def test_files_that_cannot_be_met_are_refused_with_how_much_is_missing():
     model = tiny_llama()
-    with pytest.raises(ValueError, match=r"file=1kB.*no linear of a block takes \d.* alone"):
+    with pytest.raises(
+        ValueError, match=r"file=1kB.*no linear of a block takes .* alone, .* more than"
+    ):
         options(model, quick("1kB"))
     rest = fixed(model)
     with pytest.raises(ValueError, match=r"linears get \d+\.\d kB: bits=.* too high"):
@@ -123,13 +125,42 @@ def test_bits_and_a_file_exclude_each_other():
         nanoquant_config(embedding=EmbeddingConfig(bits=None))
 
 
-def test_an_open_embedding_needs_measured_losses_unless_one_storage_is_possible():
+def test_an_open_embedding_needs_measured_losses_unless_one_storage_is_possible(caplog):
     model = tiny_llama(dtype=torch.bfloat16)
     rest = {bits: fixed(model, bits) for bits in (16, 8, 4)}
     with pytest.raises(ValueError, match=r"embedding.bits 16 or 8 or 4.*allocation=measured"):
         options(model, quick(kilobytes(rest[16] + 9000), None))
     (only,) = options(model, quick(kilobytes(rest[4] + 6000), None))
     assert only.embedding.bits == 4  # 8 bits would leave 2 kB for linears
+    assert "can't be met with embedding.bits=8, the linears get" in caplog.text
+
+
+def test_an_embedding_that_breaks_the_model_is_no_choice(monkeypatch):
+    model, windows = tiny_llama(), random_windows(2, 16)
+    dense = nanoquant.file_budget.DensePrefix(model, find_decoder(model), windows)
+    monkeypatch.setattr(dense, "logits_from", lambda _: torch.full_like(dense.logits, float("nan")))
+    with pytest.raises(ValueError, match="with the embedding at 4 bits is nan"):
+        nanoquant.file_budget.embedding_divergence(model, dense, EmbeddingConfig(bits=4))
+
+
+def test_what_weighs_the_embedding_is_refused_where_its_storage_is_fixed():
+    weighs = dataclasses.replace(SHORT, remains=0.9)
+    config = dataclasses.replace(quick("1MB", 8, "measured"), sensitivity=weighs)
+    with pytest.raises(ValueError, match="remains=0.9 and embedding.bits=8 exclude each other"):
+        options(tiny_llama(), config)
+
+
+@pytest.mark.parametrize(("remains", "chosen"), [(0.01, 16), (1.0, 4)])
+def test_the_less_remains_of_the_linears_losses_the_more_the_embedding_gets(
+    remains, chosen, monkeypatch
+):
+    monkeypatch.setattr(
+        "nanoquant.ranks.embedding_divergence", lambda m, d, e: 0.2 * (e.bits != 16)
+    )
+    model = tiny_llama(dtype=torch.bfloat16)
+    config = quick(kilobytes(fixed(model) + 6000), None, "measured")
+    config = dataclasses.replace(config, sensitivity=dataclasses.replace(SHORT, remains=remains))
+    assert quantize(model, TOKENS, config).config["embedding"]["bits"] == chosen
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,13 @@ from nanoquant.importance import (
     ImportanceConfig,
     cross_entropy_gradient,
 )
-from nanoquant.second_moment import SecondMoment, clip_threshold, clip_tokens, shrink
+from nanoquant.second_moment import (
+    SecondMoment,
+    clip_threshold,
+    clip_tokens,
+    eigenvectors,
+    shrink,
+)
 
 PLAIN = ImportanceConfig(shrinkage=0.0, clip_quantile=None)
 
@@ -235,3 +241,37 @@ def test_settings_out_of_range_are_refused():
     with pytest.raises(ValueError, match="clip_quantile is 1"):
         ImportanceConfig(clip_quantile=1)
     assert ImportanceConfig(clip_quantile=0).clip_quantile == 0
+
+
+def test_an_update_without_tokens_changes_nothing():
+    moment, other = SecondMoment(quantile=0.8), SecondMoment(quantile=0.8)
+    z = torch.randn(10, 4)
+    for update in (z[:0], z, z[:0]):
+        moment.update(update)
+    other.update(z)
+    assert torch.equal(moment.value(), other.value()) and moment.tokens == 10
+
+
+def test_a_dead_channel_without_shrinkage_names_layer_and_setting():
+    linear = nn.Linear(4, 4)
+    x = torch.randn(8, 4) * torch.tensor([1.0, 1.0, 0.0, 0.0])
+    with ImportanceCollector({"body": linear}, ImportanceConfig(shrinkage=0)) as collector:
+        linear(x).square().sum().backward()
+    message = r"activations of body are zero in 2 of 4 channels, which importance.shrinkage=0"
+    with pytest.raises(ValueError, match=message):
+        collector.importances()
+
+
+def test_eigenvectors_come_from_float64_where_float32_fails(monkeypatch):
+    eigh, A = torch.linalg.eigh, torch.randn(6, 6)
+    A = A @ A.T
+
+    def failing(M):
+        if M.dtype == torch.float32:
+            raise torch.linalg.LinAlgError
+        return eigh(M)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    values, Q = eigenvectors(A)
+    assert values.dtype == Q.dtype == torch.float32
+    torch.testing.assert_close(Q * values @ Q.T, A, rtol=1e-4, atol=1e-4)

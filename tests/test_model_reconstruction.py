@@ -141,6 +141,13 @@ def test_training_that_breaks_down_keeps_the_best_state_so_far(monkeypatch, capl
     assert all(layer.frozen for layer in layers_of(student).values())
 
 
+def test_a_warm_up_of_most_steps_is_told(caplog):
+    reconstruct(SIGNS)
+    assert not caplog.text
+    reconstruct(dataclasses.replace(SIGNS, optimizer=OptimizerConfig(warmup=20)))
+    assert "warm-up takes 18 of 18 steps" in caplog.text
+
+
 def test_a_look_that_falls_on_an_undone_step_is_taken_at_the_next(monkeypatch):
     steps = itertools.count()
     forward = ModelObjective.forward
@@ -261,6 +268,8 @@ def test_the_same_seed_gives_the_same_student():
         {"evaluations": 0},
         {"latent_lr": 0.0},
         {"scale_lr": -1.0},
+        {"latent_lr": float("inf")},
+        {"compile_from": 0},
     ],
     ids=str,
 )

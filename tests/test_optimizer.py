@@ -62,3 +62,19 @@ def test_eight_bits_take_a_quarter_of_the_memory():
 def test_other_widths_are_refused():
     with pytest.raises(ValueError, match="state_bits must be 32, 8 or 4, got 16"):
         OptimizerConfig(state_bits=16)
+
+
+@pytest.mark.parametrize(
+    ("bad", "words"),
+    [
+        ({"epsilon": float("nan")}, "epsilon must be finite and at least 0, got nan"),
+        ({"clip_norm": -1.0}, "clip_norm must be finite and at least 0, got -1.0"),
+        ({"weight_decay": float("inf")}, "weight_decay must be finite"),
+        ({"warmup": -1}, "warmup must be finite and at least 0, got -1"),
+        ({"floor": 5.0}, "floor is a share of the first rate, 0 to 1, got 5.0"),
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused_with_what_was_got(bad, words):
+    with pytest.raises(ValueError, match=words):
+        OptimizerConfig(**bad)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanoquant.importance import Importance
+from nanoquant.methods import body_bits
 from nanoquant.product import KMeansInitializer
 from nanoquant.product_budget import (
     MENU,
@@ -12,7 +13,6 @@ from nanoquant.product_budget import (
     options_of,
     plan_product,
     product_bits,
-    product_body_bits,
 )
 from nanoquant_kernels import pack_indices
 
@@ -59,7 +59,7 @@ def test_padding_is_counted():
 @pytest.mark.parametrize(("shapes", "gap"), [(SMALL, 1e-3), (LARGE, 1e-3)], ids=["small", "large"])
 def test_a_plan_takes_at_most_and_almost_exactly_the_asked_bits(shapes, gap, bits):
     plan = plan_product(shapes, bits)
-    assert bits * (1 - gap) <= product_body_bits(shapes, plan) <= bits
+    assert bits * (1 - gap) <= body_bits(shapes, plan) <= bits
     for name, shape in plan.items():
         shape.check(*shapes[name])
 
@@ -78,7 +78,7 @@ def test_no_uniform_choice_within_the_budget_is_better(bits):
     loss = expected_loss(SMALL, plan_product(SMALL, bits))
     for group, widths in MENU:
         same = {name: ProductShape(group, widths) for name in SMALL}
-        if product_body_bits(SMALL, same) <= bits:
+        if body_bits(SMALL, same) <= bits:
             offered = all(
                 any(o.shape == same[name] for o in options_of(*size))
                 for name, size in SMALL.items()
@@ -118,8 +118,7 @@ def test_a_budget_that_cant_be_met_is_refused_with_the_nearest_that_can(bits):
     nearest = float(str(caught.value).rpartition(" ")[2])
     assert (
         abs(
-            product_body_bits(SMALL, plan_product(SMALL, nearest + (1e-4 if bits < 1 else -1e-4)))
-            - nearest
+            body_bits(SMALL, plan_product(SMALL, nearest + (1e-4 if bits < 1 else -1e-4))) - nearest
         )
         < 0.02
     )

@@ -103,6 +103,14 @@ def test_an_error_falls_with_rank_and_the_shares_of_a_group_add_up_to_its_loss()
     assert all(0.05 <= found[name].exponent <= 8 for name in found)
 
 
+def test_an_error_that_is_not_finite_names_linear_and_rank():
+    probe, decoder, ranks, importances = make_probe(tiny_llama())
+    full = "model.layers.0.mlp.down_proj"
+    importances[full] = dataclasses.replace(importances[full], scale=float("inf"))
+    with pytest.raises(ValueError, match=rf"error of {full} at rank \d+ is (inf|nan); take"):
+        probe.measure(0, decoder.groups[0][-1], importances)
+
+
 def test_an_interrupt_puts_the_dense_weights_back(monkeypatch):
     model = tiny_llama()
     probe, decoder, _, importances = make_probe(model)
@@ -126,6 +134,8 @@ def test_an_interrupt_puts_the_dense_weights_back(monkeypatch):
         ((576, 192), 2.0, 272, 0.5, [128, 272, 384]),
         ((576, 576), 1.0, 32, 0.5, [32]),
         ((576, 576), 1.0, 256, 0.0, [256]),
+        ((576, 192), 2.0, 272, 0.0, [272]),
+        ((576, 576), 1.0, 256, 0.1, [224, 256, 288]),
         ((20, 100), 1.0, 20, 0.5, [20]),
     ],
 )

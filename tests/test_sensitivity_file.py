@@ -13,6 +13,8 @@ from nanoquant.sensitivity import GroupLoss, SensitivityFile
         '{"format": 1}',
         '{"format": 1, "fingerprint": "a", "groups": {"g": 1}}',
         '{"format": 1, "fingerprint": "a", "groups": {"g": {"divergence": null, "errors": {}}}}',
+        '{"format": 1, "fingerprint": "a", "groups": {"g": {"divergence": -5, "errors": {}}}}',
+        '{"format": 1, "fingerprint": "a", "groups": {"g": {"divergence": 1, "errors": {"x": {"8": NaN}}}}}',
     ],
 )
 def test_a_damaged_file_is_measured_again_and_named(content, tmp_path, caplog):
