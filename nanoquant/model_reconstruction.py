@@ -259,7 +259,7 @@ class ModelReconstructor(nn.Module):
             state=state,
         )
         if 2 * config.optimizer.warmup >= order.steps:
-            logger.warning(
+            logger.info(
                 "warm-up takes %d of %d steps of the model's training; give it more windows, or lower "
                 "model.optimizer.warmup",
                 *(min(config.optimizer.warmup, order.steps), order.steps),

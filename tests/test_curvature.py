@@ -167,7 +167,7 @@ def test_a_correlation_that_is_not_finite_falls_back_to_the_diagonal_and_names_t
 
     def failing(R):
         failing.calls += 1
-        if failing.calls == side + 1:
+        if failing.calls in (side + 1, side + 2):  # in float32, and again in float64
             raise torch.linalg.LinAlgError("did not converge")
         return eigh(R)
 
