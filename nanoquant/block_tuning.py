@@ -157,7 +157,11 @@ class BlockTuner:
             )
 
     def fit(self, phase: str, groups: list[dict[str, Any]], epochs: int, batch: int) -> FitResult:
-        """Train ``groups`` for ``epochs`` at most, ``batch`` windows a step; nothing else gets gradients."""
+        """Train ``groups`` for ``epochs`` at most, ``batch`` windows a step; nothing else gets gradients.
+
+        Raises:
+            StaysNonFiniteError: the loss stays non-finite, and no windows are held out that chose a state before.
+        """
         self.block.requires_grad_(False)
         for group in groups:
             for parameter in group["params"]:

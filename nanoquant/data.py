@@ -54,14 +54,14 @@ class DataConfig:
 
 
 def load_tokens(
-    source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None, asked: int = 0
+    source: str | Path | Tensor, tokenizer: PreTrainedTokenizerBase | None, wanted: int = 0
 ) -> Tensor:
     """Read a source and tokenize it, without special tokens.
 
     Args:
         source: As ``DataConfig.text``, or a tensor of token ids (any shape, flattened).
         tokenizer: Tokenizer of the model; needed for text, and checks the range of token ids.
-        asked: Tokens that are asked of it: how far the documents of a JSONL file or a data set are read.
+        wanted: Tokens that are asked of it: how far the documents of a JSONL file or a data set are read.
 
     Returns:
         Token ids (n,), int64, on the CPU.
@@ -78,7 +78,7 @@ def load_tokens(
         return _check_tokens(_read_tensor(path), str(path), tokenizer)
     if tokenizer is None:
         raise ValueError(f"{source} is text and needs a tokenizer; got None")
-    most = max(LEAST_CHARACTERS, CHARACTERS_A_TOKEN * asked)
+    most = max(LEAST_CHARACTERS, CHARACTERS_A_TOKEN * wanted)
     if path.is_file():
         jsonl = path.suffix.lower() in JSON_LINES
         if path.suffix.lower() == ".json":
@@ -230,10 +230,7 @@ def _join(documents: Iterable[tuple[str, str]], most: int) -> str:
     kept, size = [], 0
     for document, gap in documents:
         if size + len(document) > most and kept:
-            logger.warning(
-                "read only the first %d documents (%d characters); the rest is not needed",
-                *(len(kept), size),
-            )
+            logger.warning("read only the first %d documents (%d characters)", len(kept), size)
             break
         kept.append((document, gap))
         size += len(document) + len(gap)

@@ -243,7 +243,7 @@ class ImportanceCollector:
         if not (value > 0).all():
             raise ValueError(
                 f"{what} of {name} are zero in {int((value <= 0).sum())} of {len(value)} channels, which importance."
-                f"shrinkage={self.config.shrinkage} leaves so; take 0.2, or other text"
+                f"shrinkage={self.config.shrinkage} leaves so; take {type(self.config).shrinkage}, or other text"
             )
         return value / mean, float(mean)
 

@@ -55,7 +55,7 @@ def test_long_sources_stop_at_a_document_and_say_so(tmp_path, tokenizer, monkeyp
     assert tokenizer.decode(load_tokens(path, tokenizer)) == "first"
     assert "only the first 1 documents" in caplog.text
     caplog.clear()
-    assert tokenizer.decode(load_tokens(path, tokenizer, asked=9)) == "first\n\nsecond\n\nthird"
+    assert tokenizer.decode(load_tokens(path, tokenizer, wanted=9)) == "first\n\nsecond\n\nthird"
     assert not caplog.text
 
 
