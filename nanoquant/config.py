@@ -18,7 +18,7 @@ from nanoquant.budget import BudgetConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
 from nanoquant.methods import ProductConfig, as_unused, check_method, check_unused
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.self_text import SelfTextConfig
 from nanoquant.sensitivity import SensitivityConfig

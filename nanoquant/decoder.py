@@ -60,7 +60,7 @@ class BlockCall:
     """Keyword that carries the hidden states; None when they are the first positional argument."""
 
 
-class _StopForwardError(Exception):
+class StopForwardError(Exception):
     """Ends a forward pass as soon as what was wanted from it is known."""
 
 
@@ -170,11 +170,11 @@ def capture_block_inputs(
         part.copy_(hidden)
         forget([part])
         done += len(hidden)
-        raise _StopForwardError
+        raise StopForwardError
 
     with evaluation_mode(model), observe_calls({0: decoder.blocks[0]}, stop):
         for batch in windows.split(batch_size):
-            with contextlib.suppress(_StopForwardError):
+            with contextlib.suppress(StopForwardError):
                 model(input_ids=batch, use_cache=False)
     return whole, calls
 

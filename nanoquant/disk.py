@@ -69,8 +69,8 @@ class Streams:
 
 def streams(
     model: PreTrainedModel, blocks: int, chosen: range, config: NanoQuantConfig
-) -> tuple[Streams, Streams]:
-    """Inputs of every block from the first chosen one, and a gradient; outputs of dense and binary prefix.
+) -> tuple[Streams, Streams, Streams]:
+    """Inputs of blocks from the first chosen one, and a gradient; outputs of dense and binary prefix; teacher's states.
 
     Args:
         model: dense; may be on the meta device.
@@ -79,14 +79,17 @@ def streams(
         config: of the run.
 
     Returns:
-        What calibration keeps, and what is kept while blocks are tuned; of no tensor where they are not.
+        What calibration keeps, what is kept while blocks are tuned, and what of the teacher while the model trains; of
+        no tensor where nothing is.
     """
     width = model.config.get_text_config().hidden_size * model.dtype.itemsize
     window, windows = config.calibration.length * width, config.calibration.windows
-    tuned = min(config.block.windows, windows)
+    tuned, settings = min(config.block.windows, windows), config.model
+    asked = settings.windows + config.self_text.windows + settings.held_out
     return (
         Streams(blocks - chosen.start + 1, windows * window),
         Streams(2 * config.block.tunes, tuned * window),
+        Streams(int(settings.recalls), asked * window),
     )
 
 
@@ -110,15 +113,14 @@ def room_of(
     dense = sum(d_out * d_in for d_out, d_in in shapes.values())
     kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * dense
     packed = sum(stored_bits(shapes[name], size) for name, size in sizes.items()) // 8
-    calibration, tuning = streams(model, len(decoder.blocks), chosen, config)
-    limit = config.run.activation_memory
-    beyond = max(calibration.beyond(limit), tuning.beyond(limit))
+    kinds = streams(model, len(decoder.blocks), chosen, config)
+    beyond = max(kind.beyond(config.run.activation_memory) for kind in kinds)
     if config.run.save_every is None:
         return Room(kept + packed, 0, beyond)
     groups = [decoder.full_name(b, group[0]) for b in chosen for group in decoder.groups[b]]
     inputs = [shapes[name][1] for name in groups]
     work = statistics_bytes(list(shapes.values()), inputs, config.importance.curvature)
-    work += max(2 * calibration.each, _trained_bytes(shapes, sizes, packed, config))
+    work += max(2 * kinds[0].each, _trained_bytes(shapes, sizes, packed, config))
     return Room(kept + packed, work + HEADERS * len(shapes), beyond)
 
 

@@ -9,15 +9,14 @@ The state with the lowest divergence on held-out windows wins; the untouched sta
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from nanoquant.activation_memory import ActivationMemory
 from nanoquant.best_state import BestState, ModelReport
 from nanoquant.block_tuning import scale_groups, tensor_group, weight_groups
 from nanoquant.compiling import compiled, passed_blocks, quantized_blocks
@@ -25,11 +24,12 @@ from nanoquant.course import Course
 from nanoquant.decoder import evaluation_mode
 from nanoquant.divergence import divergence_piece, held_out_divergence, logits_divergence
 from nanoquant.kept_logits import as_rows, collate
+from nanoquant.model_config import ModelConfig
 from nanoquant.model_state import ModelState
 from nanoquant.non_finite import locate_non_finite
 from nanoquant.offload import settle, visits
-from nanoquant.optimizer import OptimizerConfig
 from nanoquant.processes import world_size
+from nanoquant.recall import Recall, recalling
 from nanoquant.recompute import recomputed
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.resuming import Order
@@ -40,74 +40,6 @@ from nanoquant.student import norm_parameters, prepared, quantized_layers
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What the whole-model phase trains, how long, and at which rates."""
-
-    train: str = "signs"
-    """signs: latents behind the signs, or codebooks, with scales and norms; scales: scales only, as in the paper; none:
-    skip the phase."""
-    windows: int = 416
-    """Training windows, all different."""
-    epochs: int = 1
-    """Passes over the windows."""
-    batch: int = 2
-    """Windows a step."""
-    latent_lr: float = 1.2e-2
-    """Rate of the latents, whose mean magnitude is 1."""
-    codebook_lr: float = 1e-2
-    """Rate of codebooks, where weights are looked up; relative_rates makes it a share of each one's mean magnitude."""
-    scale_lr: float = 1e-2
-    """Rate of scales (and norms), as a share of each tensor's mean magnitude when relative_rates is on."""
-    relative_rates: bool = True
-    """Whether scale_lr is a share of the mean magnitude or an absolute rate."""
-    held_out: int = 8
-    """Windows that choose the best state; they are taken from the end of the training text."""
-    evaluations: int = 2
-    """How often the held-out divergence is measured, the end included and the start not counted."""
-    kept_logits: int | None = None
-    """Most probable tokens of the teacher that are kept for each token, with the mass of all others in one bucket, in
-    8 bytes each and 4 more a token: no teacher runs while the student trains. null: it runs at every step, which
-    needs its memory and gives slightly better results."""
-    recompute: bool = False
-    """Whether blocks of the student keep their inputs alone for the backward pass, which runs each block again:
-    activations of one block at a time, for about a third more time."""
-    compile_from: int | None = 64
-    """Steps from which on the blocks are compiled before training; null: never."""
-    shard: bool = False
-    """Whether the processes of a run divide latents, their gradients, moments and copies, by FSDP2: each holds its
-    part of 28 bytes a latent, and a block is gathered where it runs. One process has all of it."""
-    optimizer: OptimizerConfig = field(
-        default_factory=lambda: OptimizerConfig(beta2=0.95, clip_norm=1.0, warmup=20)
-    )
-    """AdamW settings."""
-
-    def __post_init__(self) -> None:
-        if self.train not in ("signs", "scales", "none"):
-            raise ValueError(f"train must be signs, scales or none, got {self.train!r}")
-        for name in ("kept_logits", "recompute") if self.train == "none" else ():
-            if value := getattr(self, name):
-                raise ValueError(
-                    f"{name}={value} and train=none exclude each other: nothing trains; leave one of them out"
-                )
-        for name in ("windows", "epochs", "batch", "held_out", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("latent_lr", "codebook_lr", "scale_lr"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and above 0, got {getattr(self, name)}")
-        for name, what in (("kept_logits", "token"), ("compile_from", "step")):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(
-                    f"{name} must be at least 1 {what} or null, got {getattr(self, name)}"
-                )
-        if self.shard and (self.train != "signs" or self.optimizer.state_bits != 32):
-            raise ValueError(
-                f"shard divides latents and moments of 32 bits, got train={self.train!r} and "
-                f"optimizer.state_bits={self.optimizer.state_bits}; take train='signs' and 32 bits, or leave shard out"
-            )
-
-
 class ModelObjective(nn.Module):
     """Divergence of the student from its teacher; the teacher is no submodule and never trains."""
 
@@ -115,14 +47,14 @@ class ModelObjective(nn.Module):
     piece = staticmethod(divergence_piece)
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, groups: list[dict[str, Any]]
+        self, student: nn.Module, teacher: nn.Module | Recall | None, groups: list[dict[str, Any]]
     ) -> None:
         super().__init__()
         self.student, self._teacher, self.groups = student, [teacher], groups
         self.sharded = any(map(is_shard, student.parameters()))
 
     @property
-    def teacher(self) -> nn.Module | None:
+    def teacher(self) -> nn.Module | Recall | None:
         """As given."""
         return self._teacher[0]
 
@@ -144,9 +76,10 @@ class ModelObjective(nn.Module):
         """Context in which the blocks of student and teacher that differ, and the divergence, are compiled."""
         blocks = quantized_blocks(self.student)
         names = {name for name, module in self.student.named_modules() if module in blocks}
-        if self.teacher is not None:
-            teacher = self.teacher.named_modules()
-            blocks += [block for name, block in teacher if name in names and not visits(block)]
+        teacher = self.teacher.teacher if isinstance(self.teacher, Recall) else self.teacher
+        if teacher is not None:
+            modules = teacher.named_modules()
+            blocks += [block for name, block in modules if name in names and not visits(block)]
         return compiled(blocks, (self, "piece"))
 
 
@@ -174,6 +107,7 @@ class ModelReconstructor(nn.Module):
         loggers: list[Any] | None = None,
         recorder: Recorder = UNRECORDED,
         state: ModelState | None = None,
+        memory: ActivationMemory | None = None,
     ) -> ModelReport:
         """Train ``student`` in place and leave it frozen in its best state.
 
@@ -187,6 +121,7 @@ class ModelReconstructor(nn.Module):
             loggers: Lightning loggers.
             recorder: takes losses, held-out divergence, rates, flipped signs and latents.
             state: keeps the training, and goes on with what it has.
+            memory: where states of the teacher lie.
 
         Raises:
             ValueError: the student has no quantized layers, or the state belongs to another run.
@@ -202,10 +137,13 @@ class ModelReconstructor(nn.Module):
         with evaluation_mode(student), evaluation_mode(teacher) if teacher else nullcontext():
             divided = self.config.shard and world_size() > 1
             body = sharded(student) if divided else prepared(settle(student), self.config.train)
+            training, looks = as_rows(windows), as_rows(held_out)
+            if teacher is not None and self.config.recalls:
+                teacher = recalling(teacher, body, len(training) + len(looks), memory)
             objective = ModelObjective(body, teacher, self.parameter_groups(body))
-            keeper = self.keeper(objective, as_rows(held_out), precision, report)
+            keeper = self.keeper(objective, looks, precision, report)
             self.train_objective(
-                *(objective, as_rows(windows), keeper, precision, on_step, loggers),
+                *(objective, training, keeper, precision, on_step, loggers),
                 *(recorder, state),
             )
             if divided:

@@ -248,6 +248,7 @@ def reconstruct_model(run: Run, teacher: PreTrainedModel, config: NanoQuantConfi
                 loggers=run.loggers,
                 recorder=run.recorder,
                 state=state,
+                memory=run.memory,
             )
     gc.collect()  # the trainer and its moments refer to each other
     give_back()

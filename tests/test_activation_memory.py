@@ -16,7 +16,7 @@ from nanoquant.architectures import find_decoder
 from nanoquant.block_tuning import BlockData, Windows, mean_square
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.mapped import forget, scratch
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.quantize import quantize
 from nanoquant.training import RunConfig
 

@@ -12,7 +12,8 @@ from tiny_models import random_windows, tiny_llama
 from nanoquant import model_reconstruction
 from nanoquant.compiling import compiled, quantized_blocks, uncompiled
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.model_reconstruction import ModelConfig, ModelObjective, ModelReconstructor
+from nanoquant.model_config import ModelConfig
+from nanoquant.model_reconstruction import ModelObjective, ModelReconstructor
 
 WINDOWS = random_windows(4, 16)
 

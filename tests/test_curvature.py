@@ -13,7 +13,7 @@ from nanoquant.budget import BudgetConfig
 from nanoquant.calibration import collect_importances
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.importance import Importance, ImportanceConfig, stack
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.quantize import quantize
 from nanoquant.second_moment import Correlation, SecondMoment, SecondMomentMatrix, correlation_of
 

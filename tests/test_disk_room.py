@@ -143,6 +143,15 @@ def test_what_finds_no_room_in_memory_lies_on_the_disk_in_whole_tensors(limit, s
     assert Streams(3, 5000).beyond(limit) == size
 
 
+def test_states_of_the_teacher_lie_on_the_disk_where_they_find_no_room():
+    model = tiny_llama(dtype=torch.bfloat16, layers=3)
+    for epochs, tensors in ((1, 0), (2, 1)):
+        config = settings(model={"epochs": epochs}, self_text={"windows": 3})
+        _, _, states = disk.streams(model, 3, range(3), config)
+        width = model.config.hidden_size * 2
+        assert states == Streams(tensors, (40 + 2 + 3) * 16 * width)
+
+
 def test_activations_are_part_of_what_is_too_much(tmp_path, monkeypatch):
     usage = disk.shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=1000))

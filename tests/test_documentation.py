@@ -16,7 +16,7 @@ from nanoquant.admm import ADMMConfig
 from nanoquant.block_config import BlockConfig
 from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

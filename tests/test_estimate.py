@@ -87,6 +87,22 @@ def test_visits_of_dense_blocks_take_time_where_no_logits_are_kept(tmp_path, cap
     assert 0 < model_phase(*kept, "--run.offload") - model_phase(*kept) < extra / 2
 
 
+def test_blocks_of_the_teacher_run_once_a_window_where_its_states_are_kept(tmp_path, capsys):
+    def phases(*flags):
+        flags = ["--machine", "h100", "--model.batch", 4, "--model.windows", 64, *flags]
+        found, _ = of(capsys, tmp_path, "llama-2-7b", "--model.epochs", 2, *flags)
+        terms = found["memory"]["model"]["terms"]
+        kept = [t["bytes"] for t in terms if t["name"] == "activations between blocks"]
+        return found["seconds"]["model"][0], sum(kept)
+
+    (once, kept), (every, none) = phases(), phases("--model.keep_states", "false")
+    config = nanoquant_config().model
+    states = (64 + config.held_out) * nanoquant_config().calibration.length * 4096 * 2
+    assert (kept, none) == (states, 0)
+    assert 0.7 * every < once < 0.95 * every
+    assert phases("--run.activation_memory", "1MB")[1] <= 1_000_000
+
+
 @pytest.mark.parametrize("method", ["binary", "product"])
 def test_a_language_model_inside_a_composite_is_estimated(method, tmp_path, capsys):
     text = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

@@ -17,8 +17,8 @@ from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.file_budget import embedding_weights, header_bytes, other_bytes
 from nanoquant.methods import METHODS
+from nanoquant.model_config import ModelConfig
 from nanoquant.model_embeddings import quantize_embeddings, quantized_tables
-from nanoquant.model_reconstruction import ModelConfig
 from nanoquant.quantize import quantize
 from nanoquant.ranks import check_budget, decoder_shapes
 from nanoquant.sensitivity import SensitivityConfig

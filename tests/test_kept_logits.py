@@ -17,7 +17,8 @@ from nanoquant import kept_logits
 from nanoquant.architectures import find_decoder
 from nanoquant.divergence import most_probable
 from nanoquant.kept_logits import KEPT, bytes_a_token, collate, keep_logits, portion
-from nanoquant.model_reconstruction import ModelConfig, ModelReconstructor
+from nanoquant.model_config import ModelConfig
+from nanoquant.model_reconstruction import ModelReconstructor
 from nanoquant.quantize import quantize
 
 WINDOWS = random_windows(5, 16)

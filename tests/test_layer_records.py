@@ -23,7 +23,7 @@ from nanoquant.layer_records import (
     layer_error,
 )
 from nanoquant.linear import BinaryLowRankLinear
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.quantize import quantize
 
 CONFIG = nanoquant_config(

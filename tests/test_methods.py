@@ -19,7 +19,8 @@ from nanoquant.block_reconstruction import BlockReconstructor
 from nanoquant.config import PRESETS, NanoQuantConfig, nanoquant_config, preset_config
 from nanoquant.importance import Importance
 from nanoquant.methods import METHODS, ProductConfig, body_bits, entry_of, layer_of, size_of
-from nanoquant.model_reconstruction import ModelConfig, ModelReconstructor
+from nanoquant.model_config import ModelConfig
+from nanoquant.model_reconstruction import ModelReconstructor
 from nanoquant.product import KMeansConfig, KMeansInitializer
 from nanoquant.product_budget import ProductShape
 from nanoquant.product_linear import ProductQuantLinear

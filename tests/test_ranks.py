@@ -12,7 +12,7 @@ from nanoquant.architectures import find_decoder
 from nanoquant.budget import BudgetConfig, allocate_ranks, body_bits
 from nanoquant.checkpoint import load, read_sizes, save_pretrained
 from nanoquant.config import CalibrationConfig, nanoquant_config
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.packed_linear import PackedBinaryLinear
 from nanoquant.quantize import phase_names, quantize
 from nanoquant.ranks import LARGE_REMAINDER, decoder_shapes

@@ -14,7 +14,7 @@ from nanoquant.budget import BudgetConfig, allocate_ranks, body_bits
 from nanoquant.calibration import collect_importances
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.importance import ImportanceConfig
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.progress import Progress
 from nanoquant.quantize import quantize
 from nanoquant.ranks import decoder_shapes

@@ -11,7 +11,7 @@ from tiny_models import FAMILIES
 from torch import distributed as dist
 
 from nanoquant import model_reconstruction
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.optimizer import OptimizerConfig
 
 ROUNDING = 1e-6

@@ -9,7 +9,7 @@ from tiny_models import tiny_tokenizer
 from nanoquant.block_config import BlockConfig
 from nanoquant.config import CalibrationConfig, NanoQuantConfig
 from nanoquant.mixture import Source
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.self_text import SelfTextConfig
 from nanoquant.text import split_text
 from nanoquant.text_plan import plan_text

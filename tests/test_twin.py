@@ -14,7 +14,7 @@ from nanoquant.budget import BudgetConfig
 from nanoquant.config import CalibrationConfig, NanoQuantConfig
 from nanoquant.embedding import EmbeddingConfig
 from nanoquant.importance import ImportanceConfig
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.sensitivity import SensitivityConfig
 from nanoquant.twin import twin
 

@@ -13,7 +13,7 @@ from nanoquant.admm import ADMMConfig
 from nanoquant.block_config import BlockConfig
 from nanoquant.config import CalibrationConfig, nanoquant_config
 from nanoquant.embedding import EmbeddingConfig
-from nanoquant.model_reconstruction import ModelConfig
+from nanoquant.model_config import ModelConfig
 from nanoquant.optimizer import OptimizerConfig
 from nanoquant.progress import Progress
 from nanoquant.quantize import quantize

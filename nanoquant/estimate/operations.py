@@ -226,10 +226,12 @@ def model(q: Quantities) -> Work:
     windows = config.epochs * config.windows
     looks = config.held_out * (1 + config.evaluations)
     once = config.windows + config.held_out
-    taught = once if config.kept_logits is not None else windows + looks
+    asked = windows + looks
+    taught = asked if config.kept_logits is None and not config.recalls else once
+    again = (asked - once) * forward(q, length, 0.0) * config.recalls  # the head alone
     signs = config.train == "signs"
     times = (3 if signs else 2) + config.recompute
-    products = length * (taught * teacher + (windows * times + looks) * own)
+    products = length * (taught * teacher + again + (windows * times + looks) * own)
     trained = q.of_all.weights if signs else q.scales
     unpacked = 0.0 if signs else 4.0 * q.of_all.latents
     unpacked += (1 + times) * looked_up(q)  # gradients of inputs and codebooks look up once
@@ -252,7 +254,9 @@ def visits(q: Quantities, eval_windows: int) -> dict[str, float]:
     )
     looks = config.held_out * (1 + config.evaluations)
     found["model"] = float(config.epochs * -(-config.windows // config.batch) + looks)
-    if config.kept_logits is not None:
+    if config.recalls:
+        found["model"] = float(config.windows + config.held_out)
+    elif config.kept_logits is not None:
         length = q.config.calibration.length
         size = portion(q.subject.model, length, config.kept_logits)
         found["model"] = float(sum(-(-n // size) for n in (config.windows, config.held_out)))

@@ -144,7 +144,7 @@ class Quantities:
         return 4 if full else 2
 
     @cached_property
-    def streams(self) -> tuple[Streams, Streams]:
-        """Activations between blocks, of calibration and of blocks that are tuned."""
+    def streams(self) -> tuple[Streams, Streams, Streams]:
+        """Activations between blocks: of calibration, of blocks that are tuned, and of the teacher's last block."""
         subject = self.subject
         return streams(subject.model, len(subject.decoder.blocks), subject.chosen, self.config)

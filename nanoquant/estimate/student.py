@@ -6,7 +6,7 @@ Shapes: N windows, T tokens a window, V vocabulary.
 from __future__ import annotations
 
 from nanoquant.estimate import work
-from nanoquant.estimate.initialization import CHECKED
+from nanoquant.estimate.initialization import CHECKED, streams
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.terms import Term
 from nanoquant.kept_logits import PORTION, bytes_a_token
@@ -41,6 +41,7 @@ def model(q: Quantities) -> list[Term]:
         q.weights,
         Term("blocks that stay dense, which have settled", (q.kept - q.around) * q.visits),
         *kept_logits(q),
+        streams(q, q.streams[2].bytes, host=True),
         Term("what trains, in float32", work.F32 * trained, less),
         Term("gradients", work.F32 * trained, less),
         Term("moments", int(MOMENTS[bits] * trained), narrower),
