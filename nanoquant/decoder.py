@@ -60,7 +60,7 @@ class BlockCall:
     """Keyword that carries the hidden states; None when they are the first positional argument."""
 
 
-class StopForwardError(Exception):
+class _StopForwardError(Exception):
     """Ends a forward pass as soon as what was wanted from it is known."""
 
 
@@ -170,11 +170,11 @@ def capture_block_inputs(
         part.copy_(hidden)
         forget([part])
         done += len(hidden)
-        raise StopForwardError
+        raise _StopForwardError
 
     with evaluation_mode(model), observe_calls({0: decoder.blocks[0]}, stop):
         for batch in windows.split(batch_size):
-            with contextlib.suppress(StopForwardError):
+            with contextlib.suppress(_StopForwardError):
                 model(input_ids=batch, use_cache=False)
     return whole, calls
 
@@ -188,8 +188,12 @@ def call_block(block: Callable[..., Any], hidden: Tensor, call: BlockCall) -> An
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """Run one decoder block: hidden states (B, T, d) to hidden states (B, T, d)."""
-    out = call_block(block, hidden, call)
-    return out[0] if isinstance(out, tuple) else out
+    return split_output(call_block(block, hidden, call))[0]
+
+
+def split_output(output: Tensor | tuple) -> tuple[Tensor, tuple | None]:
+    """Hidden states that a block returned, and what it returned beside; None: no tuple."""
+    return (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -20,6 +20,7 @@ from nanoquant.decoder import (
     capture_block_inputs,
     evaluation_mode,
     input_device,
+    split_output,
 )
 from nanoquant.dense_prefix import skipped
 from nanoquant.divergence import ForwardKL, most_probable
@@ -96,8 +97,7 @@ def _run_blocks(decoder: Decoder, calls: list[BlockCall], hidden: Tensor) -> tup
     for block, call in zip(decoder.blocks, calls, strict=True):
         with at_work(block):
             for part in hidden.split(BATCH):
-                out = call_block(block, part, call)
-                states, more = (out[0], out[1:]) if isinstance(out, tuple) else (out, None)
+                states, more = split_output(call_block(block, part, call))
                 part.copy_(states)
         forget(block.parameters())
     return more

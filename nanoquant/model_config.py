@@ -35,11 +35,11 @@ class ModelConfig:
     """How often the held-out divergence is measured, the end included and the start not counted."""
     kept_logits: int | None = None
     """Most probable tokens of the teacher that are kept for each token, with the mass of all others in one bucket, in
-    8 bytes each and 4 more a token: no teacher runs while the student trains. null: it runs at every step, which
+    8 bytes each and 4 more a token: no teacher runs while the student trains. null: it is asked at every step, which
     needs its memory and gives slightly better results."""
     keep_states: bool = True
-    """With more than one epoch, whether what the teacher's last block gives of each window is kept, a hidden state a
-    token within run.activation_memory, so that its blocks run once: later epochs take its head alone."""
+    """With several epochs and without kept_logits, whether what the teacher's last block gives is kept, a hidden state
+    a token: where the windows of a step were met before, by the same process since it began, its head runs alone."""
     recompute: bool = False
     """Whether blocks of the student keep their inputs alone for the backward pass, which runs each block again:
     activations of one block at a time, for about a third more time."""

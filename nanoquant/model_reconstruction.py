@@ -2,7 +2,8 @@
 
 ``train="scales"`` is the paper's form: signs frozen, scales trained. ``train="signs"`` also trains latents behind the
 signs (straight-through), or codebooks, together with norms; that wants fresh text, not a few windows repeated.
-The teacher runs at every step, unless what :mod:`nanoquant.kept_logits` keeps of its logits comes with the windows.
+The teacher is asked at every step, and has its last block's states of windows that come again
+(:mod:`nanoquant.recall`), unless what :mod:`nanoquant.kept_logits` keeps of its logits comes with the windows.
 The state with the lowest divergence on held-out windows wins; the untouched state is a candidate.
 """
 

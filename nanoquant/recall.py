@@ -1,13 +1,12 @@
-"""Recall: a dense teacher whose blocks run once for each window, however often it is asked.
+"""Recall: a dense teacher whose blocks need not run again for a window that it has seen.
 
-What its last block gives is kept, and where the window comes again only what follows that block runs, the last norm
-and the head. One window runs at a time, so that what is kept depends neither on the company of a batch nor on where a
-killed run goes on. Shapes: B windows of a batch, T tokens a window, d hidden size.
+What its last block gives is kept, and where the windows of a batch come again only what follows that block runs, the
+last norm and the head. What is kept lives as long as the process: of several each keeps what it has met, and a killed
+run begins with nothing. Shapes: B windows of a batch, T tokens a window, d hidden size, N windows in all.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from nanoquant.activation_memory import ActivationMemory
 from nanoquant.compiling import quantized_blocks
-from nanoquant.decoder import StopForwardError
+from nanoquant.decoder import split_output
 from nanoquant.dense_prefix import skipped
 from nanoquant.mapped import forget
 
@@ -50,7 +49,7 @@ class Recall:
     Args:
         teacher: dense causal language model.
         blocks: its decoder blocks, in order.
-        windows: different windows that are expected; what comes beyond them is not kept.
+        windows: different windows that are expected, N, all of one length; others are not kept.
         memory: where the states lie, on the CPU.
     """
 
@@ -65,55 +64,46 @@ class Recall:
         self.memory = memory or ActivationMemory()
         self.rows: dict[bytes, int] = {}
         """Where the states of a window are, by its tokens."""
-        self.kept: dict[int, Tensor] = {}
-        """States (N, T, d) by T."""
+        self.kept: Tensor | None = None
+        """States (N, T, d)."""
         self.more: tuple | None = None
         """What the last block returns beside its states; None: no tuple."""
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor, use_cache: bool = False) -> Any:  # noqa: ANN401
         """What the teacher returns for token ids (B, T); no gradient passes."""
-        states = torch.cat([self._states(window) for window in input_ids.split(1)])
+        keys = [window.tobytes() for window in input_ids.cpu().numpy()]
+        if not all(key in self.rows for key in keys):
+            return self._ask(keys, input_ids, use_cache)
+        homes = [self.kept[self.rows[key]] for key in keys]
+        states = torch.stack(homes).to(input_ids.device)
+        forget(homes)
         output = states if self.more is None else (states, *self.more)
         with skipped(self.blocks, lambda: output):
             return self.teacher(input_ids=input_ids, use_cache=use_cache)
 
-    def _states(self, window: Tensor) -> Tensor:
-        """Output (1, T, d) of the last block for token ids (1, T), on their device."""
-        key = window.numpy(force=True).tobytes()
-        row = self.rows.get(key)
-        if row is not None:
-            home = self.kept[window.shape[1]][row : row + 1]
-            found = home.to(window.device, copy=True)
-            forget([home])
-            return found
-        states = self._run(window)
-        row = len(self.rows)
-        if row < self.windows:
-            home = self.kept.get(window.shape[1])
-            if home is None:
-                shape = (self.windows, *states.shape[1:])
-                home = self.memory.empty(shape, states.new_empty(0, device="cpu"))
-                self.kept[window.shape[1]] = home
-            home[row] = states[0]
-            forget([home[row]])
-            self.rows[key] = row
-        return states
+    def _ask(self, keys: list[bytes], input_ids: Tensor, use_cache: bool) -> Any:  # noqa: ANN401
+        """The same by all blocks; what the last one gives is kept."""
 
-    def _run(self, window: Tensor) -> Tensor:
-        """The same, by all blocks."""
-        found: list[Any] = []
+        def keep(block: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401
+            states, self.more = split_output(output)
+            for key, window in zip(keys, states, strict=True):
+                self._keep(key, window)
 
-        def stop(block: nn.Module, args: tuple, output: Any) -> None:  # noqa: ANN401
-            found.append(output)
-            raise StopForwardError
-
-        handle = self.blocks[-1].register_forward_hook(stop)
+        handle = self.blocks[-1].register_forward_hook(keep)
         try:
-            with contextlib.suppress(StopForwardError):
-                self.teacher(input_ids=window, use_cache=False)
+            return self.teacher(input_ids=input_ids, use_cache=use_cache)
         finally:
             handle.remove()
-        (output,) = found
-        states, self.more = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-        return states
+
+    def _keep(self, key: bytes, states: Tensor) -> None:
+        """Keep the states (T, d) of a window, if it is new and expected."""
+        if self.kept is None:
+            like = states.new_empty(0, device="cpu")
+            self.kept = self.memory.empty((self.windows, *states.shape), like)
+        row = len(self.rows)
+        if key in self.rows or row == self.windows or states.shape != self.kept.shape[1:]:
+            return
+        self.kept[row] = states
+        forget([self.kept[row]])
+        self.rows[key] = row

@@ -53,13 +53,13 @@ class RunConfig:
     """Seconds that one of several processes waits for the others before it gives them up for lost."""
 
     activation_memory: str | None = None
-    """Most memory of the activations that calibration and blocks keep, such as 4GB; the rest lies in files without a
-    name in the work folder, and decides nothing. null: all in memory."""
+    """Most memory of the activations that calibration and blocks keep, and with model.keep_states the model's training,
+    such as 4GB; the rest lies in files without a name in the work folder, and decides nothing. null: all in memory."""
 
     offload: bool = False
     """Whether decoder blocks of the dense model stay in main memory, or in their files, and visit the GPU when they
-    run, at most two at once. With model.kept_logits none of them does while the student trains. Decides nothing of the
-    result."""
+    run, at most two at once. With model.kept_logits none of them does while the student trains, with model.keep_states
+    none for windows that come again. Decides nothing of the result."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

@@ -26,7 +26,7 @@ KEPT = {"train": "scales", "kept_logits": 8, "recompute": True}
 RUNS = {
     "tuned blocks": (tiny_llama, "uniform", "diagonal", TUNED, {"train": "none"}),
     "kept logits": (tiny_llama, "uniform", "both", {}, KEPT),
-    "trained signs": (tiny_gpt2, "measured", "inputs", {}, {"train": "signs"}),
+    "trained signs": (tiny_gpt2, "measured", "inputs", {}, {"train": "signs", "epochs": 2}),
 }
 LAYERS = 2
 visits, most, here = Counter(), 0, set()

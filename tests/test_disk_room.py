@@ -9,6 +9,7 @@ import torch
 from tiny_models import random_windows, tiny_llama, tiny_tokenizer
 
 from nanoquant import activation_memory, disk, tensor_file
+from nanoquant.architectures import find_decoder
 from nanoquant.budget import allocate_ranks
 from nanoquant.config import nanoquant_config
 from nanoquant.disk import Room, Streams
@@ -150,6 +151,14 @@ def test_states_of_the_teacher_lie_on_the_disk_where_they_find_no_room():
         _, _, states = disk.streams(model, 3, range(3), config)
         width = model.config.hidden_size * 2
         assert states == Streams(tensors, (40 + 2 + 3) * 16 * width)
+
+
+def test_a_run_asks_for_the_largest_of_its_streams():
+    model = tiny_llama(dtype=torch.bfloat16, layers=3)
+    decoder, sizes = find_decoder(model), {}
+    config = settings("1B", model={"windows": 4000, "epochs": 2})
+    *_, states = disk.streams(model, 3, range(3), config)
+    assert disk.room_of(model, decoder, range(3), sizes, config).activations == states.beyond("1B")
 
 
 def test_activations_are_part_of_what_is_too_much(tmp_path, monkeypatch):

@@ -92,7 +92,7 @@ def test_blocks_of_the_teacher_run_once_a_window_where_its_states_are_kept(tmp_p
         flags = ["--machine", "h100", "--model.batch", 4, "--model.windows", 64, *flags]
         found, _ = of(capsys, tmp_path, "llama-2-7b", "--model.epochs", 2, *flags)
         terms = found["memory"]["model"]["terms"]
-        kept = [t["bytes"] for t in terms if t["name"] == "activations between blocks"]
+        kept = [t["bytes"] for t in terms if t["name"] == "states of the teacher"]
         return found["seconds"]["model"][0], sum(kept)
 
     (once, kept), (every, none) = phases(), phases("--model.keep_states", "false")
@@ -100,7 +100,13 @@ def test_blocks_of_the_teacher_run_once_a_window_where_its_states_are_kept(tmp_p
     states = (64 + config.held_out) * nanoquant_config().calibration.length * 4096 * 2
     assert (kept, none) == (states, 0)
     assert 0.7 * every < once < 0.95 * every
-    assert phases("--run.activation_memory", "1MB")[1] <= 1_000_000
+    assert phases("--run.activation_memory", "1MB")[1] == 1_000_000
+    flags = ("--run.offload",), ("--run.offload", "--model.keep_states", "false")
+    visits = [phases(*f)[0] - seconds for f, seconds in zip(flags, (once, every), strict=True)]
+    looks = config.held_out * (1 + config.evaluations)
+    assert visits[0] / visits[1] == pytest.approx((16 + config.held_out) / (2 * 16 + looks))
+    shares = [phases("--devices", n)[0] * n for n in (1, 8)]
+    assert once == shares[0] < shares[1] < every  # a process has what it has met itself
 
 
 @pytest.mark.parametrize("method", ["binary", "product"])

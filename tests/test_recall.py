@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -18,6 +19,12 @@ from nanoquant.recall import Recall, recalling
 
 WINDOWS = random_windows(5, 16)
 SINGLE = dataclasses.replace(SIGNS, batch=1, compile_from=None)
+
+
+def quantized_linear():
+    """A quantized layer."""
+    _, student = teacher_and_student()
+    return student.model.layers[0].self_attn.q_proj
 
 
 def recall_of(model, windows=5, memory=None):
@@ -65,16 +72,29 @@ def test_blocks_that_return_tuples_are_recalled(more):
         torch.testing.assert_close(recall(WINDOWS).logits, model(WINDOWS).logits)
 
 
-def test_blocks_run_once_a_window_and_beyond_the_expected_ones_every_time():
+def test_blocks_run_once_a_window_and_every_time_beyond_the_expected_ones():
     model = tiny_llama().eval()
     recall = recall_of(model, windows=3)
     runs = count_runs(model.model.layers[0].self_attn)
     for _ in range(3):
-        recall(input_ids=WINDOWS[:4])
+        for window in WINDOWS[:4].split(1):
+            recall(input_ids=window)
     assert len(runs) == 3 + 3  # three windows once, one three times
 
 
-def test_windows_of_another_length_are_kept_beside():
+def test_a_batch_with_a_new_window_runs_whole_and_keeps_it():
+    model = tiny_llama().eval()
+    recall = recall_of(model)
+    runs = count_runs(model.model.layers[0].self_attn)
+    for chosen, count in (([0, 1], 1), ([1, 0], 1), ([1, 2], 2), ([2, 0], 2)):
+        torch.testing.assert_close(
+            recall(input_ids=WINDOWS[chosen]).logits, model(input_ids=WINDOWS[chosen]).logits
+        )
+        assert len(runs) - 1 == count
+        runs.pop()  # the model itself ran
+
+
+def test_windows_of_another_length_are_answered_and_not_kept():
     model = tiny_llama().eval()
     recall, short = recall_of(model), WINDOWS[:, :7]
     for _ in range(2):
@@ -82,7 +102,7 @@ def test_windows_of_another_length_are_kept_beside():
             torch.testing.assert_close(
                 recall(input_ids=windows).logits, model(input_ids=windows).logits
             )
-    assert {t: states.shape[1] for t, states in recall.kept.items()} == {16: 16, 7: 7}
+    assert len(recall.rows) == 2 and recall.kept.shape[:2] == (5, 16)
 
 
 def test_states_lie_where_activations_may(tmp_path):
@@ -92,7 +112,7 @@ def test_states_lie_where_activations_may(tmp_path):
         torch.testing.assert_close(
             recall(input_ids=WINDOWS).logits, model(input_ids=WINDOWS).logits
         )
-    assert is_mapped(recall.kept[16])
+    assert is_mapped(recall.kept)
 
 
 def test_epochs_after_the_first_ask_no_block_and_train_the_same():
@@ -113,12 +133,51 @@ def test_a_single_epoch_keeps_nothing(monkeypatch):
 
 
 def test_batches_of_several_windows_train_alike():
+    kept = dataclasses.replace(SIGNS, compile_from=None)
+    ran, report = blocks_run(kept)
+    every, plain = blocks_run(dataclasses.replace(kept, keep_states=False))
+    assert len(TRAINING) + len(HELD_OUT) <= ran < every
+    assert report.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def test_the_first_blocks_alone_may_be_quantized():
     teacher, student = teacher_and_student()
-    other = copy.deepcopy(student)
-    without = dataclasses.replace(SIGNS, keep_states=False)
-    losses = ModelReconstructor(SIGNS)(student, teacher, TRAINING, HELD_OUT).losses
-    plain = ModelReconstructor(without)(other, teacher, TRAINING, HELD_OUT).losses
-    assert losses == pytest.approx(plain, rel=1e-3)
+    dense = copy.deepcopy(teacher.model.layers[1])
+    student.model.layers[1] = dense
+    recall = recalling(teacher, student, 4)
+    assert list(recall.blocks) == list(teacher.model.layers)
+    twice = [recall(input_ids=HELD_OUT).logits for _ in range(2)]
+    torch.testing.assert_close(*twice)
+
+
+def test_experts_in_lists_inside_the_blocks_are_no_second_list():
+    student = tiny_llama()
+    for layer in student.model.layers:
+        layer.mlp = nn.ModuleList(
+            [nn.Sequential(quantized_linear()), nn.Sequential(quantized_linear())]
+        )
+    teacher = copy.deepcopy(student)
+    assert list(recalling(teacher, student, 4).blocks) == list(teacher.model.layers)
+    student.more = nn.ModuleList([quantized_linear()])
+    assert recalling(teacher, student, 4) is teacher
+
+
+def test_under_autocast_it_says_what_the_teacher_says():
+    model = tiny_llama(dtype=torch.bfloat16).eval()
+    recall = recall_of(model)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        expected = model(input_ids=WINDOWS).logits
+        for _ in range(2):
+            assert torch.equal(recall(input_ids=WINDOWS).logits, expected)
+    assert recall.kept.dtype == torch.bfloat16
+
+
+def test_what_was_kept_is_freed_with_the_training():
+    memory = ActivationMemory()
+    teacher, student = teacher_and_student()
+    ModelReconstructor(SINGLE)(student, teacher, TRAINING, HELD_OUT, memory=memory)
+    gc.collect()
+    assert memory.used == 0
 
 
 def test_a_teacher_without_one_list_of_blocks_stays_as_it_is():

@@ -73,11 +73,13 @@ def curvature_flag(q: Quantities) -> str:
     return "" if "importance.curvature" in method_of(q.config).unused else "--importance.curvature"
 
 
-def streams(q: Quantities, size: int, host: bool = False) -> Term:
+def streams(
+    q: Quantities, size: int, name: str = "activations between blocks", host: bool = False
+) -> Term:
     """Activations that a phase keeps: in memory as far as ``run.activation_memory`` goes."""
     limit = q.config.run.activation_memory
     kept = size if limit is None else min(size, parse_bytes(limit))
-    return Term("activations between blocks", kept, ACTIVATIONS, host)
+    return Term(name, kept, ACTIVATIONS, host)
 
 
 def choose_ranks(q: Quantities) -> list[Term]:
