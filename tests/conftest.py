@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -26,16 +27,31 @@ def pytest_unconfigure():
     gc.unfreeze()
 
 
+@contextmanager
+def same_loggers():
+    """Context after which the loggers that commands change are as they were."""
+    loggers = [logging.getLogger(name) for name in ("nanoquant", *console.QUIET_LOGGERS)]
+    before = [(log.level, log.handlers, log.propagate) for log in loggers]
+    yield
+    for log, (level, handlers, propagate) in zip(loggers, before, strict=True):
+        log.setLevel(level)
+        log.handlers, log.propagate = handlers, propagate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def loggers_of_a_module():
+    """Fixtures of a module may run commands as well: the next module finds loggers as they were."""
+    with same_loggers():
+        yield
+
+
 @pytest.fixture
 def untouched_process(monkeypatch):
     """Undo what the commands change for the whole process: environment and loggers."""
     for name, value in console.QUIET_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)
-    loggers = [logging.getLogger(name) for name in ("nanoquant", *console.QUIET_LOGGERS)]
-    before = [(log.level, log.handlers, log.propagate) for log in loggers]
-    yield
-    for log, (log.level, log.handlers, log.propagate) in zip(loggers, before, strict=True):
-        log.setLevel(log.level)
+    with same_loggers():
+        yield
 
 
 @pytest.fixture(scope="session")
