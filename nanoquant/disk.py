@@ -113,14 +113,14 @@ def room_of(
     dense = sum(d_out * d_in for d_out, d_in in shapes.values())
     kept = tensor_bytes(model.parameters()) - model.dtype.itemsize * dense
     packed = sum(stored_bits(shapes[name], size) for name, size in sizes.items()) // 8
-    kinds = streams(model, len(decoder.blocks), chosen, config)
-    beyond = max(kind.beyond(config.run.activation_memory) for kind in kinds)
+    calibration, *others = streams(model, len(decoder.blocks), chosen, config)
+    beyond = max(s.beyond(config.run.activation_memory) for s in (calibration, *others))
     if config.run.save_every is None:
         return Room(kept + packed, 0, beyond)
     groups = [decoder.full_name(b, group[0]) for b in chosen for group in decoder.groups[b]]
     inputs = [shapes[name][1] for name in groups]
     work = statistics_bytes(list(shapes.values()), inputs, config.importance.curvature)
-    work += max(2 * kinds[0].each, _trained_bytes(shapes, sizes, packed, config))
+    work += max(2 * calibration.each, _trained_bytes(shapes, sizes, packed, config))
     return Room(kept + packed, work + HEADERS * len(shapes), beyond)
 
 

@@ -7,6 +7,7 @@ and the mass of all others in one bucket, so that a student that moves mass betw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ class ForwardKL(torch.autograd.Function):
 
 def logits_divergence(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Callable[..., Any] | None,
     batch: Sequence[Tensor],
     piece: Piece = divergence_piece,
 ) -> Tensor:
@@ -136,7 +137,7 @@ def logits_divergence(
 @torch.no_grad()
 def held_out_divergence(
     student: nn.Module,
-    teacher: nn.Module | None,
+    teacher: Callable[..., Any] | None,
     windows: Iterable[Sequence[Tensor]],
     precision: str,
     idle: Callable[[], object] | None = None,

@@ -38,8 +38,8 @@ class ModelConfig:
     8 bytes each and 4 more a token: no teacher runs while the student trains. null: it is asked at every step, which
     needs its memory and gives slightly better results."""
     keep_states: bool = True
-    """With several epochs and without kept_logits, whether what the teacher's last block gives is kept, a hidden state
-    a token: where the windows of a step were met before, by the same process since it began, its head runs alone."""
+    """With several epochs, one process, no kept_logits: whether what the teacher's last block gives is kept, a hidden
+    state a token. Where all windows of a step were met before, since the process began, its head runs alone."""
     recompute: bool = False
     """Whether blocks of the student keep their inputs alone for the backward pass, which runs each block again:
     activations of one block at a time, for about a third more time."""
@@ -80,6 +80,6 @@ class ModelConfig:
 
     @property
     def recalls(self) -> bool:
-        """Whether states of the teacher are kept."""
+        """Whether one process keeps states of the teacher; of several each meets other windows in each epoch."""
         asks = self.train != "none" and self.kept_logits is None
         return asks and self.keep_states and self.epochs > 1

@@ -139,7 +139,7 @@ class ModelReconstructor(nn.Module):
             divided = self.config.shard and world_size() > 1
             body = sharded(student) if divided else prepared(settle(student), self.config.train)
             training, looks = as_rows(windows), as_rows(held_out)
-            if teacher is not None and self.config.recalls:
+            if teacher is not None and self.config.recalls and world_size() == 1:
                 teacher = recalling(teacher, body, len(training) + len(looks), memory)
             objective = ModelObjective(body, teacher, self.parameter_groups(body))
             keeper = self.keeper(objective, looks, precision, report)

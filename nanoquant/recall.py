@@ -1,8 +1,8 @@
 """Recall: a dense teacher whose blocks need not run again for a window that it has seen.
 
 What its last block gives is kept, and where the windows of a batch come again only what follows that block runs, the
-last norm and the head. What is kept lives as long as the process: of several each keeps what it has met, and a killed
-run begins with nothing. Shapes: B windows of a batch, T tokens a window, d hidden size, N windows in all.
+last norm and the head. What is kept lives as long as the process: a killed run begins with nothing. Not in the paper.
+Shapes: B windows of a batch, T tokens a window, d hidden size, N windows in all.
 """
 
 from __future__ import annotations

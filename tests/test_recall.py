@@ -132,6 +132,13 @@ def test_a_single_epoch_keeps_nothing(monkeypatch):
     ModelReconstructor(once)(student, teacher, TRAINING, HELD_OUT)
 
 
+def test_of_several_processes_none_keeps_anything(monkeypatch):
+    monkeypatch.setattr("nanoquant.model_reconstruction.world_size", lambda: 2)
+    monkeypatch.setattr("nanoquant.model_reconstruction.recalling", pytest.fail)
+    teacher, student = teacher_and_student()
+    ModelReconstructor(SINGLE)(student, teacher, TRAINING, HELD_OUT)
+
+
 def test_batches_of_several_windows_train_alike():
     kept = dataclasses.replace(SIGNS, compile_from=None)
     ran, report = blocks_run(kept)

@@ -225,13 +225,9 @@ def model(q: Quantities) -> Work:
     own, teacher = student_forward(q, length), forward(q, length)
     windows = config.epochs * config.windows
     looks = config.held_out * (1 + config.evaluations)
-    once = config.windows + config.held_out
-    asked = windows + looks
-    taught = once if config.kept_logits is not None else asked
-    if config.recalls:  # each process has what it has met
-        n = q.use.devices
-        taught = config.held_out + config.windows * n * (1 - (1 - 1 / n) ** config.epochs)
-    again = (asked - taught) * forward(q, length, 0.0) * config.recalls  # the head alone
+    asked, once = windows + looks, config.windows + config.held_out
+    taught = once if config.kept_logits is not None or q.recalls else asked
+    again = (asked - taught) * forward(q, length, 0.0) * q.recalls  # the head alone
     signs = config.train == "signs"
     times = (3 if signs else 2) + config.recompute
     products = length * (taught * teacher + again + (windows * times + looks) * own)
@@ -257,7 +253,7 @@ def visits(q: Quantities, eval_windows: int) -> dict[str, float]:
     )
     looks = config.held_out * (1 + config.evaluations)
     found["model"] = float(config.epochs * -(-config.windows // config.batch) + looks)
-    if config.recalls:
+    if q.recalls:
         found["model"] = float(-(-config.windows // config.batch) + config.held_out)
     elif config.kept_logits is not None:
         length = q.config.calibration.length

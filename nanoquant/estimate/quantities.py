@@ -143,6 +143,11 @@ class Quantities:
         full = self.subject.itemsize == 4 or self.config.run.precision == "32-true"
         return 4 if full else 2
 
+    @property
+    def recalls(self) -> bool:
+        """Whether states of the teacher are kept, which one process alone does."""
+        return self.config.model.recalls and self.use.devices == 1
+
     @cached_property
     def streams(self) -> tuple[Streams, Streams, Streams]:
         """Activations between blocks: of calibration, of blocks that are tuned, and of the teacher's last block."""

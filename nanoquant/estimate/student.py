@@ -41,7 +41,7 @@ def model(q: Quantities) -> list[Term]:
         q.weights,
         Term("blocks that stay dense, which have settled", (q.kept - q.around) * q.visits),
         *kept_logits(q),
-        streams(q, q.streams[2].bytes, "states of the teacher", host=True),
+        streams(q, q.streams[2].bytes * q.recalls, "states of the teacher", host=True),
         Term("what trains, in float32", work.F32 * trained, less),
         Term("gradients", work.F32 * trained, less),
         Term("moments", int(MOMENTS[bits] * trained), narrower),
