@@ -1,6 +1,6 @@
 """The command line: ``nanoquant quantize | resume | evaluate | generate | inspect | bench | advise | ...``.
 
-Heavy imports wait until the command is known, so that help and a mistyped command answer at once.
+Heavy imports wait until the command is known, so that the list of commands and a mistyped one answer at once.
 """
 
 from __future__ import annotations

@@ -57,7 +57,8 @@ class NanoQuantConfig(AOBaseConfig):
     method: str = "binary"
     """binary: factors of signs; product: groups of weights looked up in codebooks."""
     preset: str = "custom"
-    """Name of the preset that the other fields started from; each dataclass has defaults of its own."""
+    """What the other fields start from: fast, balanced or best, on more text and passes each; long, for GPUs; paper,
+    the published recipe. custom: the defaults of each dataclass."""
     blocks: str = ""
     """Slice of decoder blocks to quantize: 0:10, or 0:30:3 for every third; empty means all, the rest stays dense."""
     step: str = ""

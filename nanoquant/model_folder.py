@@ -29,7 +29,7 @@ def resolve_folder(name: str | Path, weights: bool = True) -> Path:
         )
         near = difflib.get_close_matches(path.name, siblings)
         hint = f"; near names there: {', '.join(near)}" if near else ""
-        raise ValueError(f"there is no folder {str(name)!r}{hint}")
+        raise ValueError(f"there is no folder {str(name)!r}{hint}; a model on a hub is owner/name")
     from huggingface_hub import snapshot_download
 
     skipped = [

@@ -6,13 +6,11 @@ underscores in the names of flags are the same.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import functools
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jsonargparse
@@ -28,17 +26,18 @@ from nanoquant.job_config import JobConfig
 from nanoquant.json_files import flat
 from nanoquant.report.config import ReportConfig
 from nanoquant.spelling import spell_out
-from nanoquant.yaml_files import check_yaml, read_yaml
+from nanoquant.yaml_files import check_yaml, is_file, read_yaml
 
 YAML = "checked_yaml"
 """Mode in which values and files are read."""
-"""Flags that stand for others; written out before parsing, so that the order of flags decides."""
 
 
 def command_parser(command: str, function: Callable[..., None], what: str) -> ArgumentParser:
-    """Parser of a command whose first argument is a folder and whose flags are a function's own."""
-    parser = _empty(command, "MODEL [flags]", what)
-    parser.add_argument("model", metavar="MODEL", help="Folder, or Hub name, of the model.")
+    """Parser of a command whose first argument is its function's ``model`` and whose flags are the other ones."""
+    parser, flags = _empty(command, "MODEL [flags]", what), _empty(command, "", what)
+    flags.add_function_arguments(function, None)
+    about = next(action.help for action in flags._actions if action.dest == "model")
+    parser.add_argument("model", metavar="MODEL", help=about[0].upper() + about[1:])
     parser.add_function_arguments(function, None, skip={"model"})
     return parser
 
@@ -113,6 +112,10 @@ def parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
         return parser.parse_args(spell_out(parser, arguments))
     except ArgumentError as error:
         message = str(error)
+        head, sign, rest = message.partition("are required: ")
+        if sign:
+            written = {a.dest: (a.option_strings or [a.metavar])[-1] for a in parser._actions}
+            message = head + sign + ", ".join(written.get(n, n) for n in rest.split(", "))
         known = [flag for action in parser._actions for flag in action.option_strings]
         for flag in re.findall(r"--[\w.]+", message) if "nrecognized" in message else []:
             near = difflib.get_close_matches(flag, known, n=3)
@@ -132,7 +135,7 @@ def parse_quantize(arguments: list[str]) -> tuple[JobConfig, NanoQuantConfig]:
 
 def _with_preset(parser_of: Callable[..., ArgumentParser], arguments: list[str]) -> Namespace:
     """What arguments give over the defaults of the preset and the method that they name."""
-    parser = parser_of()
+    parser = parser_of(**_named(arguments))
     try:
         asked = parse(parser, arguments)
         _check_stages(asked)
@@ -142,6 +145,21 @@ def _with_preset(parser_of: Callable[..., ArgumentParser], arguments: list[str])
         raise ValueError(
             f"a value is of another kind than its setting, or too large a number ({error}); see {parser.prog} --help"
         ) from None
+
+
+def _named(arguments: list[str]) -> dict[str, str]:
+    """Preset and method that files and flags name: ``--help`` and ``--print_config`` show theirs, and end a parsing."""
+    found = {"preset": DEFAULT_PRESET, "method": NanoQuantConfig.method}
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        flag, equals, value = argument.partition("=")
+        value = value if equals else following
+        if flag in ("--preset", "--method"):
+            found[flag[2:]] = value
+        elif flag == "--config" and is_file(value):
+            content = read_yaml(value)
+            given = content if isinstance(content, dict) else {}
+            found |= {name: given[name] for name in found if isinstance(given.get(name), str)}
+    return found
 
 
 def _check_stages(asked: Namespace) -> None:
@@ -237,13 +255,8 @@ class _YamlFile(jsonargparse.ActionConfigFile):
         Raises:
             ValueError: it gives both, and they differ.
         """
-        with contextlib.suppress(OSError):  # text in the place of a file may be too long for a name
-            if Path(values).is_file():  # a pipe can be read only once
-                content = read_yaml(values)
-                if not isinstance(content, dict):
-                    raise ValueError(
-                        f"{values} holds {content!r}; it must map names of settings to values"
-                    )
+        if is_file(values) and not isinstance(content := read_yaml(values), dict):
+            raise ValueError(f"{values} holds {content!r}; it must map names of settings to values")
         before, named = cfg.get("budget.bits"), {n: cfg.get(n) for n in ("source", "output")}
         cfg["bits"] = cfg["budget.bits"] = None
         super().__call__(parser, cfg, values, option_string)

@@ -41,7 +41,7 @@ class RunConfig:
     """Where and how the loops run."""
 
     accelerator: str = "auto"
-    """Where the command puts the model: auto takes a GPU if there is one; cpu, cuda. Loops run where the model is."""
+    """Where the command puts the model: cpu, cuda or gpu, or auto: a GPU if there is one. Loops run where it is."""
     precision: str | None = None
     """Lightning precision, bf16-mixed or 32-true; null: bf16-mixed for a bfloat16 model, else 32-true."""
     seed: int = 0

@@ -11,6 +11,14 @@ DEEPEST = 50
 """Levels of settings; the time that PyYAML takes grows with their square."""
 
 
+def is_file(name: str) -> bool:
+    """Whether a text names a file, which can be read twice; a pipe can't, and some text is too long for a name."""
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def read_yaml(file: str | Path) -> Any:  # noqa: ANN401
     """What a YAML file says.
 

@@ -178,7 +178,7 @@ def test_a_folder_that_is_not_empty_is_left_alone(place, tmp_path, capsys):
 
 
 def test_a_missing_argument_is_named(place, capsys):
-    assert "required: text" in refused(capsys, "quantize", place / "dense", place / "new")
+    assert "required: --text" in refused(capsys, "quantize", place / "dense", place / "new")
     assert "--prompt TEXT, --prompts FILE" in refused(capsys, "generate", place / "dense")
     assert "--text, --protocol, --zero-shot, --sample" in refused(
         capsys, "evaluate", place / "dense"

@@ -8,6 +8,7 @@ from nanoquant import parsers
 from nanoquant.commands import generate_command, inspect_command
 from nanoquant.config import PRESETS, preset_config
 from nanoquant.generation_settings import GenerationSettings
+from nanoquant.interchange.command import import_command
 from nanoquant.json_files import flat
 from nanoquant.methods import ProductConfig
 
@@ -50,6 +51,23 @@ def test_a_preset_for_a_method_is_the_same_by_flags_by_yaml_and_in_python(preset
     assert settings("--preset", preset, "--method", "product") == expected
     (tmp_path / "run.yaml").write_text(f"method: product\npreset: {preset}\n")
     assert settings("--config", str(tmp_path / "run.yaml")) == expected
+
+
+@pytest.mark.parametrize("asked", ["--help", "--print_config"])
+def test_help_and_printed_settings_are_those_of_the_preset(asked, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("preset: best\n")
+    rate = {"--help": "preset best", "--print_config": "latent_lr: 0.01\n"}[asked]
+    file = ["--config", f"{tmp_path}/run.yaml"]
+    for flags in (["--preset", "best", asked], [asked, "--preset=best"], [*file, asked]):
+        with pytest.raises(SystemExit):
+            parsers.parse_quantize(["MODEL", "OUT", *flags])
+        assert rate in capsys.readouterr().out, flags
+
+
+def test_the_first_argument_is_explained_as_its_command_takes_it():
+    parser = parsers.command_parser("import", import_command, "")
+    helps = {action.dest: action.help for action in parser._actions}
+    assert helps["model"].startswith(".pt or .safetensors file")
 
 
 def test_codebooks_are_given_as_a_list():
