@@ -119,11 +119,12 @@ class BlockReconstructor(nn.Module):
         data: BlockData | None,
     ) -> None:
         """Refuse what does not suffice for the linears ``names`` of the block ``name``; raises as :meth:`forward`."""
-        for what, given in (("importance", importances), ("rank", sizes)):
+        advice = {"importance": "collect statistics for", "size": "give a rank or codebooks to"}
+        for what, given in (("importance", importances), ("size", sizes)):
             missing = [linear for linear in names if linear not in given]
             if missing:
                 raise ValueError(
-                    f"{name}: no {what} for {', '.join(missing)}; collect statistics for every linear"
+                    f"{name}: no {what} for {', '.join(missing)}; {advice[what]} every linear"
                 )
         if self.config.reassign and any(isinstance(size, int) for size in sizes.values()):
             raise ValueError(
@@ -131,7 +132,7 @@ class BlockReconstructor(nn.Module):
             )
         if self.config.tunes and data is None:
             raise ValueError(
-                f"{name}: the config tunes the block, so inputs and targets are needed"
+                f"{name}: the config tunes the block, so inputs and targets are needed; pass data, or set epochs to 0"
             )
 
     def _prepare(self, block: nn.Module, names: list[str]) -> None:

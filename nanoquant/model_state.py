@@ -45,12 +45,15 @@ class ModelState:
         stored = map_tensors(read_header(self.file.path)[0])
         keeper.state, moments = [], read_moments(stored)
         for number, parameter in enumerate(keeper.parameters):
-            parameter.copy_(cut(stored[f"parameter.{number}"], parameter))
-            keeper.state.append(cut(stored[f"best.{number}"], parameter))
-            for name, kept in moments.get(number, {}).items():
-                like = parameter if kept.shape == parameter.shape else kept
-                moments[number][name] = cut(kept, like)
-            forget(stored.values())
+            now, best = stored[f"parameter.{number}"], stored[f"best.{number}"]
+            kept = moments.get(number, {})
+            parameter.copy_(cut(now, parameter))
+            keeper.state.append(cut(best, parameter))
+            for name, moment in kept.items():
+                like = parameter if moment.shape == parameter.shape else moment
+                moments[number][name] = cut(moment, like)
+                forget([moment])
+            forget([now, best])
         report = values["report"]
         report["held_out"] = {int(step): value for step, value in report["held_out"].items()}
         vars(keeper.report).update(report)

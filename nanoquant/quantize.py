@@ -41,6 +41,7 @@ from nanoquant.recipe import make_recipe
 from nanoquant.recorder import UNRECORDED, Recorder
 from nanoquant.self_text import PHASE as WRITE_TEXT
 from nanoquant.self_text import SelfText
+from nanoquant.sensitivity import check_place
 from nanoquant.sizes import Sizes, measure_sizes
 from nanoquant.text import split_text
 from nanoquant.text_plan import TextPlan, plan_text
@@ -116,6 +117,8 @@ def quantize(
     config, progress = config or nanoquant_config(), progress or Progress()
     if initializer is not None:
         check_nothing_kept(work=work, sensitivity_file=sensitivity_file)
+    if sensitivity_file is not None:
+        check_place(sensitivity_file)
     join(model.device.type, config.run.timeout)
     recorder = recorder if first() else UNRECORDED
     memory = ActivationMemory(config.run.activation_memory, work)

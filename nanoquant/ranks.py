@@ -222,6 +222,8 @@ class Measurement:
         decisive["SensitivityConfig"]["windows"] = self._windows()
         decisive |= {"ranks": dict(self.uniform), "step": config.budget.rank_multiple}
         decisive["seed"] = config.run.seed
+        if config.sensitivity.spread:  # the highest rank that is measured depends on them
+            decisive["bits"] = config.budget.bits
         calibration = text.calibration[: config.calibration.windows]
         return SensitivityFile(self.file, fingerprint(self.model, calibration, decisive))
 

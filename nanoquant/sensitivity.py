@@ -94,6 +94,18 @@ class GroupLoss:
         return cls(divergence, errors)
 
 
+def check_place(place: str | Path) -> None:
+    """Refuse a file of another kind in the place of measured losses.
+
+    Raises:
+        ValueError: names it.
+    """
+    if Path(place).is_file() and Path(place).suffix != SUFFIX:
+        raise ValueError(
+            f"sensitivity_file {place} is a file, but no {SUFFIX} one; give a {SUFFIX} file, or a folder"
+        )
+
+
 class SensitivityFile:
     """Groups measured so far, in memory and in a JSON file.
 

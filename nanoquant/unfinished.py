@@ -43,7 +43,7 @@ LOGITS = "logits of the teacher"
 MAPPED = ("U", "V", "u_signs", "v_signs", "indices", "indices2")
 """Parts of a layer that stay in its file; whoever trains latents gives them memory of their own."""
 RUN = ("save_every", "accelerator", "activation_memory", "timeout", "offload")
-IDLE = ("preset", "model.shard", *(f"run.{name}" for name in RUN))
+IDLE = ("preset", "model.shard", "model.recompute", "self_text.batch", *(f"run.{n}" for n in RUN))
 """Fields that decide nothing of the result."""
 
 

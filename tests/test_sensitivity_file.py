@@ -2,7 +2,8 @@
 
 import pytest
 
-from nanoquant.sensitivity import GroupLoss, SensitivityFile
+from nanoquant.quantize import quantize
+from nanoquant.sensitivity import GroupLoss, SensitivityFile, check_place
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,15 @@ def test_a_file_that_can_not_be_written_ends_the_run(tmp_path):
     known = SensitivityFile(tmp_path / "file" / "s.json", "a")
     with pytest.raises(OSError, match="s.json can't be written .*the same command goes on"):
         known.add("a", GroupLoss(0.5, {"x": {8: 1.0}}))
+
+
+def test_a_file_of_another_kind_is_no_place_and_refused_before_any_work(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    for place in (tmp_path, tmp_path / "new", tmp_path / "new.json"):
+        check_place(place)
+    with pytest.raises(ValueError, match="notes.txt is a file, but no .json one; give"):
+        quantize(None, "text", sensitivity_file=tmp_path / "notes.txt")
+    assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
 def test_what_is_measured_comes_back_from_the_file(tmp_path):

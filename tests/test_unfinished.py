@@ -161,12 +161,6 @@ def test_an_own_initializer_is_refused_with_work(tmp_path):
         quantize(tiny_llama(), TOKENS, QUICK, initializer=lambda *_: None, work=tmp_path)
 
 
-def test_how_often_copies_are_made_may_change(tmp_path):
-    killed(tmp_path, 20)
-    _, _, counts = run(tmp_path, dataclasses.replace(QUICK, run=RunConfig(save_every=60)))
-    assert counts["model"] == [24, 24]
-
-
 def test_files_of_another_run_are_counted(tmp_path):
     killed(tmp_path, 2)
     with pytest.raises(ValueError, match="importance-000.*run.seed '0', not '1'.*so do 4 other"):

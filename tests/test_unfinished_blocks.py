@@ -20,6 +20,7 @@ from nanoquant.importance import ImportanceConfig
 from nanoquant.importance_store import as_tensors
 from nanoquant.mapped import forget
 from nanoquant.model_reconstruction import ModelReconstructor, quantized_layers
+from nanoquant.self_text import SelfTextConfig
 from nanoquant.tensor_file import TensorFile
 from nanoquant.training import RunConfig
 from nanoquant.unfinished import MAPPED, Unfinished
@@ -251,3 +252,13 @@ def test_where_activations_lie_changes_nothing(tmp_path):
     changed = dataclasses.replace(TUNED, run=runs[1])
     tensors, *_ = run(tmp_path / "killed", changed, model=tiny_llama(layers=3))
     assert all(torch.equal(tensors[name], tensor) for name, tensor in expected.items())
+
+
+def test_what_decides_no_result_may_change_where_a_run_goes_on(tmp_path):
+    expected, _, _ = run(None)
+    killed(tmp_path, 20)
+    model = dataclasses.replace(QUICK.model, recompute=True)
+    other = {"run": RunConfig(save_every=60), "model": model, "self_text": SelfTextConfig(batch=4)}
+    found, _, counts = run(tmp_path, dataclasses.replace(QUICK, **other))
+    assert counts["model"] == [24, 24]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
