@@ -71,7 +71,7 @@ def load_tokens(
     """
     if isinstance(source, Tensor):
         return _check_tokens(source, "the tokens tensor", tokenizer)
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; give a file of text or of token ids")
     if path.is_file() and path.suffix in TENSOR_SUFFIXES:
@@ -85,7 +85,9 @@ def load_tokens(
             raise ValueError(
                 f"{path} is one JSON value; write a text or one object a line into a .jsonl file"
             )
-        text = _join(_read_jsonl(path, tokenizer), most) if jsonl else _read_text(path)
+        text = (
+            _join(_read_jsonl(path, tokenizer), most) if jsonl else _decode(path.read_bytes(), path)
+        )
     elif _is_dataset_name(str(source)):
         text = _join(_read_dataset(str(source), tokenizer), most)
     else:
@@ -95,6 +97,19 @@ def load_tokens(
     # verbose=False: a whole text is longer than the model's context, and a warning would say so
     ids = tokenizer(text, add_special_tokens=False, verbose=False, return_attention_mask=False)
     return torch.tensor(ids["input_ids"], dtype=torch.long)
+
+
+def local_path(source: str | Path) -> Path:
+    """Path of a file or folder; ``~`` and ``~name`` at its beginning stand for a home folder.
+
+    Raises:
+        ValueError: there is no such home folder.
+    """
+    try:
+        return Path(source).expanduser()
+    except RuntimeError:
+        home = Path(source).parts[0]
+        raise ValueError(f"{source}: found no home folder for {home}; give the full path") from None
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -157,28 +172,32 @@ def _check_windows(length: int, count: int | None) -> None:
         raise ValueError(f"the number of windows is {count}; allowed: 1 or more")
 
 
-def _read_text(path: Path) -> str:
-    """Read a text file as it is; refuse binary ones."""
-    raw = path.read_bytes()
+def _decode(raw: bytes, path: Path, begin: int = 0) -> str:
+    """Text of a file's bytes from ``begin`` on, as it is; refuse binary ones."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason}, byte {error.start})") from None
+        place = f"{error.reason}, byte {begin + error.start}"
+        raise ValueError(f"{path} is not UTF-8 text ({place})") from None
     if "\0" in text:
         raise ValueError(f"{path} is a binary file (it holds NUL bytes); give UTF-8 text")
     return text
 
 
 def _read_jsonl(path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, str]]:
-    """Yield the document of every line of a JSONL file, see ``_document``."""
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            document = parse_json(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-        yield _document(document, tokenizer, f"{path}, line {number}")
+    """Yield the document of every line of a JSONL file, see ``_document``; lines not asked for are not read."""
+    begin = 0
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, start=1):
+            line = _decode(raw, path, begin).removesuffix("\n")
+            begin += len(raw)
+            if not line.strip():
+                continue
+            try:
+                document = parse_json(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+            yield _document(document, tokenizer, f"{path}, line {number}")
 
 
 def _document(row: object, tokenizer: PreTrainedTokenizerBase, where: str) -> tuple[str, str]:

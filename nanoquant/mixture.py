@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from nanoquant.data import load_tokens
+from nanoquant.data import load_tokens, local_path
 
 SELF = "self"
 """The source that the model writes itself; a file of that name is ./self."""
@@ -97,7 +97,7 @@ def _split(item: str | Path) -> Source:
     if isinstance(item, Path):
         item = f"./{item}" if str(item) == SELF else str(item)  # a path is never the model
     name, sign, weight = item.rpartition("=")
-    if not sign or Path(item).expanduser().exists():
+    if not sign or local_path(item).exists():
         return Source(item, None)
     try:
         value = float(weight)
@@ -110,7 +110,7 @@ def _split(item: str | Path) -> Source:
 
 def _location(name: str) -> str:
     """Where a file really lies, whatever it is called; a data set has its name in the folder's place."""
-    return str(Path(name).expanduser().resolve())
+    return str(local_path(name).resolve())
 
 
 def _check_weights(sources: Sequence[Source]) -> None:

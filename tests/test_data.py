@@ -1,5 +1,6 @@
 import json
 import sys
+import tracemalloc
 
 import pytest
 import torch
@@ -59,6 +60,26 @@ def test_long_sources_stop_at_a_document_and_say_so(tmp_path, tokenizer, monkeyp
     assert not caplog.text
 
 
+def test_lines_behind_the_last_document_are_not_looked_at(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "LEAST_CHARACTERS", 12)
+    path = write(tmp_path / "a.jsonl", b'{"text": "first"}\n{"text": "second"}\n\xff\0\n')
+    assert tokenizer.decode(load_tokens(path, tokenizer)) == "first"
+    with pytest.raises(ValueError, match=r"not UTF-8 text \(.*byte 37\)"):
+        load_tokens(path, tokenizer, wanted=9)
+
+
+def test_a_long_jsonl_file_takes_memory_only_for_what_is_read(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(data, "LEAST_CHARACTERS", 12)
+    path = write(tmp_path / "a.jsonl", '{"text": "first"}\n' * 500_000)
+    tracemalloc.start()
+    try:
+        load_tokens(path, tokenizer)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < path.stat().st_size / 5
+
+
 def test_the_preset_with_the_most_text_reads_a_long_source_as_far_as_it_needs(monkeypatch):
     read = []
     monkeypatch.setattr(data, "_is_dataset_name", lambda _: True)
@@ -90,6 +111,11 @@ def test_token_files_give_their_ids(tmp_path, tokenizer, dtype):
         ("empty.jsonl", "\n", "is empty"),
         ("list.jsonl", "[1, 2]\n", 'line 1 has no string under "text".*; found: list'),
         ("key.jsonl", '{"text": "a"}\n{"body": "b"}\n', r"line 2 has no string.*\['body'\]"),
+        ("nul.jsonl", b'{"text": "a"}\n{"text": "\0"}\n', "binary file"),
+        ("latin.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', r"not UTF-8 text \(.*byte 24\)"),
+        ("cut.jsonl", b'{"text": "\xe2\x82', r"\(unexpected end of data, byte 10\)"),
+        ("mark.jsonl", '\ufeff{"text": "a"}\n', "line 1 is not JSON: Unexpected UTF-8 BOM"),
+        ("place.jsonl", '{"text": \n', "line 1 is not JSON: Expecting value: line 1 column 10"),
         ("broken.jsonl", '{"text": "a"}\n\n{"text": \n', "line 3 is not JSON"),
         ("broken.pt", b"no tensor", "or is no file of torch.save"),
         ("broken.safetensors", b"no tensor", "no readable tensor file"),
@@ -138,6 +164,12 @@ def test_a_missing_file_names_its_neighbours(tmp_path, tokenizer):
         load_tokens("a:b.jsonl", tokenizer)
     with pytest.raises(ValueError, match="is a folder"):
         load_tokens(tmp_path, tokenizer)
+
+
+def test_an_unknown_home_folder_is_named(tokenizer):
+    message = "^~no-such-user/a.txt: found no home folder for ~no-such-user; give the full path$"
+    with pytest.raises(ValueError, match=message):
+        load_tokens("~no-such-user/a.txt", tokenizer)
 
 
 def test_text_without_a_tokenizer_is_refused(tmp_path):

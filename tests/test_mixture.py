@@ -52,6 +52,8 @@ def test_a_file_whose_name_looks_like_a_weight_is_a_file(folder):
         ([READ, Source("self", None)], "read, self has no weight"),
         ("d.txt=2", "found no file d.txt; near names there: "),
         ("d=e.txt", "found no file d=e.txt"),
+        ("~no-such-user/a.txt", "~no-such-user/a.txt: found no home folder for ~no-such-user"),
+        (["~no-such-user/a.txt=2", "self=1"], "found no home folder for ~no-such-user"),
     ],
 )
 def test_mixtures_that_cannot_be_read_say_why(folder, data, message):

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nanoquant.data import local_path
 from nanoquant.json_files import parse_json
 
 SUFFIXES = (".parquet", ".arrow", ".jsonl", ".jsonl.gz", ".json.gz", ".txt", ".raw")
@@ -33,7 +34,7 @@ def find_files(
     Raises:
         ValueError: none is there; tells where it was looked for.
     """
-    root = Path(data).expanduser()
+    root = local_path(data)
     if not root.is_dir():
         raise ValueError(f"--data {data} is not a folder")
     for split in splits:
