@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from nanoquant.config import NanoQuantConfig
 from nanoquant.data import bos_of
 from nanoquant.mixture import SELF, Data, Source, apportion, read_sources
+from nanoquant.self_text import SelfTextConfig
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def plan_text(
     else:
         sources = read_sources(data, tokenizer, (needs.kept + needs.held_out) * own)
     _check_added(sources, config, own)
+    _check_unused(sources, config.self_text)
     holds = [None if s.tokens is None else len(s.tokens) // own for s in sources]
     if None not in holds:
         _check_all(sources, sum(holds), needs, config, own)
@@ -180,3 +182,16 @@ def _check_added(sources: list[Source], config: NanoQuantConfig, own: int) -> No
             f"self_text.prompt={config.self_text.prompt} leaves nothing to write in windows of {own} tokens; "
             f"allowed: up to {own - 1}"
         )
+
+
+def _check_unused(sources: list[Source], config: SelfTextConfig) -> None:
+    """Refuse settings of written text that change nothing."""
+    alone = any(source.tokens is None for source in sources)
+    unused, why = ("prompt", "temperature", "first"), "the model writes nothing"
+    if alone:
+        unused, why = ("prompt",), f'windows of text "{SELF}" begin with nothing'
+    elif config.windows:
+        unused, why = ("first",), "its windows go on from the beginnings of others"
+    for name in unused:
+        if (value := getattr(config, name)) != getattr(SelfTextConfig, name):
+            raise ValueError(f"self_text.{name}={value} changes nothing: {why}; leave it out")

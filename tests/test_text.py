@@ -198,6 +198,9 @@ def test_a_plan_is_made_anew_for_another_configuration():
             changed(self_text={"windows": 4, "prompt": 3}, model={"train": "none"}),
             "model.train=none leaves it out",
         ),
+        (data(30), changed(self_text={"temperature": 0.8}), "temperature=0.8 changes nothing: the"),
+        ("self", changed(self_text={"prompt": 3}), "prompt=3 changes nothing: windows of text"),
+        (data(30), changed(self_text={"windows": 1, "prompt": 3, "first": 9}), "first=9 changes"),
     ],
 )
 def test_windows_that_cannot_be_had_are_refused(data, config, message):
