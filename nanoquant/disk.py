@@ -83,12 +83,11 @@ def streams(
         no tensor where nothing is.
     """
     width = model.config.get_text_config().hidden_size * model.dtype.itemsize
-    window, windows = config.calibration.length * width, config.calibration.windows
-    tuned, settings = min(config.block.windows, windows), config.model
+    window, settings = config.calibration.length * width, config.model
     asked = settings.windows + config.self_text.windows + settings.held_out
     return (
-        Streams(blocks - chosen.start + 1, windows * window),
-        Streams(2 * config.block.tunes, tuned * window),
+        Streams(blocks - chosen.start + 1, config.calibration.windows * window),
+        Streams(2 * config.block.tunes, config.block.windows * window),
         Streams(int(settings.recalls), asked * window),
     )
 

@@ -8,6 +8,7 @@ that is tied to the embedding shares its tensors: they are stored, counted and l
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +21,10 @@ from nanoquant_kernels.table import COLUMNS, dense_rows
 
 TABLE_PARTS = ("codes", "scales", "zeros")
 EMBEDDING_BITS = (16, 8, 4)
+PART = 1 << 21
+"""Entries of a matrix that are quantized, or made dense again, at a time."""
+PART_BYTES = 16
+"""Most bytes that either takes for each of them, besides what it gives."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +82,35 @@ class Table(NamedTuple):
 
 @torch.no_grad()
 def quantize_table(weight: Tensor, config: EmbeddingConfig) -> Table:
-    """Quantize a matrix (n, d) by torchao: symmetric rows at 8 bits, asymmetric groups at 4.
+    """Quantize a matrix (n, d) by torchao, some rows at a time: symmetric rows at 8 bits, asymmetric groups at 4.
 
     Raises:
         ValueError: the group size does not divide d.
     """
+    check_width(weight.shape[1], config)
+    wholes: list[Tensor | None] = []
+    for rows in row_parts(*weight.shape):
+        parts = _quantized_rows(weight[rows].detach(), config)
+        wholes = wholes or [p if p is None else p.new_empty(len(weight), p.shape[1]) for p in parts]
+        for whole, part in zip(wholes, parts, strict=True):
+            if whole is not None:
+                whole[rows] = part
+    return Table(*(whole if whole is None else frozen(whole) for whole in wholes))
+
+
+def row_parts(n: int, d: int) -> Iterator[slice]:
+    """Ranges of the rows of a matrix (n, d), of :data:`PART` entries or one row each."""
+    step = max(1, PART // d)
+    return (slice(begin, min(n, begin + step)) for begin in range(0, n, step))
+
+
+def _quantized_rows(
+    weight: Tensor, config: EmbeddingConfig
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and zero points of rows (m, d); rows and groups know nothing of each other."""
     from torchao.quantization import IntxUnpackedToInt8Tensor, MappingType
 
-    check_width(weight.shape[1], config)
     wide = config.bits == 8
-    weight = weight.detach()
     quantized = IntxUnpackedToInt8Tensor.from_hp(
         weight,
         (1, weight.shape[1] if wide else config.group_size),
@@ -94,8 +118,28 @@ def quantize_table(weight: Tensor, config: EmbeddingConfig) -> Table:
         mapping_type=MappingType.SYMMETRIC if wide else MappingType.ASYMMETRIC,
     )
     codes = quantized.qdata if wide else pack_codes(quantized.qdata)
-    zeros = None if wide else frozen(quantized.zero_point.contiguous())
-    return Table(frozen(codes.contiguous()), frozen(quantized.scale.contiguous()), zeros)
+    return codes, quantized.scale, None if wide else quantized.zero_point
+
+
+def dense_matrix(table: Table) -> Tensor:
+    """The dense matrix (n, d) in the dtype of the scales, made some rows at a time."""
+    dense = table.scales.new_empty(table.shape)
+    for rows in row_parts(*table.shape):
+        dense[rows] = dense_rows(*(part if part is None else part[rows] for part in table))
+    return dense
+
+
+@torch.no_grad()
+def rounded_matrix(weight: Tensor, config: EmbeddingConfig) -> Tensor:
+    """A matrix (n, d) with the values of its table, of which only some rows exist at a time.
+
+    Raises:
+        ValueError: as of :func:`quantize_table`.
+    """
+    found = torch.empty_like(weight)
+    for rows in row_parts(*weight.shape):
+        found[rows] = dense_matrix(quantize_table(weight[rows], config))
+    return found
 
 
 def check_width(width: int, config: EmbeddingConfig) -> None:
@@ -169,7 +213,7 @@ class QuantizedEmbedding(nn.Embedding):
 
     def dequantize(self) -> Tensor:
         """The dense matrix (n, d) in the dtype of the scales."""
-        return dense_rows(self.codes, self.scales, self.zeros)
+        return dense_matrix(table_of(self))
 
     def restore(self, weight: nn.Parameter) -> None:
         """Turn this module back into the dense embedding that it was, with another weight."""
@@ -229,7 +273,7 @@ class QuantizedHead(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The dense matrix (n, d) in the dtype of the scales."""
-        return dense_rows(self.codes, self.scales, self.zeros)
+        return dense_matrix(table_of(self))
 
     def extra_repr(self) -> str:
         """Shape and bits."""

@@ -20,12 +20,11 @@ from nanoquant.budget import Shapes, count_weights
 from nanoquant.config import NanoQuantConfig
 from nanoquant.dense_prefix import DensePrefix
 from nanoquant.divergence import ForwardKL
-from nanoquant.embedding import EMBEDDING_BITS, EmbeddingConfig, quantize_table, table_bytes
+from nanoquant.embedding import EMBEDDING_BITS, EmbeddingConfig, rounded_matrix, table_bytes
 from nanoquant.methods import method_of
 from nanoquant.model_embeddings import check_embeddings, find_embeddings
 from nanoquant.sizes import tensor_bytes
 from nanoquant.units import amount, parse_bytes
-from nanoquant_kernels.table import dense_rows
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +159,7 @@ def _rounded(model: PreTrainedModel, embedding: EmbeddingConfig) -> Iterator[Non
     before = [weight.data for weight in weights]
     try:
         for weight in weights:
-            weight.data = dense_rows(*quantize_table(weight, embedding)).to(weight.dtype)
+            weight.data = rounded_matrix(weight, embedding)
         yield
     finally:
         for weight, data in zip(weights, before, strict=True):

@@ -142,7 +142,7 @@ def within_memory(
     if limits == (None, None):
         return config
     length = job.eval_length if job.evaluation is not None else None
-    use = Use(process_bytes(), device.type == "cuda", length, job.verify, world_size())
+    use = Use(process_bytes(), device.type == "cuda", length, job.verify, world_size(), job.text)
     return fit(subject_of_folder(folder, config), config, use, *limits)
 
 

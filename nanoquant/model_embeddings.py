@@ -15,13 +15,13 @@ from nanoquant.embedding import (
     QuantizedHead,
     Table,
     check_width,
+    dense_matrix,
     meta_table,
     quantize_table,
     table_of,
 )
 from nanoquant.packed_layers import is_packed
 from nanoquant.packed_linear import frozen
-from nanoquant_kernels.table import dense_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -109,9 +109,9 @@ def embedding_tables(model: PreTrainedModel, config: EmbeddingConfig) -> dict[st
 @torch.no_grad()
 def round_embeddings(model: PreTrainedModel, tables: dict[str, Table]) -> None:
     """Give embedding and head, which stay dense, the values of their tables, in memory of their own."""
-    for name, table in tables.items():
-        weight = model.get_submodule(name).weight
-        weight.data = dense_rows(*table).to(weight)
+    weights = {model.get_submodule(name).weight: table for name, table in tables.items()}
+    for weight, table in weights.items():  # once where they are tied
+        weight.data = dense_matrix(table).to(weight)
 
 
 def put_tables(model: PreTrainedModel, tables: dict[str, Table]) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from nanoquant.data import FILE_SUFFIXES, bos_of
 from nanoquant.digest import model_digest
 from nanoquant.generation_settings import end_tokens
+from nanoquant.mapped import forget
 from nanoquant.progress import Progress
 from nanoquant.sampling import Sampling, sample
 from nanoquant.tensor_file import TensorFile
@@ -141,6 +142,7 @@ class SelfText:
                 numbers = range(start, min(start + config.batch, count))
                 rows.append(self._write(numbers, length, pool).int())
                 file.write({"tokens": torch.cat(rows)})
+        forget(self.model.parameters())
         return torch.cat(rows).long()
 
     def _write(self, numbers: range, length: int, pool: Tensor | None) -> Tensor:

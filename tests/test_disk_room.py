@@ -8,7 +8,8 @@ import pytest
 import torch
 from tiny_models import random_windows, tiny_llama, tiny_tokenizer
 
-from nanoquant import activation_memory, disk, tensor_file
+from nanoquant import activation_memory, disk, phases, tensor_file
+from nanoquant.activations import Activations
 from nanoquant.architectures import find_decoder
 from nanoquant.budget import allocate_ranks
 from nanoquant.config import nanoquant_config
@@ -142,6 +143,30 @@ def test_the_most_that_a_run_has_on_the_disk_is_below_and_near(
 def test_what_finds_no_room_in_memory_lies_on_the_disk_in_whole_tensors(limit, size, monkeypatch):
     monkeypatch.setattr(disk, "PAGESIZE", 4096)
     assert Streams(3, 5000).beyond(limit) == size
+
+
+@pytest.mark.parametrize("windows", [4, 24])
+def test_blocks_keep_activations_of_their_own_windows_however_few_calibration_has(
+    windows, monkeypatch
+):
+    config, kept = settings(save_every=None), []
+    config = dataclasses.replace(
+        config,
+        calibration=dataclasses.replace(config.calibration, windows=8),
+        block=dataclasses.replace(config.block, windows=windows),
+        model=dataclasses.replace(config.model, train="none"),
+    )
+
+    class Watched(Activations):
+        def advance(self, block, data, name):
+            kept.append([self.dense.nbytes, self.quantized.nbytes])
+            super().advance(block, data, name)
+
+    monkeypatch.setattr(phases, "Activations", Watched)
+    model = tiny_llama(dtype=torch.bfloat16, layers=3)
+    _, tuned, _ = disk.streams(model, 3, range(3), config)
+    quantize(model, random_windows(40, 16).flatten(), config)
+    assert kept == 3 * [[tuned.each, tuned.each]] and tuned.bytes == sum(kept[0])
 
 
 def test_states_of_the_teacher_lie_on_the_disk_where_they_find_no_room():

@@ -185,6 +185,15 @@ def test_operations_of_a_pass_are_counted(tmp_path):
     assert student_forward(q, 32) - forward(q, 32) == 2 * (latents - dense)
 
 
+def test_blocks_take_the_time_of_their_own_windows_however_few_calibration_has(tmp_path, capsys):
+    flags = ["--machine", "h100", "--calibration.windows", 16, "--block.dense_epochs", 1]
+    few, many, most = (
+        of(capsys, tmp_path, "demo", *flags, "--block.windows", n)[0]["seconds"]["blocks"][0]
+        for n in (16, 32, 64)
+    )
+    assert many > few and most - many == pytest.approx(2 * (many - few))
+
+
 def test_rates_of_this_machine_give_a_range_for_every_phase(tmp_path, capsys):
     tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")

@@ -236,6 +236,16 @@ RUNS = {
     "signs": BINARY,
     "scales, tuned blocks": [*BINARY, "--model.train", "scales", "--block.dense_epochs", 1],
     "in little": [*BINARY, *LITTLE],
+    "own text": [
+        *BINARY,
+        "--self_text.windows",
+        8,
+        "--self_text.batch",
+        4,
+        "--self_text.prompt",
+        8,
+    ],
+    "rounded embedding": [*BINARY, "--embedding.bits", 8],
     "codebooks": ["--method", "product", "--bits", 2],
     "codebooks, tuned blocks": ["--method", "product", "--block.refine_epochs", 1],
 }

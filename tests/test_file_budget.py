@@ -6,6 +6,7 @@ import logging
 
 import pytest
 import torch
+from test_embedding_memory import PARTS, allocated
 from tiny_models import FAMILIES, random_windows, tiny_llama
 
 import nanoquant.file_budget
@@ -14,7 +15,7 @@ from nanoquant.architectures import find_decoder
 from nanoquant.budget import BudgetConfig, allocate_ranks, step_bits, used_bits
 from nanoquant.checkpoint import read_sizes, save_pretrained
 from nanoquant.config import CalibrationConfig, nanoquant_config
-from nanoquant.embedding import EmbeddingConfig
+from nanoquant.embedding import PART_BYTES, EmbeddingConfig, dense_matrix
 from nanoquant.file_budget import embedding_weights, header_bytes, other_bytes
 from nanoquant.methods import METHODS
 from nanoquant.model_config import ModelConfig
@@ -192,6 +193,19 @@ def test_what_the_embedding_costs_is_measured_and_leaves_the_model_as_it_was():
     assert costs[2] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_storage_is_measured_in_the_memory_of_the_rounded_embedding(bits, monkeypatch):
+    monkeypatch.setattr("nanoquant.embedding.PART", PARTS)
+    model, config = tiny_llama(tie=False, vocab_size=8192), EmbeddingConfig(bits=bits)
+
+    def round_both():
+        with nanoquant.file_budget._rounded(model, config):
+            pass
+
+    own = sum(weight.nbytes for weight in embedding_weights(model))
+    assert allocated(round_both) < own + PART_BYTES * PARTS < 1.2 * own
+
+
 def test_measured_storages_are_kept_for_a_run_that_goes_on(tmp_path, caplog):
     rest = fixed(tiny_llama())
     config = quick(kilobytes(rest + 6000), None, "measured")
@@ -219,5 +233,5 @@ def test_training_sees_the_embedding_that_is_stored(tie, monkeypatch):
     config = quick(None, 4, train="scales", windows=2, held_out=1)
     quantize(model, TOKENS, dataclasses.replace(config, budget=BudgetConfig(rank_multiple=8)))
     table = quantized_tables(model)["model.embed_tokens"]
-    stored = nanoquant.file_budget.dense_rows(*table)
+    stored = dense_matrix(table)
     assert torch.equal(seen[0], stored) and not torch.equal(stored, dense)

@@ -87,7 +87,7 @@ def make_estimate(
     """
     gpu = request.machine != HERE or device.type == "cuda"
     length = request.eval_length if request.eval_windows else None
-    use = Use(base, gpu, length, devices=request.devices)
+    use = Use(base, gpu, length, devices=request.devices, text=request.text or ())
     options = file_options(subject.model, subject.decoder, subject.chosen, subject.shapes, config)
     q = quantities(subject, config, use)
     rates = ASSUMED.get(request.machine) or measure(q, device)

@@ -38,6 +38,22 @@ def measure_dense(q: Quantities) -> list[Term]:
     ]
 
 
+def write_text(q: Quantities) -> list[Term]:
+    """Windows that the model writes, a batch at a time; no mapped block is let go of meanwhile."""
+    subject, config, less = q.subject, q.config.self_text, "--self_text.batch"
+    batch, tokens = min(config.batch, q.written), q.config.calibration.length + 1
+    begun = 1 + (config.prompt if config.windows else 0)
+    read = work.forward(subject, batch * begun) + work.scores(subject, batch, begun)
+    read += tokens * work.scores(subject, batch, 1)
+    return [
+        q.weights if q.visits else q.whole,
+        Term("keys and values", work.cache(subject, batch, tokens), less),
+        Term("keys and values of a block, repeated", work.repeated(subject, batch, tokens), less),
+        Term("activations of what a window begins with", read, less),
+        Term("logits of a token a window", work.sampled(subject, batch), less),
+    ]
+
+
 def calibrate(q: Quantities) -> list[Term]:
     """A forward pass that keeps the input of each block, and a backward pass a block at a time."""
     subject, config, curvature = q.subject, q.config.calibration, q.config.importance.curvature
@@ -90,14 +106,19 @@ def choose_ranks(q: Quantities) -> list[Term]:
     tokens = windows * length
     outputs = len(subject.decoder.blocks) * tokens * subject.hidden * subject.itemsize
     own = work.forward(subject, tokens) + work.scores(subject, windows, length)
+    group = [
+        *initializer(q),
+        Term("binary weights of a group", subject.itemsize * q.block_weights),
+        Term("the block after it, on its visit", q.block_bytes(q.block) * q.visits),
+    ]
+    more = q.rounded * (len(q.storages) > 1) - sum(term.bytes for term in group)
     return [
         q.weights,
         Term("outputs of every block", outputs, "--sensitivity.windows"),
         Term("activations of a block", own, "--sensitivity.windows"),
         Term("logits, dense and binary", work.logits(subject, tokens, 3), "--sensitivity.windows"),
-        *initializer(q),
-        Term("binary weights of a group", subject.itemsize * q.block_weights),
-        Term("the block after it, on its visit", q.block_bytes(q.block) * q.visits),
+        *group,
+        Term("embedding and head, rounded, beyond what a group takes later", max(0, more)),
     ]
 
 

@@ -48,6 +48,7 @@ CHANGES: dict[str, Change] = {
     "--model.recompute": _stage("model", recompute=True),
     "--model.batch 1": _stage("model", batch=1),
     "--calibration.batch 1": _stage("calibration", batch=1),
+    "--self_text.batch 1": _stage("self_text", batch=1),
     "--importance.curvature diagonal": _stage("importance", curvature="diagonal"),
     "--model.compile_from null": _stage("model", compile_from=None),
     "--run.offload": _stage("run", offload=True),
@@ -89,7 +90,8 @@ def quantities(subject: Subject, config: NanoQuantConfig, use: Use) -> Quantitie
         if option.budget.allocation == "uniform"
         else rank_limits(subject.shapes, option.budget).cap
     )
-    return Quantities(subject, option, sizes, dict(most), use)
+    storages = tuple(found.embedding for found in options)
+    return Quantities(subject, option, sizes, dict(most), use, storages)
 
 
 def fit(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from nanoquant.estimate import initialization, student
 from nanoquant.estimate.quantities import Quantities
 from nanoquant.estimate.terms import Need, Term
+from nanoquant.self_text import PHASE as WRITE_TEXT
 
 CUDA = 600 * 10**6
 """Bytes that CUDA and its libraries take on a GPU, and again in main memory; assumed, nobody has measured it."""
@@ -21,6 +22,7 @@ def needs(q: Quantities) -> list[Need]:
     phases: list[tuple[str, Callable[[Quantities], list[Term]], bool]] = [
         ("load", initialization.load, True),
         ("measure dense", initialization.measure_dense, measured),
+        (WRITE_TEXT, initialization.write_text, q.written > 0),
         ("calibrate", initialization.calibrate, True),
         ("ranks", initialization.choose_ranks, q.config.budget.allocation == "measured"),
         ("blocks", initialization.blocks, True),

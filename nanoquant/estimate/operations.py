@@ -15,6 +15,7 @@ from nanoquant.kept_logits import portion
 from nanoquant.kmeans import START_SAMPLE
 from nanoquant.product import EXHAUSTIVE, KMeansConfig
 from nanoquant.product_budget import ProductShape
+from nanoquant.self_text import PHASE as WRITE_TEXT
 
 PASSES = 25
 """How often a step goes over each trained number: signs, gradient, its norm, AdamW."""
@@ -26,6 +27,13 @@ POINT = 15
 """How often a round over codebooks goes over each weight: what stages leave, their means, scales."""
 LOOK_UP = 6
 """How often a pass goes over each weight that it looks up."""
+MOVED = 8
+"""Bytes of a number that is read and written."""
+LAID_OUT = 2
+"""How often a CPU goes over each weight for products of few tokens, besides these: writing text with models of 49M and
+135M took 0.6 to 1.3 times what that comes to."""
+DRAWN = 10
+"""How often drawing a token goes over its logits."""
 PROBES = 3
 """Ranks at which errors are measured where ``sensitivity.spread`` is above 0."""
 
@@ -152,6 +160,8 @@ def phases(q: Quantities, eval_windows: int) -> dict[str, Work]:
     found = {"calibrate": calibrate(q), "blocks": blocks(q)}
     if tokens:
         found["measure dense"] = Work(products=tokens * forward(q, q.use.length))
+    if q.written:
+        found[WRITE_TEXT] = write_text(q)
     if q.config.budget.allocation == "measured":
         found["ranks"] = ranks(q)
     if q.config.model.train != "none":
@@ -161,8 +171,26 @@ def phases(q: Quantities, eval_windows: int) -> dict[str, Work]:
             products=tokens * student_forward(q, q.use.length),
             numbers=eval_windows * looked_up(q),
         )
-    order = ("measure dense", "calibrate", "ranks", "blocks", "model", "measure in a fresh process")
+    order = ("measure dense", WRITE_TEXT, "calibrate", "ranks", "blocks", "model")
+    order += ("measure in a fresh process",)
     return {name: found[name] for name in order if name in found}
+
+
+def steps_of_text(q: Quantities) -> int:
+    """Passes over a token of each window of a batch, in which the model writes text."""
+    return -(-q.written // q.config.self_text.batch) * q.config.calibration.length
+
+
+def write_text(q: Quantities) -> Work:
+    """A pass over all weights for a token of each window of a batch; forward alone, a third of a training step."""
+    length, steps = q.config.calibration.length, steps_of_text(q)
+    tokens, subject = q.written * length, q.subject
+    weights = subject.dense_bytes / MOVED if q.use.gpu else LAID_OUT * subject.parameters
+    return Work(
+        products=tokens * forward(q, length),
+        numbers=steps * weights + tokens * DRAWN * subject.vocabulary,
+        passes=steps * len(subject.decoder.blocks) / 3,
+    )
 
 
 def calibrate(q: Quantities) -> Work:
@@ -201,7 +229,7 @@ def blocks(q: Quantities) -> Work:
     config, work = q.config.block, initializer(q, q.config.admm.iterations)
     if not config.tunes:
         return work
-    tokens = min(config.windows, q.config.calibration.windows) * q.config.calibration.length
+    tokens = config.windows * q.config.calibration.length
     weights = dense_weights(q)
     rounds = (
         len(q.subject.names(q.block))
@@ -244,6 +272,7 @@ def visits(q: Quantities, eval_windows: int) -> dict[str, float]:
     config = q.config.model
     found = {
         "measure dense": float(eval_windows),
+        WRITE_TEXT: float(steps_of_text(q)),
         "calibrate": 2.0,
         "blocks": 1.0 + q.config.block.tunes,
     }

@@ -9,12 +9,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from torch import Tensor
+
 from nanoquant.config import NanoQuantConfig
 from nanoquant.disk import Streams, streams
+from nanoquant.embedding import EmbeddingConfig, table_bytes
 from nanoquant.estimate.subject import Subject
 from nanoquant.estimate.terms import Term, Use
+from nanoquant.file_budget import embedding_weights
 from nanoquant.methods import Sizes, Trained, stored_bits, trained_numbers
 from nanoquant.sizes import tensor_bytes
+from nanoquant.text_plan import Needs
 
 F16 = 2
 """Bytes of a stored scale, and of an entry of a codebook."""
@@ -34,6 +39,8 @@ class Quantities:
     """Largest rank that each linear may get; or its codebooks."""
     use: Use
     """How the command runs."""
+    storages: tuple[EmbeddingConfig, ...]
+    """Of embedding and head: those that losses choose from, or the one of ``config`` alone."""
 
     @cached_property
     def block(self) -> int:
@@ -147,6 +154,33 @@ class Quantities:
     def recalls(self) -> bool:
         """Whether states of the teacher are kept, which one process alone does."""
         return self.config.model.recalls and self.use.devices == 1
+
+    @cached_property
+    def written(self) -> int:
+        """Windows that the model writes for itself; where it writes one text of several, at most."""
+        needs = Needs.of(self.config)
+        return self.config.self_text.windows + self.use.writes * (needs.kept + needs.held_out)
+
+    @cached_property
+    def tabled(self) -> list[Tensor]:
+        """Weights of embedding and head, once where they are tied, that may get tables; none at 16 bits."""
+        packed = any(storage.bits != 16 for storage in self.storages)
+        return embedding_weights(self.subject.model) if packed else []
+
+    @cached_property
+    def rounded(self) -> int:
+        """Bytes of embedding and head in memory of their own, with the values of their tables."""
+        return tensor_bytes(self.tabled)
+
+    @cached_property
+    def tables(self) -> int:
+        """Bytes of these tables, under the storage that takes most."""
+        sizes = [
+            sum(table_bytes(*weight.shape, storage, weight.dtype) for weight in self.tabled)
+            for storage in self.storages
+            if storage.bits != 16
+        ]
+        return max(sizes, default=0)
 
     @cached_property
     def streams(self) -> tuple[Streams, Streams, Streams]:

@@ -24,6 +24,9 @@ class EstimateConfig:
     """Held-out windows of quantize; 0: no --eval-text is given, and the checkpoint is only verified."""
     eval_length: int = DataConfig.length
     """Tokens of such a window."""
+    text: list[str] | str | None = None
+    """Calibration text of quantize, of which only self, which the model writes, takes memory and time that is counted;
+    none is read. null: as any file."""
     machine: str = HERE
     """Whose time is estimated: here, which is measured in a few seconds, or h100, whose rates are assumed."""
     devices: int = 1

@@ -5,6 +5,7 @@ Shapes: N windows, T tokens a window, V vocabulary.
 
 from __future__ import annotations
 
+from nanoquant.embedding import PART, PART_BYTES
 from nanoquant.estimate import work
 from nanoquant.estimate.initialization import CHECKED, streams
 from nanoquant.estimate.quantities import Quantities
@@ -40,6 +41,7 @@ def model(q: Quantities) -> list[Term]:
     return [
         q.weights,
         Term("blocks that stay dense, which have settled", (q.kept - q.around) * q.visits),
+        *embeddings(q),
         *kept_logits(q),
         streams(q, q.streams[2].bytes * q.recalls, "states of the teacher", host=True),
         Term("what trains, in float32", work.F32 * trained, less),
@@ -50,6 +52,16 @@ def model(q: Quantities) -> list[Term]:
         *gathered(q, trained),
         *activations(q),
         Term("compiled blocks", COMPILER * compiles(q), "--model.compile_from null", host=True),
+    ]
+
+
+def embeddings(q: Quantities) -> list[Term]:
+    """The student's own embedding and head, rounded to tables that wait until the end."""
+    largest = max((weight.numel() for weight in q.tabled), default=0)
+    return [
+        Term("embedding and head, rounded", q.rounded),
+        Term("tables of embedding and head", q.tables),
+        Term("a part of a table while it is made", PART_BYTES * min(PART, largest)),
     ]
 
 
@@ -143,6 +155,7 @@ def pack(q: Quantities) -> list[Term]:
         Term("packed linears", 2 * q.packed),
         Term("what stays dense", q.kept),
         Term("embedding and head", q.around),
+        Term("tables of embedding and head", q.tables),
         Term("a check of weights", 2 * work.F32 * CHECKED),
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from nanoquant.architectures import Decoder, find_skeleton_decoder
 from nanoquant.budget import Shapes
@@ -17,10 +20,23 @@ from nanoquant.checkpoint_files import StoredTensor, read_headers, read_json, sh
 from nanoquant.config import NanoQuantConfig
 from nanoquant.hf_quantizer import FLOATS
 from nanoquant.ranks import decoder_shapes
+from nanoquant.sampling import roomy_cache
 from nanoquant.sizes import tensor_bytes
 from nanoquant.sources import read_config
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CachedBlock:
+    """What a block keeps of a text that is written."""
+
+    numbers: int
+    """Of a token, in keys and values together."""
+    heads: int
+    """Heads of keys, which heads of queries share."""
+    window: int | None
+    """Most tokens that are kept; None: all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +75,23 @@ class Subject:
     def parameters(self) -> int:
         """Parameters; tied ones once."""
         return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def cached(self) -> list[CachedBlock]:
+        """What blocks keep of a text, by a pass over a token of which only shapes are computed."""
+        with FakeTensorMode(), no_init_weights(), torch.no_grad():
+            model = type(self.model)(copy.deepcopy(self.model.config)).eval()
+            cache, token = roomy_cache(model, 1), torch.zeros(1, 1, dtype=torch.long)
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        return [
+            CachedBlock(
+                layer.keys.numel() + layer.values.numel(),
+                layer.keys.shape[1],
+                getattr(layer, "sliding_window", None),
+            )
+            for layer in cache.layers
+            if layer.is_initialized
+        ]
 
     @property
     def itemsize(self) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from nanoquant.mixture import SELF
 
 ACTIVATIONS = "--run.activation_memory"
 
@@ -21,6 +24,14 @@ class Use:
     """Whether the checkpoint is verified in a process of its own."""
     devices: int = 1
     """How many of them share the run, one a process."""
+    text: Sequence[str] | str = ()
+    """Calibration texts as the command names them, of which only "self" matters."""
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes one of the texts."""
+        names = (self.text,) if isinstance(self.text, str) else self.text
+        return any(name == SELF or name.startswith(f"{SELF}=") for name in names)
 
 
 @dataclass(frozen=True)

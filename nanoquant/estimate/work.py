@@ -133,6 +133,24 @@ def logits(subject: Subject, tokens: int, copies: int) -> int:
     return subject.vocabulary * (copies * subject.itemsize * tokens + chunk)
 
 
+def sampled(subject: Subject, windows: int) -> int:
+    """Logits of a token a window, of this step and the last one: as they are, and in float32."""
+    return 2 * windows * subject.vocabulary * (subject.itemsize + F32)
+
+
+def cache(subject: Subject, windows: int, tokens: int) -> int:
+    """Keys and values of all blocks."""
+    kept = sum(b.numbers * min(tokens, b.window or tokens) for b in subject.cached)
+    return subject.itemsize * windows * kept
+
+
+def repeated(subject: Subject, windows: int, tokens: int) -> int:
+    """Keys and values of the widest block while each head of queries has its own, or they are put together anew."""
+    heads = subject.text_config.num_attention_heads
+    widest = max(b.numbers * max(1, heads // b.heads) for b in subject.cached)
+    return subject.itemsize * windows * tokens * widest
+
+
 def scored(subject: Subject, tokens: int) -> int:
     """Logits of a window, and the chunk of them that is scored in float32 at a time."""
     chunk = min(CHUNK_ELEMENTS, tokens * subject.vocabulary)
