@@ -40,11 +40,9 @@ def test_figures_of_this_project_are_those_of_the_readme():
     expected = {
         ("bf16", ""): found["dense"],
         ("1.0", "preset fast"): found["`make demo`"],
-        ("1.0", "preset best, sensitivity.spread 0.5"): found[
-            "`make demo PRESET=best ARGS='--sensitivity.spread 0.5'`"
-        ],
-        ("0.8", "preset best"): found["`make demo PRESET=best BITS=0.8`"],
-        ("0.55", "preset best"): found["`make demo PRESET=best BITS=0.55`"],
+        ("1.0", "preset best"): found["`make demo PRESET=best`"],
+        ("0.8", "preset best, 2 epochs"): found["`make demo PRESET=best BITS=0.8`"],
+        ("0.55", "preset best, 2 epochs"): found["`make demo PRESET=best BITS=0.55`"],
         ("0.55", "preset fast"): found["`make demo BITS=0.55`"],
     }
     measured = {
