@@ -122,8 +122,8 @@ TABLES = (
     Figures("bf16", "perplexity", "", OURS, _row("demo", "22.7")),
     Figures("1.0", "perplexity", "preset best", OURS, _row("demo", "62.6")),
     Figures("1.0", "perplexity", "preset fast", OURS, _row("demo", "82.6")),
-    Figures("0.8", "perplexity", "preset best, 2 epochs", OURS, _row("demo", "74.7")),
-    Figures("0.55", "perplexity", "preset best, 2 epochs", OURS, _row("demo", "93.7")),
+    Figures("0.8", "perplexity", "preset best, 2 epochs, curvature inputs", OURS, _row("demo", "74.7")),
+    Figures("0.55", "perplexity", "preset best, 2 epochs, curvature inputs", OURS, _row("demo", "93.7")),
     Figures("0.55", "perplexity", "preset fast", OURS, _row("demo", "139.9")),
 )  # fmt: skip
 """Every figure; where several are known of one model and option, the first is shown first."""
