@@ -2,6 +2,7 @@
 
 Of the teacher there may be less than its logits: for each token its k most probable tokens and their log-probabilities,
 and the mass of all others in one bucket, so that a student that moves mass between the two is seen (not in the paper).
+Hard labels, the text's own next tokens, may have a share of what the teacher says (Hinton et al., arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -22,21 +23,53 @@ LEAST = torch.finfo(torch.float32).min
 
 
 def divergence_piece(
-    student: Tensor, teacher: Tensor, tokens: int | None, *kept: Tensor
+    student: Tensor,
+    teacher: Tensor,
+    tokens: int | None,
+    kept: Sequence[Tensor] = (),
+    hard: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor | None]:
     """Summed KL(teacher || student) of logits (n, vocabulary) in float32, and its gradient divided by ``tokens``.
 
-    The gradient has the dtype of the student's logits; there is none where ``tokens`` is None. Where more is given,
-    ``teacher`` and that are what :func:`most_probable` gave.
+    Args:
+        student: its logits; the gradient has their dtype.
+        teacher: its logits, or the first of what :func:`most_probable` gave.
+        tokens: None: no gradient.
+        kept: the rest of that.
+        hard: labels and their shares a, as of :func:`hard_labels`; the sum is then that of (1 - a) KL - a log q(label).
     """
+    log_q = student.float().log_softmax(-1)
+    wanted = tokens is not None
     if kept:
-        return _bucket_piece(student, teacher, *kept, tokens)
-    log_p, log_q = teacher.float().log_softmax(-1), student.float().log_softmax(-1)
+        divergence, slope = _bucket(log_q, teacher, *kept, wanted)
+    else:
+        divergence, slope = _whole(log_q, teacher, wanted)
+    if hard:
+        labels, share = hard
+        divergence = (1 - share) * divergence - share * log_q.gather(-1, labels)
+        if wanted:
+            slope = (1 - share) * slope + share * log_q.exp()
+            slope = slope.scatter_add(-1, labels, -share)
+    return divergence.sum(), (slope / tokens).to(student.dtype) if wanted else None
+
+
+def _whole(log_q: Tensor, teacher: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
+    """KL of each token (n, 1), and, where that is wanted, its gradient for the student's logits (n, vocabulary)."""
+    log_p = teacher.float().log_softmax(-1)
     p = log_p.exp()
-    total = p.mul(log_p - log_q).sum()
-    if tokens is None:
-        return total, None
-    return total, ((log_q.exp() - p) / tokens).to(student.dtype)
+    divergence = p.mul(log_p - log_q).sum(-1, keepdim=True)
+    return divergence, log_q.exp() - p if wanted else None
+
+
+def hard_labels(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """Next token of each token of windows (n, T), int64 (n * T, 1), and its share of the target, float32 (n * T, 1).
+
+    The last token of a window has no next one: its share is 0.
+    """
+    labels = windows.roll(-1, dims=-1).long()
+    shares = torch.full(windows.shape, share, dtype=torch.float32, device=windows.device)
+    shares[:, -1] = 0
+    return labels.reshape(-1, 1), shares.reshape(-1, 1)
 
 
 def most_probable(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,23 +85,21 @@ def most_probable(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return most, ids.int(), rest
 
 
-def _bucket_piece(
-    student: Tensor, log_p: Tensor, ids: Tensor, log_rest: Tensor, tokens: int | None
+def _bucket(
+    log_q: Tensor, log_p: Tensor, ids: Tensor, log_rest: Tensor, wanted: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`divergence_piece`: sum over k of p (log p - log q), and the same for the mass of all others."""
-    x, ids = student.float(), ids.long()
-    total = x.logsumexp(-1, keepdim=True)  # (n, 1)
-    others = x.scatter(-1, ids, -torch.inf)  # (n, vocabulary)
-    bucket = others.logsumexp(-1, keepdim=True).clamp_min(LEAST)
+    """As :func:`_whole`: sum over k of p (log p - log q), and the same for the mass of all others."""
+    ids = ids.long()
+    others = log_q.scatter(-1, ids, -torch.inf)  # (n, vocabulary)
+    log_q_rest = others.logsumexp(-1, keepdim=True).clamp_min(LEAST)
     p, p_rest = log_p.exp(), log_rest.exp().unsqueeze(-1)
-    log_q, log_q_rest = x.gather(-1, ids) - total, bucket - total
-    divergence = p.mul(log_p - log_q).sum()
-    divergence = divergence + p_rest.mul(log_rest.clamp_min(LEAST).unsqueeze(-1) - log_q_rest).sum()
-    if tokens is None:
+    divergence = p.mul(log_p - log_q.gather(-1, ids)).sum(-1, keepdim=True)
+    divergence = divergence + p_rest * (log_rest.clamp_min(LEAST).unsqueeze(-1) - log_q_rest)
+    if not wanted:
         return divergence, None
     mass = p.sum(-1, keepdim=True) + p_rest
-    slope = mass * (x - total).exp() - p_rest * (others - bucket).exp()
-    return divergence, (slope.scatter_add(-1, ids, -p) / tokens).to(student.dtype)
+    slope = mass * log_q.exp() - p_rest * (others - log_q_rest).exp()
+    return divergence, slope.scatter_add(-1, ids, -p)
 
 
 class ForwardKL(torch.autograd.Function):
@@ -86,14 +117,16 @@ class ForwardKL(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         piece: Piece = divergence_piece,
-        *kept: Tensor,
+        kept: Sequence[Tensor] = (),
+        hard: Sequence[Tensor] = (),
     ) -> Tensor:
         """Divergence of logits (tokens, vocabulary), see :func:`divergence_piece`; ``piece`` may be a compiled one."""
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if wanted else student
         total = torch.zeros((), dtype=torch.float32, device=student.device)
-        pieces = (x.split(ForwardKL.chunk) for x in (student, gradient, teacher, *kept))
+        pieces = (x.split(ForwardKL.chunk) for x in (student, gradient, teacher, *kept, *hard))
         for s, g, t, *more in zip(*pieces, strict=True):
+            more = tuple(more[: len(kept)]), tuple(more[len(kept) :])
             divergence, slope = piece(s, t, len(student) if wanted else None, *more)
             total += divergence
             if wanted:
@@ -116,6 +149,7 @@ def logits_divergence(
     teacher: Callable[..., Any] | None,
     batch: Sequence[Tensor],
     piece: Piece = divergence_piece,
+    share: float = 0.0,
 ) -> Tensor:
     """KL(teacher || student) per token; differentiable in the student.
 
@@ -124,6 +158,7 @@ def logits_divergence(
         teacher: gives logits where the batch has nothing of it.
         batch: windows (n, T), alone or with what :func:`most_probable` kept of them, (n, T, ...) each.
         piece: see :class:`ForwardKL`.
+        share: of the text's own next token in what the teacher says, see :func:`hard_labels`.
     """
     windows, *known = batch
     if not known:
@@ -131,7 +166,8 @@ def logits_divergence(
             known = [teacher(input_ids=windows, use_cache=False).logits]
     logits = student(input_ids=windows, use_cache=False).logits.flatten(0, 1)
     first, *kept = (tensor.flatten(0, 1) for tensor in known)
-    return ForwardKL.apply(logits, first, piece, *kept)
+    hard = hard_labels(windows, share) if share else ()
+    return ForwardKL.apply(logits, first, piece, tuple(kept), hard)
 
 
 @torch.no_grad()

@@ -37,6 +37,9 @@ class ModelConfig:
     """Most probable tokens of the teacher that are kept for each token, with the mass of all others in one bucket, in
     8 bytes each and 4 more a token: no teacher runs while the student trains. null: it is asked at every step, which
     needs its memory and gives slightly better results."""
+    hard_labels: float = 0.0
+    """Share of the text's own next token in what the teacher says while the student trains: raises what more of such
+    text is worth to the student, and takes it away from the dense model. The held-out divergence is without it."""
     keep_states: bool = True
     """With several epochs, one process, no kept_logits: whether what the teacher's last block gives is kept, a hidden
     state a token. Where all windows of a step were met before, since the process began, its head runs alone."""
@@ -56,7 +59,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.train not in ("signs", "scales", "none"):
             raise ValueError(f"train must be signs, scales or none, got {self.train!r}")
-        for name in ("kept_logits", "recompute") if self.train == "none" else ():
+        for name in ("kept_logits", "hard_labels", "recompute") if self.train == "none" else ():
             if value := getattr(self, name):
                 raise ValueError(
                     f"{name}={value} and train=none exclude each other: nothing trains; leave one of them out"
@@ -72,6 +75,10 @@ class ModelConfig:
                 raise ValueError(
                     f"{name} must be at least 1 {what} or null, got {getattr(self, name)}"
                 )
+        if not 0 <= self.hard_labels < 1:
+            raise ValueError(
+                f"hard_labels is a share, at least 0 and below 1, got {self.hard_labels}"
+            )
         if self.shard and (self.train != "signs" or self.optimizer.state_bits != 32):
             raise ValueError(
                 f"shard divides latents and moments of 32 bits, got train={self.train!r} and "

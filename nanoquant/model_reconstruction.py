@@ -48,10 +48,14 @@ class ModelObjective(nn.Module):
     piece = staticmethod(divergence_piece)
 
     def __init__(
-        self, student: nn.Module, teacher: nn.Module | Recall | None, groups: list[dict[str, Any]]
+        self,
+        student: nn.Module,
+        teacher: nn.Module | Recall | None,
+        groups: list[dict[str, Any]],
+        share: float = 0.0,
     ) -> None:
         super().__init__()
-        self.student, self._teacher, self.groups = student, [teacher], groups
+        self.student, self._teacher, self.groups, self.share = student, [teacher], groups, share
         self.sharded = any(map(is_shard, student.parameters()))
 
     @property
@@ -67,7 +71,7 @@ class ModelObjective(nn.Module):
         """Mean divergence of a batch, see :func:`logits_divergence`; 0 of an empty one."""
         if not len(batch):
             return self.idle()
-        return logits_divergence(self.student, self.teacher, batch, self.piece)
+        return logits_divergence(self.student, self.teacher, batch, self.piece, self.share)
 
     def idle(self) -> Tensor:
         """0 of no window, see :func:`idle`."""
@@ -141,7 +145,8 @@ class ModelReconstructor(nn.Module):
             training, looks = as_rows(windows), as_rows(held_out)
             if teacher is not None and self.config.recalls and world_size() == 1:
                 teacher = recalling(teacher, body, len(training) + len(looks), memory)
-            objective = ModelObjective(body, teacher, self.parameter_groups(body))
+            groups = self.parameter_groups(body)
+            objective = ModelObjective(body, teacher, groups, self.config.hard_labels)
             keeper = self.keeper(objective, looks, precision, report)
             self.train_objective(
                 *(objective, training, keeper, precision, on_step, loggers),

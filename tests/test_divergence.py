@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nanoquant.divergence import ForwardKL, divergence_piece, most_probable
+from nanoquant.divergence import ForwardKL, divergence_piece, hard_labels, most_probable
 
 
 @pytest.mark.parametrize("tokens", [5, 128, 300], ids=str)
@@ -57,7 +57,7 @@ def logits_pair(tokens=70, vocabulary=50, scale=3):
 
 def kept_kl(student, teacher, k):
     first, *more = most_probable(teacher, k)
-    return ForwardKL.apply(student, first, divergence_piece, *more)
+    return ForwardKL.apply(student, first, divergence_piece, more)
 
 
 def plain_kept_kl(student, teacher, k):
@@ -115,7 +115,53 @@ def test_a_student_of_bfloat16_learns_from_what_is_kept_in_its_own_dtype():
 def test_a_compiled_piece_computes_the_same_from_what_is_kept():
     student, teacher = logits_pair(tokens=32)
     first, *more = most_probable(teacher, 5)
-    total, slope = divergence_piece(student, first, 32, *more)
-    fast_total, fast_slope = torch.compile(divergence_piece)(student, first, 32, *more)
+    total, slope = divergence_piece(student, first, 32, more)
+    fast_total, fast_slope = torch.compile(divergence_piece)(student, first, 32, more)
+    torch.testing.assert_close(fast_total, total)
+    torch.testing.assert_close(fast_slope, slope, rtol=1e-4, atol=1e-7)
+
+
+WINDOWS = torch.randint(50, (5, 14), generator=torch.manual_seed(1))
+
+
+def test_hard_labels_are_next_tokens_and_the_last_token_of_a_window_has_none():
+    labels, share = hard_labels(WINDOWS, 0.3)
+    labels, share = labels.view(5, 14), share.view(5, 14)
+    assert torch.equal(labels[:, :-1], WINDOWS[:, 1:])
+    assert torch.equal(share[:, :-1], torch.full((5, 13), 0.3)) and not share[:, -1].any()
+
+
+@pytest.mark.parametrize("k", [None, 5])
+@pytest.mark.parametrize("share", [0.2, 0.9])
+def test_hard_labels_take_their_share_of_the_divergence_and_of_its_gradient(share, k):
+    student, teacher = logits_pair()
+    x, reference = student.clone().requires_grad_(), student.clone().requires_grad_()
+    first, *more = (teacher,) if k is None else most_probable(teacher, k)
+    labels, shares = hard_labels(WINDOWS, share)
+    value = ForwardKL.apply(x, first, divergence_piece, more, (labels, shares))
+    soft = torch.stack(
+        [
+            F.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="sum", log_target=True)
+            if k is None
+            else plain_kept_kl(q[None], p[None], k)
+            for q, p in zip(reference, teacher, strict=True)
+        ]
+    )
+    own = F.cross_entropy(reference, labels.flatten(), reduction="none")
+    expected = ((1 - shares.flatten()) * soft + shares.flatten() * own).mean().float()
+    torch.testing.assert_close(value, expected)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-4, atol=1e-7)
+
+
+@needs.compiler
+@pytest.mark.parametrize("k", [None, 5])
+def test_a_compiled_piece_computes_the_same_with_hard_labels(k):
+    student, teacher = (x[:28] for x in logits_pair())
+    first, *more = (teacher,) if k is None else most_probable(teacher, k)
+    arguments = student, first, 28, tuple(more), hard_labels(WINDOWS[:2], 0.3)
+    total, slope = divergence_piece(*arguments)
+    fast_total, fast_slope = torch.compile(divergence_piece)(*arguments)
     torch.testing.assert_close(fast_total, total)
     torch.testing.assert_close(fast_slope, slope, rtol=1e-4, atol=1e-7)

@@ -98,7 +98,7 @@ def test_all_tokens_kept_train_like_the_teacher():
     whole = ModelReconstructor(SIGNS)(student, teacher, TRAINING, HELD_OUT)
     kept = (rows(teacher, windows, VOCAB) for windows in (TRAINING, HELD_OUT))
     report = ModelReconstructor(SIGNS)(other, None, *kept)
-    assert report.losses == pytest.approx(whole.losses, rel=2e-3)
+    assert report.losses == pytest.approx(whole.losses, rel=1e-2)
     assert report.held_out[0] == pytest.approx(whole.held_out[0], rel=1e-5)
 
 

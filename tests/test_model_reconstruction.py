@@ -89,6 +89,26 @@ def test_training_signs_lowers_held_out_divergence():
     assert len(report.losses) == 18 and report.losses[-1] < report.losses[0]
 
 
+@torch.no_grad()
+def own_loss(student):
+    logits = student(TRAINING).logits[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), TRAINING[:, 1:].flatten()))
+
+
+def test_hard_labels_teach_the_text_itself_and_held_out_windows_are_measured_without_them():
+    teacher, _, plain, _ = reconstruct(SIGNS)
+    _, start, student, report = reconstruct(dataclasses.replace(SIGNS, hard_labels=0.5))
+    assert own_loss(student) < own_loss(plain) < own_loss(start)
+    after = held_out_divergence(student, teacher)
+    assert report.held_out[report.best_step] == pytest.approx(after, rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, float("nan")])
+def test_a_share_of_hard_labels_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match="hard_labels is a share, at least 0 and below 1, got"):
+        ModelConfig(hard_labels=share)
+
+
 def test_training_signs_changes_signs_scales_and_norms_and_nothing_else():
     _, start, student, _ = reconstruct(SIGNS)
     changed = start.state_dict().keys() - same_state(start, student)
@@ -184,10 +204,10 @@ def test_none_skips_the_phase():
     assert same_state(start, frozen_copy(student)) == start.state_dict().keys()
 
 
-@pytest.mark.parametrize("idle", [{"kept_logits": 8}, {"recompute": True}], ids=str)
-def test_what_would_be_of_no_use_without_the_phase_is_refused(idle):
-    with pytest.raises(ValueError, match=f"{next(iter(idle))}=.* and train=none exclude each"):
-        ModelConfig(train="none", **idle)
+@pytest.mark.parametrize("name", ["kept_logits", "hard_labels", "recompute"])
+def test_what_would_be_of_no_use_without_the_phase_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name}=.* and train=none exclude each"):
+        ModelConfig(train="none", **{name: 0.5})
 
 
 def test_a_student_without_quantized_layers_is_refused():
