@@ -3,7 +3,7 @@
 # make demo MODEL=gemma-3-270m          the same with a model of another family
 # make install                          .venv with the command nanoquant in .venv/bin, and all that demo and tests need
 # make test                             lint and tests
-# make proofs                           what several processes, a server and a wheel prove, in minutes
+# make proofs                           what several processes, another device, a server and a wheel prove, in minutes
 # make release                          wheel and sdist in dist/, after the wheel passed a smoke test without the sources
 # make docs                             the API reference, in build/reference
 
@@ -17,6 +17,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 PIP := $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --constraint $(CONSTRAINTS)
 
+PROOFS := torchao_processes tutorials serve devices compiling unfinished
+
 .PHONY: demo test proofs docs release install
 .DELETE_ON_ERROR:
 
@@ -29,7 +31,7 @@ test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --durations 20
 
 proofs: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow tests/test_torchao_processes.py tests/test_tutorials.py tests/test_serve.py
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow $(PROOFS:%=tests/test_%.py)
 	$(VENV)/bin/python tests/wheel_smoke.py
 
 release: $(VENV)/.installed

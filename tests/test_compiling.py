@@ -42,7 +42,9 @@ def test_blocks_are_those_that_hold_binary_layers():
 
 
 @needs.compiler
-@pytest.mark.parametrize("frozen", [False, True], ids=["latent", "frozen"])
+@pytest.mark.parametrize(
+    "frozen", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["latent", "frozen"]
+)
 def test_compiled_blocks_compute_the_same(frozen):
     model = student(frozen)
     loss, gradients = loss_and_gradients(model)

@@ -148,6 +148,7 @@ def test_bfloat16_and_a_quantized_embedding_go_on_too(bits, tie, tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
+@pytest.mark.slow
 def test_narrow_moments_are_not_kept_and_that_is_said(tmp_path, caplog):
     model = dataclasses.replace(QUICK.model, optimizer=OptimizerConfig(state_bits=8))
     with caplog.at_level(logging.WARNING):
