@@ -3,7 +3,7 @@
 # make demo MODEL=gemma-3-270m          the same with a model of another family
 # make install                          .venv with the command nanoquant in .venv/bin, and all that demo and tests need
 # make test                             lint and tests
-# make proofs                           what several processes, another device, a server and a wheel prove, in minutes
+# make proofs                           what takes minutes: several processes, another device, a server, a wheel
 # make release                          wheel and sdist in dist/, after the wheel passed a smoke test without the sources
 # make docs                             the API reference, in build/reference
 

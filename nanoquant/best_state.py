@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelReport:
-    """Divergence on training steps and on held-out windows, the step whose state was kept, steps undone."""
+    """Losses of training steps, divergence on held-out windows, the step whose state was kept, steps undone."""
 
     losses: list[float] = field(default_factory=list)
     held_out: dict[int, float] = field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 Of the teacher there may be less than its logits: for each token its k most probable tokens and their log-probabilities,
 and the mass of all others in one bucket, so that a student that moves mass between the two is seen (not in the paper).
-Hard labels, the text's own next tokens, may have a share of what the teacher says (Hinton et al., arXiv 1503.02531).
+Hard labels, the text's own next tokens, may have a share of the target (Hinton et al., arXiv 1503.02531).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def divergence_piece(
     Args:
         student: its logits; the gradient has their dtype.
         teacher: its logits, or the first of what :func:`most_probable` gave.
-        tokens: None: no gradient.
-        kept: the rest of that.
+        tokens: by which the gradient is divided; None: no gradient is formed.
+        kept: what else :func:`most_probable` gave.
         hard: labels and their shares a, as of :func:`hard_labels`; the sum is then that of (1 - a) KL - a log q(label).
     """
     log_q = student.float().log_softmax(-1)
@@ -46,7 +46,7 @@ def divergence_piece(
         divergence, slope = _whole(log_q, teacher, wanted)
     if hard:
         labels, share = hard
-        divergence = (1 - share) * divergence - share * log_q.gather(-1, labels)
+        divergence = (1 - share) * divergence - share * log_q.gather(-1, labels).clamp_min(LEAST)
         if wanted:
             slope = (1 - share) * slope + share * log_q.exp()
             slope = slope.scatter_add(-1, labels, -share)
@@ -64,7 +64,7 @@ def _whole(log_q: Tensor, teacher: Tensor, wanted: bool) -> tuple[Tensor, Tensor
 def hard_labels(windows: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """Next token of each token of windows (n, T), int64 (n * T, 1), and its share of the target, float32 (n * T, 1).
 
-    The last token of a window has no next one: its share is 0.
+    The last token of a window has no next one: its share is 0, whatever its label is.
     """
     labels = windows.roll(-1, dims=-1).long()
     shares = torch.full(windows.shape, share, dtype=torch.float32, device=windows.device)
@@ -103,7 +103,7 @@ def _bucket(
 
 
 class ForwardKL(torch.autograd.Function):
-    """Mean over tokens of KL(teacher || student), a few tokens at a time in float32 (Eq. 11, T = 1).
+    """Mean over tokens of what :func:`divergence_piece` sums, a few tokens at a time in float32 (Eq. 11, T = 1).
 
     The gradient is formed with the loss, in the dtype of the student's logits, so that no float32 tensor of
     tokens x vocabulary exists.
@@ -120,14 +120,14 @@ class ForwardKL(torch.autograd.Function):
         kept: Sequence[Tensor] = (),
         hard: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Divergence of logits (tokens, vocabulary), see :func:`divergence_piece`; ``piece`` may be a compiled one."""
+        """Loss of logits (tokens, vocabulary), see :func:`divergence_piece`; ``piece`` may be a compiled one."""
         wanted = ctx.needs_input_grad[0]
         gradient = torch.empty_like(student) if wanted else student
         total = torch.zeros((), dtype=torch.float32, device=student.device)
         pieces = (x.split(ForwardKL.chunk) for x in (student, gradient, teacher, *kept, *hard))
         for s, g, t, *more in zip(*pieces, strict=True):
-            more = tuple(more[: len(kept)]), tuple(more[len(kept) :])
-            divergence, slope = piece(s, t, len(student) if wanted else None, *more)
+            parts = tuple(more[: len(kept)]), tuple(more[len(kept) :])
+            divergence, slope = piece(s, t, len(student) if wanted else None, *parts)
             total += divergence
             if wanted:
                 g.copy_(slope)
@@ -151,14 +151,14 @@ def logits_divergence(
     piece: Piece = divergence_piece,
     share: float = 0.0,
 ) -> Tensor:
-    """KL(teacher || student) per token; differentiable in the student.
+    """KL(teacher || student) per token, or its mixture with hard labels; differentiable in the student.
 
     Args:
         student: gives logits.
         teacher: gives logits where the batch has nothing of it.
         batch: windows (n, T), alone or with what :func:`most_probable` kept of them, (n, T, ...) each.
         piece: see :class:`ForwardKL`.
-        share: of the text's own next token in what the teacher says, see :func:`hard_labels`.
+        share: of the text's own next token in the target, see :func:`hard_labels`.
     """
     windows, *known = batch
     if not known:

@@ -2,6 +2,7 @@
 
 ``train="scales"`` is the paper's form: signs frozen, scales trained. ``train="signs"`` also trains latents behind the
 signs (straight-through), or codebooks, together with norms; that wants fresh text, not a few windows repeated.
+The text's own next tokens may have a share of the target (``hard_labels``).
 The teacher is asked at every step, and has its last block's states of windows that come again
 (:mod:`nanoquant.recall`), unless what :mod:`nanoquant.kept_logits` keeps of its logits comes with the windows.
 The state with the lowest divergence on held-out windows wins; the untouched state is a candidate.
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 
 
 class ModelObjective(nn.Module):
-    """Divergence of the student from its teacher; the teacher is no submodule and never trains."""
+    """Divergence of the student from its target; the teacher is no submodule and never trains."""
 
     name = "model"
     piece = staticmethod(divergence_piece)
@@ -68,7 +69,7 @@ class ModelObjective(nn.Module):
         return self.groups
 
     def forward(self, batch: Sequence[Tensor]) -> Tensor:
-        """Mean divergence of a batch, see :func:`logits_divergence`; 0 of an empty one."""
+        """Mean loss of a batch, see :func:`logits_divergence`; 0 of an empty one."""
         if not len(batch):
             return self.idle()
         return logits_divergence(self.student, self.teacher, batch, self.piece, self.share)

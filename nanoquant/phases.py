@@ -228,7 +228,7 @@ def reconstruct_model(run: Run, teacher: PreTrainedModel, config: NanoQuantConfi
     settings, state, text = config.model, run.unfinished.model, run.text
     steps = settings.epochs * -(-len(text.training) // settings.batch)
     dense = replace(run.decoder, blocks=teacher.get_submodule(run.decoder.path))
-    name = "loss" if settings.hard_labels else "divergence"
+    shown = "loss" if settings.hard_labels else "divergence"
     with run.progress.phase("model", steps - state.done()):
         windows: list[Tensor | Dataset] = [text.training, text.held_out]
         if settings.kept_logits is not None:
@@ -245,7 +245,7 @@ def reconstruct_model(run: Run, teacher: PreTrainedModel, config: NanoQuantConfi
                 teacher if settings.kept_logits is None else None,
                 *windows,
                 precision=run.precision(config),
-                on_step=lambda step, loss: run.progress.advance(1, note=f"{name} {loss:.3f}"),
+                on_step=lambda step, loss: run.progress.advance(1, note=f"{shown} {loss:.3f}"),
                 loggers=run.loggers,
                 recorder=run.recorder,
                 state=state,

@@ -98,7 +98,7 @@ def own_loss(student):
 def test_hard_labels_teach_the_text_itself_and_held_out_windows_are_measured_without_them():
     teacher, _, plain, _ = reconstruct(SIGNS)
     _, start, student, report = reconstruct(dataclasses.replace(SIGNS, hard_labels=0.5))
-    assert own_loss(student) < own_loss(plain) < own_loss(start)
+    assert own_loss(student) < min(own_loss(plain), own_loss(start))
     after = held_out_divergence(student, teacher)
     assert report.held_out[report.best_step] == pytest.approx(after, rel=1e-4)
 
@@ -204,10 +204,10 @@ def test_none_skips_the_phase():
     assert same_state(start, frozen_copy(student)) == start.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", ["kept_logits", "hard_labels", "recompute"])
-def test_what_would_be_of_no_use_without_the_phase_is_refused(name):
-    with pytest.raises(ValueError, match=f"{name}=.* and train=none exclude each"):
-        ModelConfig(train="none", **{name: 0.5})
+@pytest.mark.parametrize("idle", [("kept_logits", 8), ("hard_labels", 0.3), ("recompute", True)])
+def test_what_would_be_of_no_use_without_the_phase_is_refused(idle):
+    with pytest.raises(ValueError, match=f"{idle[0]}=.* and train=none exclude each"):
+        ModelConfig(train="none", **dict([idle]))
 
 
 def test_a_student_without_quantized_layers_is_refused():

@@ -120,6 +120,17 @@ def test_the_page_says_what_the_run_measured(whole):
         assert said in text
 
 
+def test_with_hard_labels_curves_of_training_and_held_out_windows_do_not_compare(
+    tmp_path, capsys, undrawn
+):
+    write_run(tmp_path / "a.run")
+    assert "is overfitting" in page_of(tmp_path / "a.run", capsys).text
+    write_run(tmp_path / "b.run", config={"model": {"hard_labels": 0.3}})
+    text = page_of(tmp_path / "b.run", capsys).text
+    assert "next tokens have 0.3 of the target, so the curves do not compare" in text
+    assert "is overfitting" not in text
+
+
 def test_links_lead_to_sections(whole):
     page = Reader((whole / "report.html").read_text(encoding="utf-8"))
     ids = {a["id"] for _, a in page.tags if "id" in a}

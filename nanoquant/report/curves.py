@@ -31,7 +31,8 @@ def loss_section(run: Run) -> Section:
     train, held = model_losses(run)
     if train.values or held.values:
         rates = curves(run, "rate", "model").get("", Curve())
-        section.items.append(_model_losses(train, held, rates))
+        hard = run.number("config", "model", "hard_labels") or 0.0
+        section.items.append(_model_losses(train, held, rates, hard))
     else:
         section.missing.append(
             "No losses of the whole model: its phase did not begin, or the settings leave it out."
@@ -48,8 +49,8 @@ def loss_section(run: Run) -> Section:
     return section
 
 
-def _model_losses(train: Curve, held: Curve, rates: Curve) -> Plot:
-    """Divergence over steps, and the rate under it where it is known."""
+def _model_losses(train: Curve, held: Curve, rates: Curve, hard: float) -> Plot:
+    """Divergence over steps, in training with a share of hard labels, and the rate under it where it is known."""
 
     def draw(canvas: Figure, theme: Theme) -> None:
         ratios = {"height_ratios": [3, 1]} if rates.values else {}
@@ -64,7 +65,7 @@ def _model_losses(train: Curve, held: Curve, rates: Curve) -> Plot:
         if held.values:
             style = {"color": theme.lines[1], "marker": "o", "label": "held out"}
             top.plot(held.steps, held.values, **style)
-        top.set_ylabel("KL divergence, nats a token")
+        top.set_ylabel("nats a token" if hard else "KL divergence, nats a token")
         _log_if_positive(top, [*train.values, *held.values])
         top.legend()
         if rates.values:
@@ -82,10 +83,12 @@ def _model_losses(train: Curve, held: Curve, rates: Curve) -> Plot:
             f"held-out windows are best at step {held.steps[best]:g} with {held.values[best]:.4g}"
         )
     what = "; ".join(said)
+    turn = "a held-out curve that turns up while training falls is overfitting."
+    if hard:
+        turn = f"in training the text's own next tokens have {hard:g} of the target, so the curves do not compare."
     caption = (
         f"Divergence of the quantized model from the dense one over the steps of the last phase: {what}. "
-        "The state of the best held-out point is the one that is kept; a held-out curve that turns up while "
-        "training falls is overfitting."
+        f"The state of the best held-out point is the one that is kept; {turn}"
     )
     return plot("model_loss", 4.2 if rates.values else 3.4, draw, caption, f"Loss curves: {what}.")
 

@@ -152,7 +152,7 @@ def curves(run: Run, metric: str, phase: str) -> dict[str, Curve]:
 
 
 def model_losses(run: Run) -> tuple[Curve, Curve]:
-    """Training and held-out divergence of the model phase, from the rows, else from the final figures."""
+    """Training loss and held-out divergence of the model phase, from the rows, else from the final figures."""
     train, held = (curves(run, m, "model").get("", Curve()) for m in ("loss", "held_out"))
     report = run.get("figures", "report", "model")
     if isinstance(report, dict) and not train.values and isinstance(report.get("losses"), list):
