@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from nanoquant.role_weights import RoleWeights
 from nanoquant.units import parse_bytes
 
 SCALE_BITS = 16
@@ -21,36 +22,6 @@ WIDEST = 2
 ALLOCATIONS = ("uniform", "prior", "measured")
 Shapes = Mapping[str, tuple[int, int]]
 """Layer name to (d_out, d_in)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoleWeights:
-    """How many bits per weight a kind of linear gets under the prior, relative to the others."""
-
-    q: float = 0.85
-    """Queries."""
-    k: float = 0.9
-    """Keys."""
-    v: float = 1.1
-    """Values."""
-    o: float = 1.0
-    """Output of the attention."""
-    gate: float = 1.0
-    """Gate of the MLP."""
-    up: float = 1.05
-    """Input of the MLP."""
-    down: float = 1.15
-    """Output of the MLP."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 < value < float("inf"):
-                raise ValueError(f"roles.{name} must be above 0, got {value}; 1 is neutral")
-
-    def of(self, role: str) -> float:
-        """Weight of a role: the mean over the parts of a fused one such as ``q+k+v``, 1 where it is empty."""
-        parts = [getattr(self, part) for part in role.split("+") if part]
-        return sum(parts) / len(parts) if parts else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +45,9 @@ class BudgetConfig:
     """Prior and measured: smallest rank of a linear, relative to the uniform one."""
     high: float = 2.0
     """Prior and measured: largest rank of a linear, relative to the uniform one."""
+    rank_cap: float = 1.0
+    """Prior and measured: largest rank of a linear, relative to the smaller dimension of its weight: 1, full rank as
+    published, to 2. The bits are the least that it can be."""
 
     def __post_init__(self) -> None:
         if not 0 < self.bits < math.inf:
@@ -97,11 +71,14 @@ class BudgetConfig:
             raise ValueError(
                 f"depth_slope must lie between -10 and 10, got {self.depth_slope}; 0 is neutral"
             )
+        if not 1 <= self.rank_cap <= WIDEST:
+            raise ValueError(f"rank_cap must lie between 1 and {WIDEST}, got {self.rank_cap}")
         if not 0 <= self.low <= 1 <= self.high < math.inf:
             raise ValueError(
                 f"low must lie in 0..1 and high be finite and at least 1, got {self.low} and {self.high}"
             )
-        idle = {"uniform": ("depth_slope", "roles", "low", "high"), "measured": ("roles",)}
+        limits = ("depth_slope", "roles", "low", "high", "rank_cap")
+        idle = {"uniform": limits, "measured": ("roles",)}
         for name in idle.get(self.allocation, ()):
             default = RoleWeights() if name == "roles" else getattr(type(self), name)
             if getattr(self, name) != default:
@@ -109,6 +86,11 @@ class BudgetConfig:
                     f"budget.{name} and budget.allocation={self.allocation} exclude each other: it would change "
                     f"nothing; take allocation prior{'' if name == 'roles' else ' or measured'}, or leave it out"
                 )
+
+    @property
+    def most_bits(self) -> float:
+        """Bits per weight from which :func:`largest_rank` has the largest rank that a linear may get."""
+        return self.bits if self.allocation == "uniform" else max(self.bits, self.rank_cap)
 
 
 def layer_bits(d_out: int, d_in: int, rank: int) -> int:
@@ -174,7 +156,7 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
         ValueError: the budget is below what the smallest ranks cost or above what the largest hold; by how much.
     """
     step = config.rank_multiple
-    cap = {name: largest_rank(*shape, step, config.bits) for name, shape in shapes.items()}
+    cap = {name: largest_rank(*shape, step, config.most_bits) for name, shape in shapes.items()}
     least = {name: min(step, cap[name]) for name in shapes}
     if config.allocation != "uniform":
         for name, shape in shapes.items():

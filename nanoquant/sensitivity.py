@@ -166,7 +166,7 @@ class SensitivityProbe:
         decoder: its blocks.
         ranks: their uniform ranks.
         step: ranks are multiples of this.
-        bits: per weight, of the whole budget; they limit ranks.
+        bits: that limit ranks, see :func:`largest_rank`.
         windows: token ids (N, T) on which losses are measured.
         spread: of :class:`SensitivityConfig`.
         initializer: a short ADMM, or one of the caller.

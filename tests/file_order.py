@@ -35,6 +35,7 @@ ORDER = (
     "importance",
     "importance_store",
     "calibration",
+    "role_weights",
     "budget",
     "allocation",
     "binary",

@@ -18,7 +18,6 @@ from nanoquant.allocation import (
 from nanoquant.budget import (
     BudgetConfig,
     RankLimits,
-    RoleWeights,
     allocate_ranks,
     body_bits,
     largest_rank,
@@ -28,6 +27,7 @@ from nanoquant.budget import (
     step_bits,
     used_bits,
 )
+from nanoquant.role_weights import RoleWeights
 from nanoquant.roles import Place
 
 ROLES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -152,11 +152,40 @@ def test_ranks_stay_within_their_limits_around_the_uniform_ones(allocation):
     assert all(abs(r - real_rank(*shapes[n], 1.0)) < 32 for n, r in ranks.items())
 
 
+@pytest.mark.parametrize("cap", [1.0, 1.5, 2.0])
 @pytest.mark.parametrize("allocation", ["prior", "measured"])
-def test_a_very_large_high_leaves_only_the_limits_of_the_shapes(allocation):
+def test_a_very_large_high_leaves_only_the_limits_of_the_shapes(allocation, cap):
     shapes, _ = model(*SMOL)
-    limits = rank_limits(shapes, BudgetConfig(allocation=allocation, high=1e9))
-    assert limits.cap == {name: largest_rank(*shape, 32, 1.0) for name, shape in shapes.items()}
+    limits = rank_limits(shapes, BudgetConfig(allocation=allocation, high=1e9, rank_cap=cap))
+    assert limits.cap == {name: cap * min(shape) // 32 * 32 for name, shape in shapes.items()}
+
+
+def test_more_bits_than_the_cap_raise_it_and_a_cap_that_changes_nothing_or_is_none_is_refused():
+    shapes, _ = model(*SMOL)
+    wide = [
+        rank_limits(shapes, BudgetConfig(bits=2.0, allocation="measured", rank_cap=cap)).cap
+        for cap in (1.0, 2.0)
+    ]
+    assert wide[0] == wide[1]
+    with pytest.raises(
+        ValueError, match=r"budget\.rank_cap and budget\.allocation=uniform exclude"
+    ):
+        BudgetConfig(rank_cap=2.0)
+    for cap in (0.9, 2.1, math.nan):
+        with pytest.raises(ValueError, match="rank_cap must lie between 1 and 2, got"):
+            BudgetConfig(allocation="measured", rank_cap=cap)
+
+
+def test_a_cap_above_full_rank_gives_a_costly_linear_more():
+    shapes, places = model(*SMOL)
+    responses = {name: Response(0.0, 1.0) for name in shapes} | {"0.up": Response(9.0, 1.0)}
+    narrow, wide = (
+        allocate_by_loss(
+            shapes, places, responses, BudgetConfig(allocation="measured", rank_cap=cap)
+        )
+        for cap in (1.0, 2.0)
+    )
+    assert narrow["0.up"] == 576 < wide["0.up"]
 
 
 def test_a_neutral_prior_is_the_uniform_allocation():

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
-from nanoquant.budget import BudgetConfig, RoleWeights
+from nanoquant.budget import BudgetConfig
 from nanoquant.config import PRESETS, CalibrationConfig, NanoQuantConfig, nanoquant_config
+from nanoquant.role_weights import RoleWeights
 from nanoquant.sensitivity import SensitivityConfig
 from nanoquant.training import RunConfig
 
