@@ -77,8 +77,8 @@ class BudgetConfig:
             raise ValueError(
                 f"low must lie in 0..1 and high be finite and at least 1, got {self.low} and {self.high}"
             )
-        limits = ("depth_slope", "roles", "low", "high", "rank_cap")
-        idle = {"uniform": limits, "measured": ("roles",)}
+        unequal = ("depth_slope", "roles", "low", "high", "rank_cap")
+        idle = {"uniform": unequal, "measured": ("roles",)}
         for name in idle.get(self.allocation, ()):
             default = RoleWeights() if name == "roles" else getattr(type(self), name)
             if getattr(self, name) != default:
@@ -88,8 +88,8 @@ class BudgetConfig:
                 )
 
     @property
-    def most_bits(self) -> float:
-        """Bits per weight from which :func:`largest_rank` has the largest rank that a linear may get."""
+    def limiting_bits(self) -> float:
+        """Those for :func:`largest_rank`: ``bits``, or ``rank_cap`` where ranks differ and that is more."""
         return self.bits if self.allocation == "uniform" else max(self.bits, self.rank_cap)
 
 
@@ -156,7 +156,7 @@ def rank_limits(shapes: Shapes, config: BudgetConfig) -> RankLimits:
         ValueError: the budget is below what the smallest ranks cost or above what the largest hold; by how much.
     """
     step = config.rank_multiple
-    cap = {name: largest_rank(*shape, step, config.most_bits) for name, shape in shapes.items()}
+    cap = {name: largest_rank(*shape, step, config.limiting_bits) for name, shape in shapes.items()}
     least = {name: min(step, cap[name]) for name in shapes}
     if config.allocation != "uniform":
         for name, shape in shapes.items():

@@ -223,7 +223,7 @@ class Measurement:
         decisive |= {"ranks": dict(self.uniform), "step": config.budget.rank_multiple}
         decisive["seed"] = config.run.seed
         if config.sensitivity.spread:  # the highest rank that is measured depends on them
-            decisive["bits"] = config.budget.most_bits
+            decisive["bits"] = config.budget.limiting_bits
         calibration = text.calibration[: config.calibration.windows]
         return SensitivityFile(self.file, fingerprint(self.model, calibration, decisive))
 
@@ -234,7 +234,7 @@ class Measurement:
             self.decoder,
             self.uniform,
             self.config.budget.rank_multiple,
-            self.config.budget.most_bits,
+            self.config.budget.limiting_bits,
             windows,
             self.config.sensitivity.spread,
             self.initializer or ADMMInitializer(short),

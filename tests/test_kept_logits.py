@@ -100,7 +100,7 @@ def test_all_tokens_kept_train_like_the_teacher(hard):
     kept = (rows(teacher, windows, VOCAB) for windows in (TRAINING, HELD_OUT))
     report = ModelReconstructor(config)(other, None, *kept)
     assert report.losses[:2] == pytest.approx(whole.losses[:2], rel=1e-4)
-    assert report.losses == pytest.approx(whole.losses, rel=1e-2)  # rounding flips signs near 0
+    assert report.losses == pytest.approx(whole.losses, rel=5e-3)  # rounding flips signs near 0
     assert report.held_out[0] == pytest.approx(whole.held_out[0], rel=1e-5)
 
 
