@@ -41,10 +41,10 @@ def test_figures_of_this_project_are_those_of_the_readme():
         ("bf16", ""): found["dense"],
         ("1.0", "preset fast"): found["`make demo`"],
         ("1.0", "preset best"): found["`make demo PRESET=best`"],
-        ("0.8", "preset best, 2 epochs, curvature inputs"): found[
+        ("0.8", "preset best, 2 epochs, curvature inputs, scale_lr 1e-2"): found[
             "`make demo PRESET=best BITS=0.8`"
         ],
-        ("0.55", "preset best, 2 epochs, curvature inputs"): found[
+        ("0.55", "preset best, 2 epochs, curvature inputs, scale_lr 1e-2"): found[
             "`make demo PRESET=best BITS=0.55`"
         ],
         ("0.55", "preset fast"): found["`make demo BITS=0.55`"],
